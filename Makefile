@@ -1,0 +1,83 @@
+# `make` alone prints what there is. Everything runs inside .venv, which is built on first use.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+TORCH  ?= torch==2.13.0
+UV     ?= uv==0.13.9
+JOBS   ?= 2
+
+# One thread per process: the tests run $(JOBS) processes, and exact sums need a fixed order.
+TESTENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST  := $(TESTENV) $(BIN)/python -m pytest -n $(JOBS) -q
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-slow test-families check format bench docs lock clean
+
+help:  ## Print this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## Create .venv from the lock (done by every target that needs it)
+
+# The lock first, then torch: whatever any build of torch needs is in the lock already, so the
+# second step adds torch (and its GPU libraries, where the platform's build has them), no more.
+$(STAMP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "No '$(PYTHON)' here. Install Python 3.11 or newer, or name it: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "FlexP-SFL needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V). Name another: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q --no-deps --require-hashes -r requirements.lock
+	$(PIP) install -q "$(TORCH)"
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+	$(PIP) check
+	@touch $@
+
+demo: $(STAMP)  ## A first run: a few clients fine-tune one model together, in about a minute
+	$(BIN)/flexp demo --quick
+
+test: $(STAMP)  ## The fast tests, with the coverage gate
+	$(PYTEST) --timeout 120 -m "not slow and not families" --durations 10 --durations-min 5 --cov --cov-report term
+
+test-slow: $(STAMP)  ## Tests of over five seconds each
+	$(PYTEST) --timeout 900 -m slow
+
+test-families: $(STAMP)  ## Split against whole, for every model family and every cut
+	$(PYTEST) --timeout 900 -m families
+
+check: $(STAMP)  ## Format, lint, types, layers, dependencies, spelling, then `make test`
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright -p pyproject.toml --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/deptry .
+	$(BIN)/codespell
+	@$(MAKE) --no-print-directory test
+
+format: $(STAMP)  ## Rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## Run the benchmarks; results go to benchmarks/results
+	$(BIN)/python benchmarks/run.py
+
+docs: $(STAMP)  ## Build the documentation into build/site
+	$(PIP) install -q -e ".[docs]"
+	$(BIN)/zensical build --clean
+
+# Resolved for Linux, macOS and Windows at once; see [tool.uv] in pyproject.toml.
+lock: build/uv/bin/uv  ## Resolve requirements.lock again (UPGRADE=1 takes the newest versions)
+	build/uv/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
+	  --extra data --extra gguf --extra dev --no-emit-package torch --no-header \
+	  $(if $(UPGRADE),--upgrade) --quiet --output-file requirements.lock
+
+build/uv/bin/uv:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install -q --disable-pip-version-check "$(UV)"
+
+clean:  ## Remove .venv, caches and everything that was built
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,197 @@
+"""Saves and resumes a run: the strategy's state, every client's memory, every tenancy.
+
+One folder per checkpoint, written beside and renamed, with a digest of every file; the newest one
+whose digests hold is resumed. Randomness needs no saving: every stream is named by its round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import quote, unquote
+
+import torch
+from torch import Tensor
+
+from flexp.client.memory import Memory
+from flexp.engine.local import LocalEngine
+from flexp.errors import CheckpointError, ParcelError
+from flexp.model.cut import Cut, Seat
+from flexp.model.slots import Slots
+from flexp.parcel import JSON, Parcel, load, save, write_atomic
+from flexp.recipe import Recipe
+from flexp.strategies.base import Strategy
+from flexp.tensors import Tensors
+
+VERSION = 1
+KEEP = 2
+
+
+def write(folder: Path, round: int, recipe: Recipe, state: Any, engine: LocalEngine) -> Path:
+    """Writes the checkpoint after a round and drops all but the newest two."""
+    final = folder / f"{round:06d}"
+    work = folder / f".{round:06d}.tmp"
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "clients").mkdir(parents=True)
+    (work / "tenants").mkdir()
+    save(work / "state.parcel", encode_state(state))
+    for client, memory in engine.memories.items():
+        memory.save(work / "clients" / f"{quote(client, safe='')}.parcel")
+    for client, home in engine.tenants.homes.items():
+        save(work / "tenants" / f"{quote(client, safe='')}.parcel", _tenancy(home.slots, home.seat))
+    save(work / "shared.parcel", _tenancy(engine.tenants.shared, None))
+    digests = {p.relative_to(work).as_posix(): _digest(p) for p in _files(work)}
+    note = {
+        "version": VERSION,
+        "round": round,
+        "recipe": recipe.plain(),
+        "torch": torch.__version__,
+        "files": digests,
+    }
+    write_atomic(work / "checkpoint.json", json.dumps(note, indent=1, sort_keys=True).encode())
+    shutil.rmtree(final, ignore_errors=True)
+    work.rename(final)
+    for old in sorted(_complete(folder))[:-KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(folder: Path, recipe: Recipe) -> tuple[int, Path] | None:
+    """The newest checkpoint that is whole, or None if there is none at all.
+
+    Raises CheckpointError if the recipe differs from the one that the run began with, or if
+    checkpoints exist but all of them are damaged.
+    """
+    found = sorted(_complete(folder), reverse=True)
+    problems: list[str] = []
+    for path in found:
+        try:
+            note = json.loads((path / "checkpoint.json").read_bytes())
+            if note["version"] != VERSION:
+                raise CheckpointError(f"format {note['version']} is not {VERSION}")
+            for name, digest in note["files"].items():
+                if _digest(path / name) != digest:
+                    raise CheckpointError(f"{name} was changed or is damaged")
+        except (OSError, ValueError, KeyError, TypeError, CheckpointError) as problem:
+            problems.append(f"{path}: {problem}")
+            continue
+        changed = recipe.changed(note["recipe"])
+        if changed:
+            raise CheckpointError(
+                f"{path} was written by another recipe: {', '.join(changed[:5])} "
+                f"{'differs' if len(changed) == 1 else 'differ'}. Resume with the recipe that the "
+                "run began with (recipe.yaml beside it), or start anew with another out."
+            )
+        return int(note["round"]), path
+    if problems:
+        raise CheckpointError("No checkpoint can be used:\n" + "\n".join(problems))
+    return None
+
+
+def read(path: Path, strategy: Strategy[Any], engine: LocalEngine) -> Any:
+    """Puts memories and tenancies back into an engine and returns the strategy's state."""
+    try:
+        for file in sorted((path / "clients").iterdir()):
+            engine.memories[unquote(file.stem)] = Memory.load(file)
+        for file in sorted((path / "tenants").iterdir()):
+            client, parcel = unquote(file.stem), load(file)
+            facts = cast("dict[str, Any]", parcel.facts)
+            a, b, labels, rank = facts["seat"]
+            engine.tenants.join(client, Seat(Cut(a, b), labels, rank=rank), {})
+            _restore(engine.tenants[client].slots, parcel)
+        _restore(engine.tenants.shared, load(path / "shared.parcel"))
+        return decode_state(load(path / "state.parcel"), strategy)
+    except (OSError, KeyError, ValueError, ParcelError) as problem:
+        raise CheckpointError(f"{path} cannot be resumed: {problem}") from problem
+
+
+# ---- state of a strategy as data
+
+
+def encode_state(state: Any) -> Parcel:
+    """Dataclasses, mappings, sequences, tensors and JSON values as one parcel."""
+    tensors: Tensors = {}
+
+    def plain(value: Any) -> JSON:
+        if isinstance(value, Tensor):
+            tensors[str(len(tensors))] = value
+            return {"$tensor": str(len(tensors) - 1)}
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            held = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return {"$class": type(value).__name__, "fields": held}
+        if isinstance(value, Mapping):
+            rows = cast("Mapping[Any, Any]", value)
+            return {"$map": [[plain(k), plain(v)] for k, v in rows.items()]}
+        if isinstance(value, tuple | list):
+            rows = cast("list[Any]", value)
+            mark = "$tuple" if isinstance(value, tuple) else "$list"
+            return {mark: [plain(v) for v in rows]}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise CheckpointError(
+            f"A strategy's state holds a {type(value).__name__}. State is data: dataclasses, "
+            "mappings, sequences, tensors and plain values."
+        )
+
+    skeleton = plain(state)
+    return Parcel(tensors=tensors, facts={"state": skeleton})
+
+
+def decode_state(parcel: Parcel, strategy: Strategy[Any]) -> Any:
+    """The state that ``encode_state`` wrote; its classes come from the strategy's own module."""
+    module = vars(sys.modules[type(strategy).__module__])
+
+    def full(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        held = cast("Mapping[str, Any]", value)
+        if "$tensor" in held:
+            return parcel.tensors[held["$tensor"]]
+        if "$map" in held:
+            return {full(k): full(v) for k, v in held["$map"]}
+        if "$tuple" in held:
+            return tuple(full(v) for v in held["$tuple"])
+        if "$list" in held:
+            return [full(v) for v in held["$list"]]
+        made = module.get(held["$class"])
+        if not dataclasses.is_dataclass(made):
+            raise CheckpointError(f'The method has no state class "{held["$class"]}".')
+        return cast("Any", made)(**{k: full(v) for k, v in held["fields"].items()})
+
+    return full(parcel.facts["state"])
+
+
+# ---- inside
+
+
+def _tenancy(slots: Slots, seat: Seat | None) -> Parcel:
+    facts: dict[str, JSON] = {"steps": dict(slots.steps)}
+    if seat is not None:
+        facts["seat"] = [seat.cut.front, seat.cut.back, seat.labels, seat.rank]
+    return Parcel(slots.values, facts=facts)
+
+
+def _restore(slots: Slots, parcel: Parcel) -> None:
+    slots.values = {slot: dict(held) for slot, held in parcel.adapters.items()}
+    steps = cast("dict[str, int]", parcel.facts["steps"])
+    slots.steps = dict(steps)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _complete(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,250 @@
+"""What a client has while it works, and ``fit``, the only training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flexp.client.memory import Memory
+from flexp.client.session import Session
+from flexp.data.shards import Shard
+from flexp.data.tasks import Batch, Task
+from flexp.dice import Dice
+from flexp.errors import AdapterError
+from flexp.model.cut import Seat
+from flexp.model.personal import PersonalModel
+from flexp.model.slots import Assign, Dot, Grad, Op, Pull, SlotSpec, Step
+from flexp.parcel import JSON, Facts, Parcel
+from flexp.tensors import (
+    ALL,
+    BlockScalars,
+    Mix,
+    Tensors,
+    Term,
+    Wear,
+    Where,
+    add_blocks,
+    select,
+    slots_of,
+    total,
+)
+
+LossFn = Callable[[PersonalModel, Batch], Tensor]
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class Drag:
+    """A proximal term of ``fit``: pulls what trains towards slot ``to``.
+
+    Adds ``weight / 2 * |slot - to|^2`` to the loss, on tensors or on LoRA products.
+    """
+
+    to: str
+    weight: float
+    where: Where = ALL
+    form: Literal["factors", "product"] = "factors"
+
+
+@dataclass
+class Desk:
+    """A client at work: its seat, model, shard, memory and dice. Raw rows never leave it."""
+
+    client: str
+    seat: Seat
+    model: PersonalModel
+    shard: Shard
+    task: Task
+    memory: Memory
+    dice: Dice
+    session: Session
+    specs: Mapping[str, SlotSpec]
+    batch: int = 8
+    epochs: int | None = None
+    steps: int | None = None
+    clip_norm: float | None = None
+    counter: int = 0
+    rows: int = 0
+
+    def batches(
+        self,
+        *,
+        steps: int | None = None,
+        epochs: int | None = None,
+        size: int | None = None,
+        split: Split = "train",
+    ) -> Iterator[Batch]:
+        """Shuffled batches: that many steps over repeated passes, or whole epochs.
+
+        Without either, what the recipe says. The order depends on client and round alone.
+        """
+        if steps is None and epochs is None:
+            steps, epochs = self.steps, self.epochs
+        data = self.shard.split(split)
+        size = min(size or self.batch, len(data))
+        if steps is None:
+            for epoch in range(epochs or 1):
+                order = self.dice("epoch", n=epoch).shuffle(len(data))
+                for at in range(0, len(order), size):
+                    yield self.task.collate(data, order[at : at + size])
+            return
+        stream = (
+            i for epoch in _forever() for i in self.dice("epoch", n=epoch).shuffle(len(data))
+        )
+        for _ in range(steps):
+            yield self.task.collate(data, list(islice(stream, size)))
+
+    def fit(
+        self,
+        loss: LossFn | None = None,
+        *,
+        wear: Wear = "personal",
+        train: Mapping[str, Where] | Where = ALL,
+        add: Mix = (),
+        pull: Sequence[Drag] = (),
+        clip_norm: float | None = None,
+        batches: Iterator[Batch] | None = None,
+        steps: int | None = None,
+    ) -> Facts:
+        """Trains slots: gradient of the loss, plus ``add``, plus pulls, clipped, one step each.
+
+        ``train`` names slots and what of each moves; a bare ``Where`` means every slot of the
+        wear. The clip is by the global norm over near and far. A step whose loss or clipped norm
+        is not finite is skipped and counted. Returns loss (mean, nats), steps, skipped and rows.
+        """
+        chosen = {s: train for s in slots_of(wear)} if isinstance(train, Where) else dict(train)
+        clip = self.clip_norm if clip_norm is None else clip_norm
+        losses: list[float] = []
+        skipped = rows = 0
+        for batch in batches if batches is not None else self.batches(steps=steps):
+            self.counter += 1
+            with self.model.training(chosen, self.dice("dropout", step=self.counter)):
+                value = (
+                    self.model.loss(batch, wear) if loss is None else loss(self.model, batch)
+                )
+                grads = [f"{slot}@g" for slot in chosen]
+                self.grad(value, list(chosen), grads)
+            losses.append(float(value.detach()))
+            rows += batch.rows
+            self._bend(chosen, add, pull)
+            norm = self._norm(chosen) if clip is not None else 0.0
+            if math.isfinite(losses[-1]) and math.isfinite(norm):
+                scale = min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0
+                for slot, where in chosen.items():
+                    self.step(slot, scale=scale, where=where)
+            else:
+                skipped += 1
+        good = [x for x in losses if math.isfinite(x)]
+        mean = sum(good) / len(good) if good else None
+        return {"loss": mean, "steps": len(losses), "skipped": skipped, "rows": rows}
+
+    def _bend(self, chosen: Mapping[str, Where], add: Mix, pull: Sequence[Drag]) -> None:
+        for slot, where in chosen.items():
+            grad = f"{slot}@g"
+            if add:
+                self.assign(grad, (Term(grad), *add), where=where)
+            for drag in pull:
+                if drag.weight:
+                    both = where & drag.where
+                    self._apply(Pull(slot, drag.to, drag.weight, grad, both, drag.form))
+
+    def _norm(self, chosen: Mapping[str, Where]) -> float:
+        dots = [self.dot(f"{s}@g", f"{s}@g", where=w) for s, w in chosen.items()]
+        return math.sqrt(sum(total(d) for d in dots))
+
+    # ---- verbs: the same on both sides of the cut
+
+    def grad(self, loss: Tensor, of: Sequence[str], into: Sequence[str]) -> None:
+        """Differentiates a loss into slots, without a step; other slots' gradients are dropped."""
+        self.rows += self.model.rows
+        self.model.rows = 0
+        if loss.requires_grad:
+            loss.backward()
+        for slot, held in self.model.leaves.grads().items():
+            self.model.near.gather(slot, held)
+        self.model.leaves = type(self.model.leaves)()
+        self._apply(Grad(tuple(of), tuple(into)))
+        self.session.next_step()
+
+    def step(
+        self, slot: str, *, grad: str | None = None, scale: float = 1.0, where: Where = ALL
+    ) -> None:
+        """One optimizer step of a slot along a gradient slot."""
+        self._apply(Step(slot, grad or f"{slot}@g", scale, where))
+
+    def assign(
+        self,
+        slot: str,
+        mix: Mix,
+        *,
+        where: Where = ALL,
+        clip: tuple[float, float] | None = None,
+    ) -> None:
+        """``slot := mix`` where selected."""
+        plain = tuple(
+            Term(t.slot, float(t.coef.detach()) if isinstance(t.coef, Tensor) else t.coef, t.times)
+            for t in mix
+        )
+        self._apply(Assign(slot, plain, where, clip))
+
+    def dot(self, a: str, b: str, *, where: Where = ALL) -> BlockScalars:
+        """The inner product of two slots per block; ``tensors.total`` sums it."""
+        op = Dot(a, b, where)
+        near = self.model.near.do([op])[0]
+        return near if self.model.far is None else add_blocks(near, self.session.do([op])[-1])
+
+    def _apply(self, op: Op) -> None:
+        self.model.near.do([op])
+        if self.model.far is not None:
+            self.session.queue(op)
+
+    def score(self, wear: Wear = "personal", split: Split = "val") -> Facts:
+        """The task's metrics of a wear on a split of the client's own data."""
+        data = self.shard.split(split)
+        sums: dict[str, tuple[float, float]] = {}
+        with torch.no_grad():
+            for at in range(0, len(data), 64):
+                rows = range(at, min(at + 64, len(data)))
+                batch = self.task.collate(data, list(rows))
+                found = self.task.measure(self.model.logits(batch, wear), batch.labels)
+                for metric, (value, count) in found.items():
+                    held = sums.get(metric, (0.0, 0.0))
+                    sums[metric] = (held[0] + value, held[1] + count)
+        return dict(self.task.finish(sums))
+
+    def reply(
+        self,
+        *slots: str,
+        where: Where = ALL,
+        tensors: Mapping[str, Tensor] | None = None,
+        facts: Mapping[str, JSON] | None = None,
+    ) -> Parcel:
+        """What the client gives back: near tensors now, far ones by name (the server has them)."""
+        place = self.model.near.place
+        near = {s: select(self.model.near[s], where, place) for s in slots}
+        return Parcel(near, dict(tensors or {}), dict(facts or {}), dict.fromkeys(slots, where))
+
+    def whole(self, wear: Wear = "personal") -> Tensors:
+        """The adapter that a wear stands for, near and far together: what PEFT would load."""
+        if not isinstance(wear, str):
+            if not isinstance(wear, tuple):
+                raise AdapterError("A stacked or per-row wear is not one PEFT adapter.")
+            self.assign("export@tmp", wear)
+            wear = "export@tmp"
+        out = dict(self.model.near[wear])
+        if self.model.far is not None:
+            out |= self.session.fetch(wear, far=True)
+        return dict(sorted(out.items()))
+
+
+def _forever() -> Iterator[int]:
+    n = 0
+    while True:
+        yield n
+        n += 1

@@ -1,0 +1,141 @@
+"""A client's conversation with the server during one turn: keys, pending operations, egress."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from flexp.errors import LinkError
+from flexp.link.messages import (
+    Answer,
+    Backward,
+    Do,
+    Fetch,
+    Forward,
+    Join,
+    Leave,
+    Link,
+    Message,
+    Phase,
+    Put,
+    StepKey,
+    Submit,
+)
+from flexp.model.cut import Seat
+from flexp.model.personal import Ask
+from flexp.model.slots import Op, Optim
+from flexp.parcel import Parcel
+from flexp.privacy.egress import Egress
+from flexp.tensors import ALL, BlockScalars, Tensors, Where
+
+
+@dataclass
+class Session:
+    """One turn over a link. Operations wait and ride on the next forward, or go alone."""
+
+    link: Link
+    egress: Egress
+    run: str
+    round: int
+    wave: int
+    step: int = 0
+    call: int = 0
+    waiting: list[Op] = field(default_factory=list[Op])
+
+    def _key(self, phase: Phase, call: int | None = None) -> StepKey:
+        if call is None:
+            self.call += 1
+            call = self.call
+        return StepKey(self.run, self.round, self.wave, self.step, call, phase)
+
+    def _send(self, message: Message) -> Answer:
+        self.egress.check(message.tensors())
+        return self.link.send(message)
+
+    def join(self, seat: Seat, optims: Mapping[str, Optim]) -> Answer:
+        """Takes the seat; the answer names what was offered."""
+        return self._send(Join(self._key("join"), seat, optims))
+
+    def fetch(self, slot: str, *, far: bool = False, where: Where = ALL) -> Tensors:
+        """Near tensors of an offered slot, or the client's own far tensors of one."""
+        self.flush()
+        answer = self._send(Fetch(self._key("fetch"), slot, far, where))
+        stem = f"slot/{slot}/"
+        return {k.removeprefix(stem): v for k, v in answer.tensors.items()}
+
+    def put(self, slot: str, values: Mapping[str, Tensor]) -> None:
+        """Hands tensors of blocks that have become far to the tenancy."""
+        self.flush()
+        self._send(Put(self._key("put"), slot, values))
+
+    def forward(
+        self, ask: Ask, hidden: Tensor, coefs: Sequence[Tensor], *, keep: bool
+    ) -> tuple[int, Tensor]:
+        """One far forward; waiting operations run before it."""
+        key = self._key("forward")
+        ops, self.waiting = tuple(self.waiting), []
+        message = Forward(
+            key,
+            ask.wear,
+            ask.train,
+            ask.until,
+            hidden,
+            tuple(coefs),
+            ask.shapes,
+            ask.mask,
+            ask.labels,
+            ask.dropout,
+            keep,
+            ops,
+        )
+        return key.call, self._send(message).tensors[ask.until]
+
+    def backward(
+        self, call: int, grad: Tensor, *, hidden: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The far backward of a kept forward: the hidden state's gradient and the coefficients'."""
+        answer = self._send(Backward(self._key("backward", call), grad, hidden))
+        count = sum(1 for k in answer.tensors if k.startswith("coef/"))
+        return answer.tensors.get("grad"), [answer.tensors[f"coef/{n}"] for n in range(count)]
+
+    def queue(self, op: Op) -> None:
+        """Lets an operation ride on the next forward."""
+        self.waiting.append(op)
+
+    def do(self, ops: Sequence[Op]) -> tuple[BlockScalars, ...]:
+        """Runs waiting operations and these now, and returns the answers of their dots."""
+        out, self.waiting = (*self.waiting, *ops), []
+        return self._send(Do(self._key("do"), out)).scalars
+
+    def flush(self) -> None:
+        """Runs waiting operations now."""
+        if self.waiting:
+            self.do(())
+
+    def next_step(self) -> None:
+        """Begins the next step: answers of the steps before are no longer needed."""
+        self.step += 1
+
+    def submit(self, reply: Parcel) -> None:
+        """Hands in the reply of the turn."""
+        self.flush()
+        key = self._key("submit")
+        self._send(Submit(key, reply.adapters, reply.far, reply.tensors, reply.facts))
+
+    def leave(self) -> None:
+        """Ends the turn."""
+        self.flush()
+        self._send(Leave(self._key("leave")))
+
+
+class NoServer:
+    """Stands where the server would be, for a model that needs none and must not call one."""
+
+    def send(self, message: Message) -> Answer:
+        """Raises LinkError: nothing may cross."""
+        raise LinkError(f"A client without a server tried to send {type(message).__name__}.")
+
+    def close(self) -> None:
+        """Nothing to close."""

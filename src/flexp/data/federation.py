@@ -1,0 +1,149 @@
+"""From a recipe's data part to a shard per client, checked before anything else starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from flexp.data import partition
+from flexp.data.columns import label_names, label_of
+from flexp.data.examples import Examples, Shard
+from flexp.data.shards import check
+from flexp.data.sources import Row
+from flexp.data.tasks import CausalLM, Classification, Task
+from flexp.dice import Dice
+from flexp.errors import DataError
+from flexp.recipe import DataRecipe, TaskRecipe
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Everybody's shards, the task they share, and what was noticed about the data."""
+
+    shards: Mapping[str, Shard]
+    task: Task
+    findings: tuple[str, ...]
+    skew: float | None
+
+
+def make_task(
+    recipe: TaskRecipe,
+    data: DataRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: tuple[str, ...],
+) -> Task:
+    """The task of a recipe."""
+    if recipe.kind == "classification":
+        return Classification(labels, tokenizer, data.text, data.label, recipe.max_length)
+    return CausalLM(tokenizer, data.text, data.prompt, recipe.max_length)
+
+
+def labels_of(rows: Sequence[Row], task: TaskRecipe, data: DataRecipe) -> tuple[str, ...]:
+    """The label names of a classification: the recipe's, else those of the rows."""
+    if task.kind != "classification":
+        return ()
+    return task.labels or label_names(rows, data.label)
+
+
+def federate(
+    rows: Sequence[Row],
+    data: DataRecipe,
+    task_recipe: TaskRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    dice: Dice,
+) -> Federation:
+    """Shards of all clients. Raises DataError for rows and partitions that cannot be used."""
+    labels = labels_of(rows, task_recipe, data)
+    task = make_task(task_recipe, data, tokenizer, labels)
+    parts = divide(rows, data, task_recipe, dice)
+    encoded = task.encode(rows)
+    shards = {
+        client: _shard(rows, encoded, _capped(held, data, dice, client), data, dice, client)
+        for client, held in parts.items()
+    }
+    findings = check(shards, task, one_class=data.one_class)
+    skew = None
+    if labels:
+        skew = partition.skew([label_of(row, data.label) for row in rows], parts)
+    return Federation(shards, task, tuple(findings), skew)
+
+
+def divide(
+    rows: Sequence[Row], data: DataRecipe, task: TaskRecipe, dice: Dice
+) -> dict[str, list[int]]:
+    """Row numbers by client."""
+    stream = dice("partition").generator()
+    column = data.client or ("client" if rows and "client" in rows[0].fields else None)
+    kind = data.partition
+    if kind == "auto":
+        kind = "column" if column else "iid"
+    if kind == "column":
+        if column is None:
+            raise DataError('data.partition "column" needs data.client, the column of clients.')
+        return partition.by_column([_cell(row, column) for row in rows])
+    if kind == "iid":
+        return partition.iid(len(rows), data.clients, stream)
+    if kind == "quantity":
+        return partition.quantity(len(rows), data.clients, data.alpha, stream, minimum=data.minimum)
+    if task.kind != "classification":
+        raise DataError(f'data.partition "{kind}" needs labels. Use column, iid or quantity.')
+    names = [label_of(row, data.label) for row in rows]
+    if kind == "dirichlet":
+        return partition.dirichlet(names, data.clients, data.alpha, stream, minimum=data.minimum)
+    if kind == "shards":
+        return partition.shards(names, data.clients, data.per_client, stream)
+    groups = [str(_cell(row, data.group or "")) for row in rows]
+    each = data.rows or len(rows) // data.clients
+    return partition.label_skew(names, groups, data.clients, each, data.alpha, stream)
+
+
+def label_table(federation: Federation) -> list[tuple[str, int, int, int, dict[str, int]]]:
+    """Client, rows of train, validation and test, and how often each label is in train."""
+    task = federation.task
+    out: list[tuple[str, int, int, int, dict[str, int]]] = []
+    for client, shard in federation.shards.items():
+        counts: dict[str, int] = {}
+        if isinstance(task, Classification):
+            found = Counter(label for label in shard.train.labels if isinstance(label, int))
+            counts = {name: found.get(n, 0) for n, name in enumerate(task.labels)}
+        out.append((client, len(shard.train), len(shard.val), len(shard.test), counts))
+    return out
+
+
+def _cell(row: Row, column: str) -> str | int | float | bool | None:
+    if column not in row.fields:
+        known = ", ".join(row.fields)
+        raise DataError(f'{row.origin}: no column "{column}". Columns here: {known}.')
+    return row.fields[column]
+
+
+def _capped(held: list[int], data: DataRecipe, dice: Dice, client: str) -> list[int]:
+    if data.rows is None or len(held) <= data.rows:
+        return held
+    return [held[n] for n in dice("rows", client=client).choose(len(held), data.rows)]
+
+
+def _shard(
+    rows: Sequence[Row],
+    encoded: Examples,
+    held: list[int],
+    data: DataRecipe,
+    dice: Dice,
+    client: str,
+) -> Shard:
+    if held and all("split" in rows[n].fields for n in held):
+        found = {name: [n for n in held if rows[n].fields["split"] == name] for name in _SPLITS}
+        train, val, test = (found[name] for name in _SPLITS)
+    else:
+        stream = dice("split", client=client).generator()
+        try:
+            train, val, test = partition.split(held, data.split, stream)
+        except DataError as problem:
+            raise DataError(f'Client "{client}": {problem}') from problem
+    return Shard(encoded.pick(train), encoded.pick(val), encoded.pick(test))
+
+
+_SPLITS = ("train", "validation", "test")

@@ -1,0 +1,247 @@
+"""Tasks: rows to batches, losses and metrics; the only place that knows a tokenizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from flexp.data.columns import is_integer, label_names, label_of, text_of
+from flexp.data.examples import IGNORED, Batch, Example, Examples, Shard, Side, Split, pad
+from flexp.data.sources import Row
+from flexp.errors import DataError, nearest
+
+Sums = Mapping[str, tuple[float, float]]  # metric -> sum, count; added over batches and clients
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "CausalLM",
+    "Classification",
+    "Examples",
+    "Shard",
+    "Side",
+    "Split",
+    "Sums",
+    "Task",
+    "label_names",
+]
+
+
+class Task(Protocol):
+    """What a model is fine-tuned for: encoding, loss and metrics of one kind of row.
+
+    ``encode`` raises DataError with the origin of a bad row; ``collate`` pads the examples at these
+    places to the longest of them; ``loss`` is a mean in nats; ``measure`` gives sum and count of
+    every metric in a batch, and ``finish`` the metrics of added sums: what was never counted is
+    absent, not 0.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def higher_is_better(self) -> bool: ...
+    def encode(self, rows: Sequence[Row]) -> Examples: ...
+    def collate(self, examples: Examples, indices: Sequence[int]) -> Batch: ...
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor: ...
+    def measure(self, logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]: ...
+    def finish(self, sums: Sums) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One of a few labels for a text; the logits are [B, labels]."""
+
+    labels: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase
+    text: str = "text"
+    label: str = "label"
+    max_length: int = 128
+    side: Side = "right"
+    name: Literal["classification"] = field(default="classification", init=False)
+    metric: Literal["accuracy"] = field(default="accuracy", init=False)
+    higher_is_better: Literal[True] = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        _positive(self.max_length)
+        if len(set(self.labels)) < max(2, len(self.labels)):
+            raise DataError(f"Labels {self.labels}: classification needs two or more, each once.")
+
+    def encode(self, rows: Sequence[Row]) -> Examples:
+        """Label names, or places 0 to n-1 unless the names are numbers themselves."""
+        texts = [text_of(row, self.text) for row in rows]
+        labels = tuple(self._index(row) for row in rows)
+        ids = _tokens(self.tokenizer, texts, whole=True, max_length=self.max_length)
+        return Examples(ids, labels, tuple(row.origin for row in rows))
+
+    def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
+        picked = examples.pick(indices)
+        labels = torch.tensor(picked.labels, dtype=torch.int64)
+        return Batch(pad(picked.ids, _filler(self.tokenizer), self.side), labels)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(_wide(logits), labels)
+
+    def measure(self, logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
+        return _counted(_wide(logits), labels)
+
+    def finish(self, sums: Sums) -> dict[str, float]:
+        return _means(sums)
+
+    def _index(self, row: Row) -> int:
+        value = label_of(row, self.label)
+        if value in self.labels:
+            return self.labels.index(value)
+        named = not any(is_integer(label) for label in self.labels)
+        if named and is_integer(value):
+            if 0 <= int(value) < len(self.labels):
+                return int(value)
+            places = ", ".join(f"{at} {label}" for at, label in enumerate(self.labels))
+            raise DataError(
+                f"{row.origin}: label out of range: {value} in column "
+                f'"{self.label}". There are {len(self.labels)} labels ({places}): correct the row.'
+            )
+        raise DataError(
+            f'{row.origin}: "{value}" in column "{self.label}" is not one of the '
+            f"{len(self.labels)} labels. {nearest(value, self.labels)} "
+            "Correct the row, or name the label in the recipe."
+        )
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """The next token of a text, after a prompt that is not learned; the logits are [B, T, V]."""
+
+    tokenizer: PreTrainedTokenizerBase
+    text: str = "text"
+    prompt: str | None = None  # column
+    max_length: int = 128
+    side: Side = "right"
+    name: Literal["causal-lm"] = field(default="causal-lm", init=False)
+    metric: Literal["perplexity"] = field(default="perplexity", init=False)
+    higher_is_better: Literal[False] = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        _positive(self.max_length)
+
+    def encode(self, rows: Sequence[Row]) -> Examples:
+        """Prompt, text and end of text; too long an example loses the start of its prompt first."""
+        texts = _tokens(self.tokenizer, [text_of(row, self.text) for row in rows])
+        column = self.prompt
+        before = [text_of(row, column, empty=True) if column else "" for row in rows]
+        prompts = _tokens(self.tokenizer, before)
+        pairs: list[tuple[Example, Example]] = []
+        begin, end = _begin(self.tokenizer), _only(self.tokenizer.eos_token_id)
+        for row, prompt, text in zip(rows, prompts, texts, strict=True):
+            ids, labels = self._joined(begin, prompt, (*text, *end))
+            if all(label == IGNORED for label in labels[1:]):
+                raise DataError(
+                    f'{row.origin}: column "{self.text}" has no token to predict from another. '
+                    "Lengthen the text, or remove the row."
+                )
+            pairs.append((ids, labels))
+        origins = tuple(row.origin for row in rows)
+        return Examples(tuple(ids for ids, _ in pairs), tuple(of for _, of in pairs), origins)
+
+    def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
+        picked = examples.pick(indices)
+        labels = pad(cast("tuple[Example, ...]", picked.labels), IGNORED, self.side)["input_ids"]
+        return Batch(pad(picked.ids, _filler(self.tokenizer), self.side), labels)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        flat, targets = _shifted(logits, labels)
+        return functional.cross_entropy(_wide(flat), targets, ignore_index=IGNORED)
+
+    def measure(self, logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
+        flat, targets = _shifted(logits, labels)
+        wanted = targets != IGNORED
+        return _counted(_wide(flat[wanted]), targets[wanted])
+
+    def finish(self, sums: Sums) -> dict[str, float]:
+        means = _means(sums)
+        if "loss" in means:
+            loss = means["loss"]
+            means["perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        return means
+
+    def _joined(self, begin: Example, prompt: Example, text: Example) -> tuple[Example, Example]:
+        room = self.max_length - len(begin)
+        # The text keeps half of the room, so that a long prompt cannot leave nothing to learn.
+        kept = text[: max(room - len(prompt), (room + 1) // 2)]
+        before = (*begin, *prompt[max(0, len(prompt) - (room - len(kept))) :])
+        labels = (*(IGNORED for _ in before), *kept)
+        return (*before, *kept), labels
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    whole: bool = False,
+    max_length: int | None = None,
+) -> tuple[Example, ...]:
+    """Token ids; a special token spelled out in a text is text and commands nothing."""
+    if not texts:
+        return ()
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=whole,
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        split_special_tokens=True,
+        verbose=False,
+    )
+    return tuple(tuple(ids) for ids in cast("list[list[int]]", encoded["input_ids"]))
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase) -> Example:
+    """The token that this tokenizer puts before every text, when it does."""
+    (plain,), (full,) = _tokens(tokenizer, ["a"]), _tokens(tokenizer, ["a"], whole=True)
+    begin = _only(tokenizer.bos_token_id)
+    return begin if begin and full[: 1 + len(plain)] == (*begin, *plain) else ()
+
+
+def _only(token: Any) -> Example:
+    return (token,) if isinstance(token, int) else ()
+
+
+def _filler(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id at padding, which the attention mask hides."""
+    return (*_only(tokenizer.pad_token_id), *_only(tokenizer.eos_token_id), 0)[0]
+
+
+def _positive(max_length: int) -> None:
+    if max_length < 4:
+        raise DataError(f"max_length is {max_length}. Set it to 4 or more.")
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least single precision: a softmax over a vocabulary is wrong in half."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [BT, V] against the token after each; moving the logits would copy them."""
+    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return logits.flatten(0, 1), targets.flatten()
+
+
+def _counted(logits: Tensor, targets: Tensor) -> dict[str, tuple[float, float]]:
+    loss = functional.cross_entropy(logits, targets, reduction="none").double().sum()
+    right = (logits.argmax(-1) == targets).sum()
+    count = float(targets.numel())
+    return {"loss": (loss.item(), count), "accuracy": (float(right.item()), count)}
+
+
+def _means(sums: Sums) -> dict[str, float]:
+    return {metric: total / count for metric, (total, count) in sums.items() if count > 0}

@@ -1,0 +1,56 @@
+"""What every engine takes and gives: assignments, arrivals, and failures that end no round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from flexp.link.metered import Ledger
+from flexp.model.cut import Seat
+from flexp.parcel import Parcel
+from flexp.strategies.base import ClientId, Strategy, Turn
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One client's place in a wave: who, where it sits, and what it is offered."""
+
+    client: ClientId
+    seat: Seat
+    offer: Parcel
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a client gave no reply."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A reply, or a failure; never both. ``rows`` were trained on, as far as the server saw."""
+
+    client: ClientId
+    reply: Parcel | None = None
+    failure: Failure | None = None
+    rows: int = 0
+    seconds: float = 0.0
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+class Engine(Protocol):
+    """Runs ``train`` of a wave of clients somewhere."""
+
+    def run(
+        self, strategy: Strategy[Any], work: Iterable[Assignment], turn: Turn
+    ) -> Iterator[Arrival]:
+        """Arrivals, in the order in which their results count."""
+        ...
+
+
+def replies(arrivals: Iterable[Arrival]) -> Mapping[ClientId, Parcel]:
+    """The replies by client, in order of client ids."""
+    found = {a.client: a.reply for a in arrivals if a.reply is not None}
+    return dict(sorted(found.items()))

@@ -1,0 +1,88 @@
+"""Writes a personal adapter as a PEFT folder that any PEFT tool opens, and reads one back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+from flexp.errors import ExportError
+from flexp.model.adapter import Kind, Prompt, peft_config
+from flexp.model.backbone import PEFT_TASK, Backbone, bare
+from flexp.parcel import write_atomic
+from flexp.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an adapter needs beside its tensors to be used: its backbone and its labels."""
+
+    base: str
+    task: str
+    labels: tuple[str, ...] = ()
+    max_length: int = 128
+    revision: str | None = None
+
+
+def write(
+    folder: Path, adapter: Tensors, backbone: Backbone, kind: Kind, card: Card, *, rank: int | None
+) -> None:
+    """A PEFT folder: adapter_model.safetensors, adapter_config.json, and flexp.json.
+
+    Raises ExportError if the kind is not one PEFT adapter on this model.
+    """
+    if isinstance(kind, Prompt) and backbone.head:
+        raise ExportError("PEFT has no prompt adapter with a trained head. Use a LoRA adapter.")
+    config = peft_config(
+        kind,
+        PEFT_TASK[backbone.task],
+        bare(backbone.config, backbone.task).model,
+        backbone.blocks_path,
+        backbone.head,
+        rank,
+    )
+    config.base_model_name_or_path = card.base
+    config.revision = card.revision
+    config.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    flat = {k: v.detach().cpu().contiguous().clone() for k, v in adapter.items()}
+    write_atomic(folder / "adapter_model.safetensors", to_bytes(flat, {"format": "pt"}))
+    note: Mapping[str, Any] = {
+        "base": card.base,
+        "revision": card.revision,
+        "task": card.task,
+        "labels": list(card.labels),
+        "max_length": card.max_length,
+    }
+    write_atomic(folder / "flexp.json", json.dumps(note, indent=1).encode())
+
+
+def card_of(folder: Path) -> Card:
+    """The card of an exported adapter; ExportError if the folder has none."""
+    try:
+        note = json.loads((folder / "flexp.json").read_text(encoding="utf-8"))
+        return Card(
+            note["base"], note["task"], tuple(note["labels"]), note["max_length"], note["revision"]
+        )
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise ExportError(
+            f"{folder} is not an adapter that flexp wrote: {problem}. "
+            "Give the folder of one client, as runs/NAME/adapters/CLIENT."
+        ) from problem
+
+
+def open_with_peft(model: nn.Module, folder: Path) -> nn.Module:
+    """The model wearing an exported adapter, by PEFT alone; safetensors only."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        # PEFT would fall back to a pickle here.
+        raise ExportError(f"{folder} has no adapter_model.safetensors.")
+    with torch.no_grad():
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()  # pyright: ignore

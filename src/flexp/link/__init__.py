@@ -1,0 +1,1 @@
+"""The way from near to far: messages, and the links that carry them."""

@@ -1,0 +1,72 @@
+"""A link that keeps a ledger of every tensor that crosses another link, both ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from flexp.link.messages import Answer, Link, Message
+
+Way = Literal["up", "down"]
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """One tensor that crossed: ``way`` "up" leaves the client, "down" reaches it."""
+
+    way: Way
+    phase: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass
+class Ledger:
+    """Bytes and messages of one client, in total and per kind of tensor."""
+
+    sent: int = 0
+    received: int = 0
+    messages: int = 0
+    kinds: dict[tuple[Way, str], int] = field(default_factory=dict[tuple[Way, str], int])
+    names: dict[tuple[Way, str], int] = field(default_factory=dict[tuple[Way, str], int])
+    crossings: list[Crossing] | None = None
+
+    def note(self, way: Way, phase: str, name: str, tensor: Tensor) -> None:
+        """Counts one tensor, payload bytes only."""
+        size = tensor.numel() * tensor.element_size()
+        if way == "up":
+            self.sent += size
+        else:
+            self.received += size
+        kind = name.split("/", 1)[0]
+        self.kinds[way, kind] = self.kinds.get((way, kind), 0) + size
+        self.names[way, name] = self.names.get((way, name), 0) + size
+        if self.crossings is not None:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            self.crossings.append(Crossing(way, phase, name, dtype, tuple(tensor.shape), size))
+
+
+@dataclass(frozen=True)
+class MeteredLink:
+    """Counts what crosses ``inner``; ``crossings`` in the ledger also keeps each tensor's row."""
+
+    inner: Link
+    ledger: Ledger
+
+    def send(self, message: Message) -> Answer:
+        """Delivers one message, counting it and its answer."""
+        self.ledger.messages += 1
+        for name, tensor in message.tensors().items():
+            self.ledger.note("up", message.key.phase, name, tensor)
+        answer = self.inner.send(message)
+        for name, tensor in answer.tensors.items():
+            self.ledger.note("down", message.key.phase, name, tensor)
+        return answer
+
+    def close(self) -> None:
+        """Closes the link inside."""
+        self.inner.close()

@@ -1,0 +1,216 @@
+"""Kinds of adapters: which tensors each adds, under PEFT's names, and how they begin.
+
+PEFT resolves targets and names on a skeleton without weights, so the layout of an adapter is known
+before anything is downloaded. The forward is ours (``worn.py``); PEFT's is the test oracle.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import peft
+import torch
+from peft.utils import constants
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from flexp.dice import Dice
+from flexp.errors import AdapterError, nearest
+from flexp.model.worn import PREFIX
+from flexp.tensors import Tensors
+
+Layout = Mapping[str, tuple[int, ...]]
+
+_LORA_TABLE = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+_IA3_TABLE = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+_IA3_FEEDFORWARD = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank pairs on linear maps (Hu et al. 2021), with DoRA's magnitudes if ``dora``.
+
+    ``targets`` are module names as PEFT takes them; empty leaves the choice to PEFT's table, and
+    to all linear maps of the blocks where the table does not know the model. The leaves of the
+    head that the checkpoint lacks are trained with it, as in PEFT's ``modules_to_save``.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    dora: bool = False
+    head: bool = True
+
+
+@dataclass(frozen=True)
+class Ia3:
+    """Learned scales of activations (Liu et al. 2022); targets and feed-forward ones as in PEFT."""
+
+    targets: tuple[str, ...] = ()
+    feedforward: tuple[str, ...] = ()
+    head: bool = True
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``tokens`` learned embeddings in front of the input (Lester et al. 2021); always near."""
+
+    tokens: int = 8
+    head: bool = True
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The named modules themselves, trained in full (a few layers, not a whole model)."""
+
+    targets: tuple[str, ...]
+    head: bool = True
+
+
+@dataclass(frozen=True)
+class Head:
+    """Only the head's leaves that the checkpoint lacks."""
+
+
+Kind = Lora | Ia3 | Prompt | Dense | Head
+
+
+def peft_config(
+    kind: Kind, task: str, net: nn.Module, blocks: str, head: tuple[str, ...], rank: int | None = None
+) -> Any:
+    """The PEFT configuration of a kind on a model (a skeleton will do).
+
+    ``task`` is PEFT's task type, ``blocks`` the path of the block list, ``head`` module paths.
+    Raises AdapterError if a target is not in the blocks.
+    """
+    saved = list(head) if getattr(kind, "head", True) and head else None
+    if isinstance(kind, Lora):
+        targets, transposed = _targets(net, blocks, kind.targets, _LORA_TABLE)
+        return peft.LoraConfig(
+            task_type=task,
+            r=rank or kind.rank,
+            lora_alpha=kind.alpha,  # pyright: ignore[reportArgumentType]
+            lora_dropout=kind.dropout,
+            target_modules=targets,
+            use_dora=kind.dora,
+            modules_to_save=saved,
+            fan_in_fan_out=transposed,
+        )
+    if isinstance(kind, Ia3):
+        targets, transposed = _targets(net, blocks, kind.targets, _IA3_TABLE)
+        table = _IA3_FEEDFORWARD.get(_type_of(net), []) if not kind.targets else []
+        return peft.IA3Config(
+            task_type=task,
+            target_modules=targets,
+            feedforward_modules=sorted(kind.feedforward) or sorted(table),
+            modules_to_save=saved,
+            fan_in_fan_out=transposed,
+        )
+    if isinstance(kind, Prompt):
+        return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=kind.tokens)
+    paths = list(kind.targets) if isinstance(kind, Dense) else []
+    # PEFT has no method without an adapter: a pair on nothing beside the saved modules.
+    return peft.LoraConfig(
+        task_type=task, r=1, target_modules=[], modules_to_save=[*paths, *(saved or ())]
+    )
+
+
+def _type_of(net: nn.Module) -> str:
+    return str(getattr(cast(Any, net).config, "model_type", ""))
+
+
+def _targets(
+    net: nn.Module, blocks: str, wanted: tuple[str, ...], table: Mapping[str, list[str]]
+) -> tuple[list[str] | str, bool]:
+    """Target modules for PEFT, all of them inside blocks, and whether they are transposed.
+
+    Names come from the recipe, else from PEFT's table, else all linear maps of the blocks. They
+    stay a list unless a name also occurs outside the blocks; then a pattern confines it.
+    """
+    maps = {p: m for p, m in net.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    inside = [p for p in maps if p.startswith(f"{blocks}.")]
+    names = list(wanted) or table.get(_type_of(net), [])
+    names = names or sorted({p.rpartition(".")[2] for p in inside})
+    hits = {n: [p for p in maps if p == n or p.endswith(f".{n}")] for n in names}
+    for name, paths in hits.items():
+        if wanted and not set(paths) & set(inside):
+            known = sorted({p.rpartition(".")[2] for p in inside})
+            raise AdapterError(
+                f'adapter.targets: no linear map "{name}" in the blocks. {nearest(name, known)}'
+            )
+    used = [p for paths in hits.values() for p in paths]
+    transposed = any(isinstance(maps[p], Conv1D) for p in used)
+    if set(used) <= set(inside):
+        return sorted(names), transposed
+    choice = "|".join(re.escape(n) for n in sorted(names))
+    return rf"{re.escape(blocks)}\.\d+\.(?:.*\.)?(?:{choice})", transposed
+
+
+def layout(
+    net: nn.Module, kind: Kind, blocks: str, head: tuple[str, ...], rank: int | None = None
+) -> Layout:
+    """Names and shapes of a kind's tensors on a skeleton, which is used up by this.
+
+    Raises AdapterError if there is nothing to train.
+    """
+    out: dict[str, tuple[int, ...]] = {}
+    paths = [*(kind.targets if isinstance(kind, Dense) else ())]
+    paths += head if getattr(kind, "head", True) else ()
+    modules = dict(net.named_modules())
+    for path in paths:
+        if path not in modules:
+            raise AdapterError(f'The model has no module "{path}" to train. Check adapter.targets.')
+        for leaf, value in modules[path].named_parameters():
+            out[f"{PREFIX}{path}.{leaf}"] = tuple(value.shape)
+    if isinstance(kind, Prompt):
+        weight = getattr(cast(Any, net).get_input_embeddings(), "weight", None)
+        if weight is None or weight.dim() != 2:
+            raise AdapterError("A prompt needs a model that reads token ids. Use a LoRA adapter.")
+        out["prompt_embeddings"] = (kind.tokens, int(weight.shape[1]))
+    elif isinstance(kind, Lora | Ia3):
+        config = peft_config(kind, "FEATURE_EXTRACTION", net, blocks, (), rank)
+        peft.inject_adapter_in_model(config, net)
+        for name, value in net.named_parameters():
+            if ".lora_" in name or ".ia3_" in name:
+                plain = name.replace(".default", "").replace("_vector.weight", "_vector")
+                out[PREFIX + plain] = tuple(value.shape)
+    if not out:
+        raise AdapterError("This adapter has nothing to train on this model. Use a LoRA adapter.")
+    return dict(sorted(out.items()))
+
+
+def initial(shapes: Layout, kind: Kind, dice: Dice, base: Mapping[str, Tensor]) -> Tensors:
+    """The tensors that every client and the server begin with: the pretrained model, unchanged.
+
+    LoRA's A is Kaiming-uniform from a stream per name (so it does not depend on which blocks are
+    loaded), B zero; scales are one; direct parameters copy the backbone's, given in ``base``.
+    """
+    out: Tensors = {}
+    for name, shape in shapes.items():
+        path = name.removeprefix(PREFIX)
+        if ".lora_A." in name:
+            value = torch.empty(shape)
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=_stream(dice, name))
+        elif ".lora_B." in name:
+            value = torch.zeros(shape)
+        elif name.endswith(".ia3_l"):
+            value = torch.ones(shape)
+        elif name.endswith(".lora_magnitude_vector"):
+            value = base[path.replace(".lora_magnitude_vector", ".weight")]
+            value = value if value.shape[0] == shape[0] else value.T
+            value = torch.linalg.norm(value.float(), dim=1)
+        elif name == "prompt_embeddings":
+            value = torch.empty(shape).normal_(generator=_stream(dice, name)) * 0.02
+        else:
+            value = base[path].detach().float().clone()
+        out[name] = value
+    return out
+
+
+def _stream(dice: Dice, name: str) -> torch.Generator:
+    return dice("adapter", name=name).generator()

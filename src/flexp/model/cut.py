@@ -1,0 +1,151 @@
+"""Front, trunk and tail of an unmodified Hugging Face model, without a line for any family.
+
+Every block's ``forward`` is replaced *on the instance* by a ``Station``. A context variable says
+for the present forward where it starts, where it stops and what hidden state it is fed, so one
+model in memory serves all clients, all cuts and all threads. The model's own ``forward`` does the
+rest: masks, rotary tables, final norm, pooling and head are its own code on both sides of a cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from flexp.errors import CutError
+from flexp.model.worn import Worn
+from flexp.tensors import Place
+
+Labels = Literal["keep", "logits", "loss"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The client runs the first ``front`` blocks and the last ``back``; the server runs the rest."""
+
+    front: int
+    back: int = 0
+
+    def __str__(self) -> str:
+        return f"({self.front}, {self.back})"
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a client sits: its cut, who sees labels and logits, its models and its rank.
+
+    ``labels``: "keep" is the U-shape (tail, head, loss and labels at the client); the other two
+    are the V-shape, where the server also runs the tail and the head: with "logits" they come back
+    and loss and labels stay, with "loss" the labels travel and only the loss comes back.
+    """
+
+    cut: Cut
+    labels: Labels = "keep"
+    models: Mapping[str, str] | None = None
+    rank: int | None = None
+
+    def check(self, depth: int, *, open_profile: bool = False, who: str = "") -> None:
+        """Raises CutError unless this is a legal cut of a model with ``depth`` blocks."""
+        a, b = self.cut.front, self.cut.back
+        name = f'client "{who}"' if who else "a client"
+        if a < 0 or b < 0 or a + b > depth:
+            raise CutError(
+                f"{name} asked for {a} front and {b} back blocks, but the model has {depth}. "
+                f"Both must be at least 0 and together at most {depth}."
+            )
+        if a == 0 and not open_profile:
+            raise CutError(
+                f"{name} asked for 0 front blocks: bare embeddings would leave the device. "
+                'Run at least 1 block there, or set privacy.profile to "open" or "dp-local".'
+            )
+        if self.labels != "keep" and b:
+            raise CutError(
+                f'{name} has labels "{self.labels}" with {b} back blocks, but then the server runs '
+                'the tail. Set the back to 0, or labels to "keep".'
+            )
+
+    def near_only(self, depth: int) -> bool:
+        """Whether the client hosts every block and the head."""
+        return self.labels == "keep" and self.cut.front + self.cut.back == depth
+
+    def place(self, block: int, depth: int) -> Place:
+        """Where a tensor of that block sits (-1 before the blocks, ``depth`` after them)."""
+        last = depth - self.cut.back
+        if block < self.cut.front:
+            return Place("near", "front", block, depth)
+        if block == depth:
+            return Place("near" if self.labels == "keep" else "far", "head", block, depth)
+        if block >= last:
+            return Place("near", "tail", block, depth)
+        return Place("far", "trunk", block, depth)
+
+
+def uncut(depth: int) -> Seat:
+    """The seat of a client that hosts the whole model."""
+    return Seat(Cut(depth, 0))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward: blocks ``first`` to ``last`` (through the head if None), fed or from the start."""
+
+    first: int = 0
+    last: int | None = None
+    feed: Tensor | None = None
+    worn: Worn | None = None
+
+
+PASS: ContextVar[Pass | None] = ContextVar("flexp_pass", default=None)
+
+
+class Stopped(Exception):
+    """Carries the hidden state out of a forward that ends before the model does."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__("the forward stopped at a station")
+        self.hidden = hidden
+
+
+class Station:
+    """Replaces ``block.forward`` on the instance; the block keeps its place and its names."""
+
+    def __init__(self, block: nn.Module, index: int, depth: int, in_tuple: bool) -> None:
+        self.forward: Callable[..., Any] = block.forward
+        self.index, self.depth, self.in_tuple = index, depth, in_tuple
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        now = PASS.get()
+        if now is None:
+            return self.forward(*args, **kwargs)
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if self.index < now.first:
+            ends_here = self.index == self.depth - 1 and now.feed is not None
+            return self._wrap(now.feed if ends_here else hidden)
+        if self.index == now.first and now.feed is not None:
+            hidden = now.feed
+        if self.index == now.last:
+            raise Stopped(hidden)
+        if args:
+            out = self.forward(hidden, *args[1:], **kwargs)
+        else:
+            out = self.forward(**{**kwargs, "hidden_states": hidden})
+        if self.index == self.depth - 1 and now.last == self.depth:
+            raise Stopped(out[0] if self.in_tuple else out)
+        return out
+
+    def _wrap(self, hidden: Tensor | None) -> Any:
+        return (hidden,) if self.in_tuple else hidden
+
+
+def run(model: nn.Module, now: Pass, inputs: Mapping[str, Tensor]) -> Tensor:
+    """One forward under a pass: the hidden state at ``last``, or the logits."""
+    token = PASS.set(now)
+    try:
+        return model(**inputs).logits
+    except Stopped as stopped:
+        return stopped.hidden
+    finally:
+        PASS.reset(token)

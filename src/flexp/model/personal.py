@@ -1,0 +1,329 @@
+"""``PersonalModel``: what a strategy trains, whole or cut, without knowing which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flexp.dice import Dice
+from flexp.errors import CutError
+from flexp.model.backbone import Backbone
+from flexp.model.cut import Seat
+from flexp.model.slots import Slots
+from flexp.model.worn import Worn, read, stacked
+from flexp.tensors import (
+    ALL,
+    PerRow,
+    Stacked,
+    Tensors,
+    Wear,
+    Where,
+    mixed,
+    slots_of,
+    spread,
+    terms,
+)
+
+Train = Mapping[str, Where] | None
+Until = Literal["hidden", "logits", "loss"]
+
+
+class Inputs(Protocol):
+    """A batch as the model sees it: named inputs and labels, one row per example."""
+
+    @property
+    def inputs(self) -> Mapping[str, Tensor]: ...
+    @property
+    def labels(self) -> Tensor: ...
+
+
+class Objective(Protocol):
+    """The task's own loss, in nats, averaged over rows or tokens."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor: ...
+
+
+class Far(Protocol):
+    """The server's part of one forward, as the client sees it."""
+
+    def forward(
+        self, ask: Ask, hidden: Tensor, coefs: Sequence[Tensor], *, keep: bool
+    ) -> tuple[int, Tensor]: ...
+    def backward(
+        self, call: int, grad: Tensor, *, hidden: bool
+    ) -> tuple[Tensor | None, list[Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a far forward is to do: wear, trainable slots, and where it ends."""
+
+    wear: Wear
+    train: Train
+    until: Until
+    shapes: Mapping[str, tuple[int, ...]]
+    mask: Tensor | None
+    labels: Tensor | None = None
+    dropout: Dice | None = None
+
+
+@dataclass
+class Leaves:
+    """Tensors of slots as leaves of the present graph, so that gradients can be collected."""
+
+    held: list[tuple[str, str, Tensor, Tensor]] = field(default_factory=list)
+    index: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def leaf(self, slot: str, name: str, value: Tensor) -> Tensor:
+        """The leaf that stands for a slot's tensor; the same one while the tensor is the same."""
+        at = self.index.get((slot, name))
+        if at is not None and self.held[at][2] is value:
+            return self.held[at][3]
+        leaf = value.detach().requires_grad_()
+        self.index[slot, name] = len(self.held)
+        self.held.append((slot, name, value, leaf))
+        return leaf
+
+    def grads(self, grads: Sequence[Tensor | None] | None = None) -> dict[str, Tensors]:
+        """Gradients by slot: those given, or the leaves' own."""
+        out: dict[str, Tensors] = {}
+        found = grads if grads is not None else [one[3].grad for one in self.held]
+        for (slot, name, _, _), g in zip(self.held, found, strict=True):
+            if g is not None:
+                held = out.setdefault(slot, {})
+                held[name] = held[name] + g if name in held else g
+        return out
+
+
+def dress(
+    slots: Slots,
+    wear: Wear,
+    coefs: Sequence[Tensor | None],
+    train: Train,
+    leaves: Leaves,
+    over: Tensors | None = None,
+) -> Worn:
+    """What this side's modules wear.
+
+    ``coefs`` holds a value per block for learned terms; ``over`` replaces tensors by name.
+    """
+    views: dict[str, Tensors] = {}
+    for slot in slots_of(wear):
+        where = ALL if train is None else train.get(slot, ~ALL)
+        views[slot] = {
+            k: leaves.leaf(slot, k, v)
+            if torch.is_grad_enabled() and where.holds(k, slots.place(k))
+            else v
+            for k, v in slots[slot].items()
+        }
+    if isinstance(wear, PerRow):
+        rows = torch.tensor(wear.row)
+        groups = [
+            (read(views[s], slots.alpha), torch.nonzero(rows == n)[:, 0])
+            for n, s in enumerate(wear.slots)
+        ]
+        return Worn(groups=tuple(g for g in groups if len(g[1])))
+    if isinstance(wear, Stacked):
+        return stacked(_summands(slots, wear, views, coefs))
+    value = mixed(terms(wear), views, slots.place, coefs)
+    return read({**value, **(over or {})}, slots.alpha)
+
+
+def _summands(
+    slots: Slots, wear: Stacked, views: Mapping[str, Tensors], coefs: Sequence[Tensor | None]
+) -> list[tuple[Worn, Any]]:
+    out: list[tuple[Worn, Any]] = []
+    for n, term in enumerate(wear.mix):
+        value = mixed((term,), views, slots.place, ()) if term.times else views[term.slot]
+        if term.detach:
+            value = {k: v.detach() for k, v in value.items()}
+        given = coefs[n] if n < len(coefs) else None
+        plain = 1.0 if term.times else term.coef
+
+        def coef(path: str, given: Tensor | None = given, plain: Any = plain) -> Any:
+            return float(plain) if given is None else given[slots.place(path).block + 1]
+
+        out.append((read(value, slots.alpha), coef))
+    return out
+
+
+def dropping(worn: Worn, rate: float, dice: Dice | None) -> Worn:
+    """The same, with LoRA dropout keyed by call and layer; without dice there is none."""
+    if dice is None or not rate:
+        return worn
+    groups = tuple((dropping(one, rate, dice), rows) for one, rows in worn.groups)
+    return replace(worn, dropout=rate, dice=dice, groups=groups)
+
+
+class _Trunk(torch.autograd.Function):
+    """The far part of a forward in the client's graph: what comes back has a gradient."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, far: Far, ask: Ask, wants: bool, hidden: Tensor, *coefs: Tensor
+    ) -> Tensor:
+        ctx.far, ctx.wants = far, wants
+        ctx.call, out = far.forward(ask, hidden.detach(), [c.detach() for c in coefs], keep=True)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, coefs = ctx.far.backward(ctx.call, grads[0], hidden=ctx.wants)
+        return None, None, None, hidden, *coefs
+
+
+class PersonalModel:
+    """One client's model on the shared backbone: near slots here, far slots behind ``far``.
+
+    Not an ``nn.Module``: it owns no parameter of the backbone, and must not move or save it.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        seat: Seat,
+        near: Slots,
+        *,
+        task: Objective,
+        far: Far | None = None,
+        layout: Sequence[str] = (),
+        dropout: float = 0.0,
+    ) -> None:
+        self.backbone, self.seat, self.near = backbone, seat, near
+        self.task, self.far, self.layout = task, far, tuple(layout)
+        self.leaves = Leaves()
+        self.train: Train = None
+        self.dropout_rate = dropout
+        self.dropout: Dice | None = None
+        self.calls = 0
+        self.rows = 0  # of the first forward with a gradient since the last step
+        if far is None and not seat.near_only(backbone.depth):
+            raise CutError(f"A seat with cut {seat.cut} needs a server for the blocks between.")
+
+    @contextmanager
+    def training(self, train: Train, dropout: Dice | None) -> Iterator[None]:
+        """Within this, only selected tensors get gradients, and dropout is on."""
+        before = self.train, self.dropout
+        self.train, self.dropout, self.calls = train, dropout, 0
+        try:
+            yield
+        finally:
+            self.train, self.dropout = before
+
+    def logits(
+        self, batch: Inputs, wear: Wear = "personal", *, near: Tensors | None = None
+    ) -> Tensor:
+        """Logits [rows, classes] or [rows, length, vocabulary].
+
+        ``near`` replaces near tensors of the same names for this call, in the graph.
+        """
+        return self._forward(batch, wear, "logits", near)
+
+    def loss(self, batch: Inputs, wear: Wear = "personal") -> Tensor:
+        """The task's loss in nats, at the client or, with labels "loss", at the server."""
+        if self.seat.labels == "loss":
+            return self._forward(batch, wear, "loss", None)
+        return self.task.loss(self.logits(batch, wear), batch.labels)
+
+    def hidden(
+        self, batch: Inputs, wear: Wear = "personal", *, at: Literal["cut", "last"] = "last"
+    ) -> Tensor:
+        """The hidden state [rows, length, width] at the first cut, or after the last block."""
+        if at == "last":
+            return self._forward(batch, wear, "hidden", None)
+        worn, inputs = self._begin(batch, wear, None)[:2]
+        return self.backbone.run(inputs, worn, last=self.seat.cut.front)
+
+    # ---- inside
+
+    def _begin(
+        self, batch: Inputs, wear: Wear, near: Tensors | None
+    ) -> tuple[Worn, dict[str, Tensor], list[Tensor | None], Dice | None]:
+        depth = self.backbone.depth
+        coefs: list[Tensor | None] = [
+            spread(t.coef, depth) if isinstance(t.coef, Tensor) else None for t in terms(wear)
+        ]
+        worn = dress(self.near, wear, coefs, self.train, self.leaves, near)
+        dice = None
+        if self.dropout is not None and self.dropout_rate:
+            dice = self.dropout("call", n=self.calls)
+            self.calls += 1
+        worn = dropping(worn, self.dropout_rate, dice)
+        return worn, self._inputs(batch, worn), coefs, dice
+
+    def _inputs(self, batch: Inputs, worn: Worn) -> dict[str, Tensor]:
+        inputs = dict(batch.inputs)
+        if worn.prompt is not None:
+            ids = inputs.pop("input_ids")
+            embedded = self.backbone.model.get_input_embeddings()(ids)  # pyright: ignore
+            rows, tokens = len(ids), len(worn.prompt)
+            prompt = worn.prompt.to(embedded.dtype).expand(rows, -1, -1)
+            inputs["inputs_embeds"] = torch.cat([prompt, embedded], dim=1)
+            mask = inputs["attention_mask"]
+            inputs["attention_mask"] = torch.cat([mask.new_ones(rows, tokens), mask], dim=1)
+        return inputs
+
+    def _forward(self, batch: Inputs, wear: Wear, until: Until, near: Tensors | None) -> Tensor:
+        worn, inputs, coefs, dice = self._begin(batch, wear, near)
+        if torch.is_grad_enabled() and not self.rows:
+            self.rows = len(next(iter(inputs.values())))
+        depth, cut = self.backbone.depth, self.seat.cut
+        stop = depth if until == "hidden" else None
+        if self.seat.near_only(depth):
+            out = self.backbone.run(inputs, worn, last=stop)
+        else:
+            front = self.backbone.run(inputs, worn, last=cut.front)
+            ends_far = self.seat.labels != "keep"
+            ask = Ask(
+                wear=_bare(wear),
+                train=self.train,
+                until=until if ends_far else "hidden",
+                shapes={k: tuple(v.shape) for k, v in inputs.items()},
+                mask=inputs.get("attention_mask"),
+                labels=batch.labels if until == "loss" else None,
+                dropout=dice,
+            )
+            out = self._cross(ask, front, [c for c in coefs if c is not None])
+            if not ends_far:
+                out = self.backbone.run(inputs, worn, first=depth - cut.back, last=stop, feed=out)
+        if worn.prompt is not None and until == "logits" and out.dim() == 3:
+            out = out[:, len(worn.prompt) :]
+        return out
+
+    def _cross(self, ask: Ask, hidden: Tensor, coefs: list[Tensor]) -> Tensor:
+        far = self.far
+        if far is None:
+            raise CutError("This model has no link to a server.")
+        keep = torch.is_grad_enabled() and (
+            hidden.requires_grad or any(c.requires_grad for c in coefs) or self._far_trains(ask)
+        )
+        if not keep:
+            plain = [c.detach() for c in coefs]
+            return far.forward(ask, hidden.detach(), plain, keep=False)[1]
+        wants = hidden.requires_grad
+        # Far slots train even when nothing in the front does, so the graph must reach the trunk.
+        hidden = hidden if wants else hidden.detach().requires_grad_()
+        return _Trunk.apply(far, ask, wants, hidden, *coefs)  # pyright: ignore
+
+    def _far_trains(self, ask: Ask) -> bool:
+        places = [(k, self.near.place(k)) for k in self.layout]
+        slots = slots_of(ask.wear)
+        wheres = [ALL if ask.train is None else ask.train.get(s, ~ALL) for s in slots]
+        return any(p.side == "far" and w.holds(k, p) for w in wheres for k, p in places)
+
+
+def _bare(wear: Wear) -> Wear:
+    """The wear with learned coefficients left out: their values travel as tensors."""
+    if isinstance(wear, str | PerRow):
+        return wear
+    mix = tuple(
+        replace(t, coef=float("nan")) if isinstance(t.coef, Tensor) else t for t in terms(wear)
+    )
+    return Stacked(mix) if isinstance(wear, Stacked) else mix

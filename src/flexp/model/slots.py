@@ -1,0 +1,310 @@
+"""One side's slots, and the operations on them: the same class at the client and at the server.
+
+All update rules of all methods are made of five operations, which are data: move a gradient into a
+slot, assign a mix, pull towards a slot, step, and take a dot product. Near and far evaluate the
+same operation on their own tensors; numbers that need both sides cross as one number per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from flexp.errors import AdapterError
+from flexp.model.adapter import Kind
+from flexp.tensors import (
+    ALL,
+    BlockScalars,
+    Mix,
+    Place,
+    Tensors,
+    Where,
+    block_dots,
+    gram_gradient,
+    lora_pairs,
+    mixed,
+)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """An optimizer of torch; ``head_lr`` is for tensors after the blocks (None: the same)."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    head_lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """What a strategy says of a slot: its kind (None: the recipe's), home, life and optimizer.
+
+    ``home`` "server" is one far copy that all tenants wear. ``lasts`` "run" keeps the near part in
+    the client's memory and the far part in its tenancy. ``moments``: "fresh" starts the optimizer
+    anew each turn, "keep" goes on with each side's own, "merge" leaves them to the strategy, which
+    moves the slots "<name>@m" and "<name>@v" like any other.
+    """
+
+    kind: Kind | None = None
+    home: Literal["tenant", "server"] = "tenant"
+    lasts: Literal["round", "run"] = "round"
+    optim: Optim | None = None
+    moments: Literal["fresh", "keep", "merge"] = "fresh"
+
+
+# ---- operations
+
+
+@dataclass(frozen=True)
+class Grad:
+    """Moves the gradient gathered for slot ``of`` into slot ``into``; all other gradients go."""
+
+    of: tuple[str, ...]
+    into: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Assign:
+    """``slot := mix`` where selected, clamped to ``clip``; a new slot is zero elsewhere."""
+
+    slot: str
+    mix: Mix
+    where: Where = ALL
+    clip: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Adds the gradient of ``weight / 2 * |slot - to|^2`` to slot ``grad``.
+
+    ``form``: "factors" compares tensors; "product" compares LoRA products (scaled as worn by
+    ``alpha / rank``), which does not depend on how a product is factored, and tensors elsewhere.
+    """
+
+    slot: str
+    to: str
+    weight: float
+    grad: str
+    where: Where = ALL
+    form: Literal["factors", "product"] = "factors"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of ``slot`` along slot ``grad`` times ``scale``."""
+
+    slot: str
+    grad: str
+    scale: float = 1.0
+    where: Where = ALL
+
+
+@dataclass(frozen=True)
+class Dot:
+    """The inner product of two slots, one number per block."""
+
+    a: str
+    b: str
+    where: Where = ALL
+
+
+Op = Grad | Assign | Pull | Step | Dot
+
+
+@dataclass
+class Slots:
+    """Named adapter-shaped vectors of one side, their gathered gradients and their moments."""
+
+    place: Callable[[str], Place]
+    depth: int
+    alpha: float = 16.0
+    values: dict[str, Tensors] = field(default_factory=dict)
+    grads: dict[str, Tensors] = field(default_factory=dict)
+    optims: dict[str, Optim] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    missing: Callable[[str], Tensors | None] = field(default=lambda slot: None)
+
+    def __getitem__(self, slot: str) -> Tensors:
+        if slot not in self.values:
+            found = self.missing(slot)
+            if found is None:
+                known = ", ".join(sorted(self.values)) or "none"
+                raise AdapterError(f'There is no slot "{slot}". Slots here: {known}.')
+            self.values[slot] = found
+        return self.values[slot]
+
+    def put(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
+        """Copies tensors in; they replace the slot."""
+        self.values[slot] = {k: v.detach().clone() for k, v in sorted(tensors.items())}
+
+    def read(self, wear: Iterable[str]) -> dict[str, Tensors]:
+        """The slots of those names."""
+        return {slot: self[slot] for slot in wear}
+
+    def gather(self, slot: str, grads: Mapping[str, Tensor]) -> None:
+        """Adds to the gradient gathered for a slot since the last ``Grad``."""
+        held = self.grads.setdefault(slot, {})
+        for k, g in grads.items():
+            held[k] = held[k] + g if k in held else g
+
+    def do(self, ops: Sequence[Op]) -> list[BlockScalars]:
+        """Applies operations in order; each ``Dot`` gives one answer."""
+        answers: list[BlockScalars] = []
+        with torch.no_grad():
+            for op in ops:
+                if isinstance(op, Grad):
+                    self._grad(op)
+                elif isinstance(op, Assign):
+                    self._assign(op)
+                elif isinstance(op, Pull):
+                    self._pull(op)
+                elif isinstance(op, Step):
+                    self._step(op)
+                else:
+                    answers.append(self._dot(op))
+        return answers
+
+    def _chosen(self, slot: str, where: Where) -> list[str]:
+        return [k for k in self[slot] if where.holds(k, self.place(k))]
+
+    def _grad(self, op: Grad) -> None:
+        gathered, self.grads = self.grads, {}
+        for of, into in zip(op.of, op.into, strict=True):
+            held = gathered.get(of, {})
+            self.values[into] = {
+                k: held[k] if k in held else torch.zeros_like(v) for k, v in self[of].items()
+            }
+
+    def _assign(self, op: Assign) -> None:
+        plain: Mix = tuple(
+            replace(t, coef=float(t.coef.detach()) if isinstance(t.coef, Tensor) else t.coef)
+            for t in op.mix
+        )
+        sources = self.read(s for t in plain for s in (t.slot, t.times) if s is not None)
+        value = mixed(plain, sources, self.place)
+        old = self.values.get(op.slot)
+        out: Tensors = {}
+        for k, v in value.items():
+            if op.where.holds(k, self.place(k)):
+                out[k] = (v if op.clip is None else v.clamp(*op.clip)).clone()
+            else:
+                out[k] = old[k] if old is not None and k in old else torch.zeros_like(v)
+        self.values[op.slot] = out
+
+    def _pull(self, op: Pull) -> None:
+        mine, to, grad = self[op.slot], self[op.to], self[op.grad]
+        names = [k for k in self._chosen(op.slot, op.where) if k in to]
+        pairs = lora_pairs(names) if op.form == "product" else {}
+        done: set[str] = set()
+        for a, b in pairs.values():
+            weight = op.weight * (self.alpha / mine[a].shape[0]) ** 2
+            grad_a, grad_b = gram_gradient(mine[a], mine[b], to[a], to[b])
+            grad[a], grad[b] = grad[a] + weight * grad_a, grad[b] + weight * grad_b
+            done |= {a, b}
+        for k in names:
+            if k not in done:
+                grad[k] = grad[k] + op.weight * (mine[k] - to[k])
+
+    def _step(self, op: Step) -> None:
+        optim = self.optims.get(op.slot)
+        if optim is None:
+            raise AdapterError(f'Slot "{op.slot}" has no optimizer. Name one in its SlotSpec.')
+        names = self._chosen(op.slot, op.where)
+        if not names:
+            return
+        value, grad = self[op.slot], self[op.grad]
+        for lr, group in self._groups(optim, names).items():
+            fresh = [value[k].clone() for k in group]
+            self._update(op.slot, optim, lr, group, fresh, [grad[k] * op.scale for k in group])
+            value.update(zip(group, fresh, strict=True))
+        self.steps[op.slot] = self.steps.get(op.slot, 0) + 1
+
+    def _groups(self, optim: Optim, names: list[str]) -> dict[float, list[str]]:
+        out: dict[float, list[str]] = {}
+        for k in names:
+            at_head = self.place(k).block >= self.depth
+            lr = optim.head_lr if at_head and optim.head_lr is not None else optim.lr
+            out.setdefault(lr, []).append(k)
+        return out
+
+    def _update(
+        self,
+        slot: str,
+        optim: Optim,
+        lr: float,
+        names: list[str],
+        params: list[Tensor],
+        grads: list[Tensor],
+    ) -> None:
+        if optim.name == "sgd":
+            buffers = self._moments(f"{slot}@m", names, params) if optim.momentum else []
+            sgd(
+                params,
+                grads,
+                list(buffers) if buffers else [None] * len(params),
+                foreach=False,
+                weight_decay=optim.weight_decay,
+                momentum=optim.momentum,
+                lr=lr,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
+            return
+        count = torch.tensor(float(self.steps.get(slot, 0)))
+        adamw(
+            params,
+            grads,
+            self._moments(f"{slot}@m", names, params),
+            self._moments(f"{slot}@v", names, params),
+            [],
+            [count.clone() for _ in params],
+            foreach=False,
+            amsgrad=False,
+            beta1=optim.betas[0],
+            beta2=optim.betas[1],
+            lr=lr,
+            weight_decay=optim.weight_decay,
+            eps=optim.eps,
+            maximize=False,
+        )
+
+    def _moments(self, slot: str, names: list[str], params: list[Tensor]) -> list[Tensor]:
+        held = self.values.setdefault(slot, {})
+        for k, p in zip(names, params, strict=True):
+            # A copy, so that a kept snapshot of the slot does not move with the next step.
+            held[k] = held[k].clone() if k in held else torch.zeros_like(p)
+        return [held[k] for k in names]
+
+    def _dot(self, op: Dot) -> BlockScalars:
+        a = {k: self[op.a][k] for k in self._chosen(op.a, op.where)}
+        return block_dots(a, {k: self[op.b][k] for k in a}, self.place, self.depth)
+
+    def forget(self, slot: str) -> None:
+        """Drops a slot with its moments and step count."""
+        for name in (slot, f"{slot}@m", f"{slot}@v", f"{slot}@g"):
+            self.values.pop(name, None)
+        self.steps.pop(slot, None)
+
+    def lasting(self, specs: Mapping[str, SlotSpec]) -> set[str]:
+        """Names of the slots that live on after a turn: those of the run, and kept moments."""
+        kept = {s for s, spec in specs.items() if spec.lasts == "run"}
+        owners = [s for s, spec in specs.items() if spec.moments == "keep"]
+        return kept | {name for s in owners for name in (f"{s}@m", f"{s}@v")}
+
+    def end_turn(self, specs: Mapping[str, SlotSpec]) -> None:
+        """Drops what does not outlive the turn."""
+        kept = self.lasting(specs)
+        self.values = {s: v for s, v in self.values.items() if s in kept}
+        self.steps = {s: n for s, n in self.steps.items() if f"{s}@m" in kept}
+        self.grads = {}

@@ -1,0 +1,215 @@
+"""The round loop. A newcomer starts here.
+
+Every strategy, engine and link goes through this one loop: offers go out, clients train where
+their data lives, replies are merged, scores and checkpoints are written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flexp import checkpoint, export
+from flexp.engine.base import Arrival, Assignment, replies
+from flexp.errors import FlexpError
+from flexp.evaluate import Score, evaluate
+from flexp.events import (
+    Checkpointed,
+    Merged,
+    Noted,
+    RoundStarted,
+    RunEnded,
+    RunStarted,
+    Scored,
+    SeatTaken,
+    Stream,
+    TurnEnded,
+    TurnFailed,
+)
+from flexp.link.metered import Ledger
+from flexp.stage import Stage
+from flexp.strategies.base import ClientId, Scene, Turn
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind in memory: scores, and who was served an adapter."""
+
+    scores: tuple[Score, ...]
+    state: Any
+    turn: Turn
+
+
+def run(stage: Stage, stream: Stream, *, out: Path | None = None, resume: bool = False) -> Result:
+    """Runs a recipe from its first round, or from its newest checkpoint, to its last."""
+    recipe, strategy, engine = stage.recipe, stage.strategy, stage.engine
+    started = time.monotonic()
+    state, first = begin(stage, stream, out, resume)
+    scores: list[Score] = []
+    for r in range(first, recipe.rounds):
+        chosen = sample(stage, r)
+        stream.write(RoundStarted(r, tuple(chosen)))
+        waves = strategy.waves(state, chosen, stage.dice("waves", round=r))
+        for w, wave in enumerate(waves):
+            turn = turn_of(stage, r, w, last=w == len(waves) - 1)
+            work = [Assignment(c, turn.seats[c], strategy.offer(state, c, turn)) for c in wave]
+            arrivals = [tell(stream, turn, a) for a in engine.run(strategy, work, turn)]
+            turn = replace(turn, rows={a.client: a.rows for a in arrivals})
+            state = strategy.merge(state, replies(arrivals), turn)
+            stream.write(Merged(r, w, tuple(replies(arrivals))))
+        done = r + 1
+        if done == recipe.rounds or (recipe.evaluate.every and done % recipe.evaluate.every == 0):
+            scores = score(stage, state, stream, done)
+        if out is not None:
+            path = checkpoint.write(out / "checkpoint", done, recipe, state, engine)
+            stream.write(Checkpointed(r, path.relative_to(out).as_posix()))
+    if not scores:
+        scores = score(stage, state, stream, recipe.rounds)
+    stream.write(RunEnded(recipe.rounds, time.monotonic() - started))
+    return Result(tuple(scores), state, turn_of(stage, recipe.rounds, 0, last=True))
+
+
+def begin(stage: Stage, stream: Stream, out: Path | None, resume: bool) -> tuple[Any, int]:
+    """State and round to start from: those of the newest checkpoint, or the beginning."""
+    recipe = stage.recipe
+    found = checkpoint.newest(out / "checkpoint", recipe) if resume and out is not None else None
+    if found is not None:
+        return checkpoint.read(found[1], stage.strategy, stage.engine), found[0]
+    backbone = stage.backbone
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    facts = {"model": backbone.name, "blocks": backbone.depth, "dtype": dtype}
+    method = stage.strategy.name
+    stream.write(RunStarted(recipe.name, method, recipe.seed, recipe.mode, recipe.hash(), facts))
+    for client, p in stage.placed.items():
+        cut, labels = p.seat.cut, p.seat.labels
+        stream.write(
+            SeatTaken(client, p.device, cut.front, cut.back, labels, p.bytes, p.reason)
+        )
+    for finding in stage.federation.findings:
+        stream.write(Noted("warning", finding))
+    clients = tuple(sorted(stage.placed))
+    scene = Scene(clients, stage.seats, stage.engine.initial, stage.dice("strategy"))
+    return stage.strategy.start(scene), 0
+
+
+def sample(stage: Stage, round: int) -> list[ClientId]:
+    """The clients of a round, in order of their names; the same for every method."""
+    clients = sorted(stage.placed)
+    take = max(1, round_half_up(stage.recipe.sample * len(clients)))
+    if take == len(clients):
+        return clients
+    return [clients[n] for n in stage.dice("sample", round=round).choose(len(clients), take)]
+
+
+def round_half_up(x: float) -> int:
+    """The nearest integer, halves up (Python's own rounds them to even)."""
+    return int(x + 0.5)
+
+
+def turn_of(stage: Stage, round: int, wave: int, *, last: bool) -> Turn:
+    """The turn of a wave, before anything is known of its rows."""
+    backbone = stage.backbone
+    return Turn(
+        round, stage.recipe.rounds, wave, last, stage.seats, {}, backbone.block_of, backbone.depth
+    )
+
+
+def tell(stream: Stream, turn: Turn, arrival: Arrival) -> Arrival:
+    """Writes an arrival's event."""
+    if arrival.reply is None:
+        error = arrival.failure.error if arrival.failure else "no reply"
+        stream.write(TurnFailed(turn.round, turn.wave, arrival.client, error))
+        return arrival
+    facts, ledger = arrival.reply.facts, arrival.ledger
+    loss, steps = facts.get("loss"), facts.get("steps")
+    stream.write(
+        TurnEnded(
+            turn.round,
+            turn.wave,
+            arrival.client,
+            float(loss) if isinstance(loss, int | float) else float("nan"),
+            int(steps) if isinstance(steps, int) else 0,
+            arrival.seconds,
+            ledger.sent,
+            ledger.received,
+        )
+    )
+    return arrival
+
+
+def score(stage: Stage, state: Any, stream: Stream, done: int) -> list[Score]:
+    """Evaluates every client's personal model and writes the scores."""
+    last = done == stage.recipe.rounds
+    turn = turn_of(stage, done, 0, last=True)
+    scores = evaluate(
+        stage.engine,
+        stage.strategy,
+        state,
+        turn,
+        when="after" if last else f"round-{done}",
+        global_rows=stage.recipe.evaluate.global_rows,
+    )
+    for s in scores:
+        stream.write(Scored(done - 1, s.client, s.cell, s.metric, s.value))
+    return scores
+
+
+def save_adapters(stage: Stage, result: Result, folder: Path) -> list[Path]:
+    """Writes every client's personal adapter that is one as a PEFT folder."""
+    recipe, task = stage.recipe, stage.federation.task
+    card = export.Card(
+        str(stage.source),
+        recipe.task.kind,
+        tuple(getattr(task, "labels", ())),
+        recipe.task.max_length,
+    )
+    written: list[Path] = []
+    for client in sorted(stage.placed):
+        offer = stage.strategy.offer(result.state, client, result.turn)
+        work = Assignment(client, stage.seats[client], offer)
+        with stage.engine.visit(stage.strategy, work, result.turn, Ledger()) as (desk, got):
+            served = stage.strategy.personal(desk, got)
+            if served.adapter is None:
+                continue
+            adapter = desk.whole(served.adapter)
+            path = folder / client
+            kind = stage.engine.kind
+            export.write(path, adapter, stage.backbone, kind, card, rank=desk.seat.rank)
+            written.append(path)
+    return written
+
+
+def rows(scores: Sequence[Score], method: str, seed: int) -> list[dict[str, Any]]:
+    """Scores as rows of a table, the shape of every ``--json``."""
+    return [
+        {
+            "method": method,
+            "client": s.client,
+            "cell": s.cell,
+            "metric": s.metric,
+            "value": s.value,
+            "seed": seed,
+        }
+        for s in scores
+    ]
+
+
+def fresh(out: Path, resume: bool) -> None:
+    """Makes the folder of a run; FlexpError if it cannot be written or holds another run."""
+    if (out / "checkpoint").exists() and not resume:
+        raise FlexpError(
+            f"{out} holds a run already. Continue it with --resume, or choose another folder with "
+            "out=FOLDER."
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as problem:
+        raise FlexpError(
+            f"{out} cannot be written: {problem.strerror}. Choose another folder with out=FOLDER."
+        ) from problem

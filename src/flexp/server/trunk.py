@@ -1,0 +1,217 @@
+"""The far part of every forward and backward: one compute thread over the shared backbone."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexp.errors import LinkError, StepError
+from flexp.link.messages import (
+    Answer,
+    Backward,
+    Do,
+    Fetch,
+    Forward,
+    Join,
+    Leave,
+    Message,
+    Put,
+    Submit,
+)
+from flexp.model.backbone import Backbone
+from flexp.model.cut import Seat
+from flexp.model.personal import Leaves, Objective, dress, dropping
+from flexp.parcel import Parcel
+from flexp.server.steps import StepTable
+from flexp.server.tenants import Tenancy, Tenants
+from flexp.tensors import select, terms
+
+MAX_PENDING = 16  # forwards of one client that wait for their backward
+
+
+@dataclass
+class Pending:
+    """A kept forward: its result and what its backward differentiates by."""
+
+    step: int
+    out: Tensor
+    hidden: Tensor
+    coefs: list[Tensor]
+    leaves: Leaves
+
+
+class Trunk:
+    """Answers messages: each exactly once, one after another, in exact mode client by client."""
+
+    def __init__(
+        self, backbone: Backbone, tenants: Tenants, task: Objective, *, dropout: float = 0.0
+    ) -> None:
+        self.backbone, self.tenants, self.task, self.dropout = backbone, tenants, task, dropout
+        self.tables: dict[str, StepTable] = {}
+        self.pending: dict[str, dict[int, Pending]] = {}
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="flexp-trunk")
+
+    def handle(self, client: str, message: Message, digest: str = "") -> Answer:
+        """The answer to a client's message, computed at most once per key."""
+        table = self.tables.setdefault(client, StepTable())
+        run = table.once
+        return self.thread.submit(
+            run, message.key, digest, lambda: self._answer(client, message)
+        ).result()
+
+    def close(self) -> None:
+        """Stops the compute thread."""
+        self.thread.shutdown()
+
+    def commit(self) -> None:
+        """Forgets answers that both sides have on disk."""
+        for table in self.tables.values():
+            table.commit()
+
+    def _answer(self, client: str, message: Message) -> Answer:
+        home = self.tenants[client]
+        if isinstance(message, Forward):
+            return self._forward(home, message)
+        if isinstance(message, Backward):
+            return self._backward(home, message)
+        if isinstance(message, Do):
+            return Answer(scalars=tuple(self.tenants.do(client, message.ops)))
+        if isinstance(message, Fetch):
+            return self._fetch(home, message)
+        if isinstance(message, Join):
+            return self._join(home, message)
+        if isinstance(message, Submit):
+            return self._submit(home, message)
+        if isinstance(message, Put):
+            self.tenants.put(client, message.slot, message.values)
+            return Answer()
+        return self._leave(home, message)
+
+    def _join(self, home: Tenancy, message: Join) -> Answer:
+        if message.seat != home.seat:
+            raise LinkError(
+                f'Client "{home.client}" came with seat {message.seat}, but it was given '
+                f"{home.seat}. Both sides must run the same recipe."
+            )
+        self.tenants.optims(home.client, message.optims)
+        self.pending[home.client] = {}
+        offered = {slot: sorted(held) for slot, held in home.offered.items()}
+        loose = {f"tensor/{k}": v for k, v in home.loose.items()}
+        return Answer(loose, facts={"offered": offered, "facts": dict(home.facts)})
+
+    def _fetch(self, home: Tenancy, message: Fetch) -> Answer:
+        if message.far:
+            held = self.tenants.take(home.client, [message.slot], message.where)[message.slot]
+        else:
+            held = home.offered.get(message.slot, {})
+            held = select(held, message.where, home.slots.place)
+        return Answer({f"slot/{message.slot}/{k}": v for k, v in held.items()})
+
+    def _submit(self, home: Tenancy, message: Submit) -> Answer:
+        adapters = {slot: dict(held) for slot, held in message.near.items()}
+        for slot, where in message.far.items():
+            far = self.tenants.take(home.client, [slot], where)[slot]
+            adapters[slot] = dict(sorted({**adapters.get(slot, {}), **far}.items()))
+        home.reply = Parcel(adapters, dict(message.loose), message.facts)
+        return Answer()
+
+    def _leave(self, home: Tenancy, message: Leave) -> Answer:
+        del message
+        self.pending.pop(home.client, None)
+        self.tenants.leave(home.client)
+        return Answer()
+
+    # ---- compute
+
+    def _forward(self, home: Tenancy, m: Forward) -> Answer:
+        self._check(home.seat, m)
+        self.tenants.do(home.client, m.ops)
+        self.tenants.wear_shared(home)
+        given = iter(m.coefs)
+        with torch.set_grad_enabled(m.keep):
+            coefs = [
+                next(given).detach().requires_grad_(m.keep)
+                if isinstance(t.coef, float) and math.isnan(t.coef)
+                else None
+                for t in terms(m.wear)
+            ]
+            leaves = Leaves()
+            hidden = m.hidden.detach().requires_grad_(m.keep)
+            worn = dress(home.slots, m.wear, coefs, m.train, leaves)
+            worn = dropping(worn, self.dropout, m.dropout)
+            out = self._through(home.seat, m, worn, hidden)
+        name = "hidden" if m.until == "hidden" else m.until
+        if m.keep:
+            self._count(home, m.key.step, int(hidden.shape[0]))
+            kept = [c for c in coefs if c is not None]
+            self._keep(home.client, m.key.call, Pending(m.key.step, out, hidden, kept, leaves))
+        return Answer({name: out.detach()})
+
+    def _count(self, home: Tenancy, step: int, rows: int) -> None:
+        if home.counted != step:
+            home.counted, home.rows = step, home.rows + rows
+
+    def _through(self, seat: Seat, m: Forward, worn: object, hidden: Tensor) -> Tensor:
+        depth = self.backbone.depth
+        blanks = self.backbone.blanks(m.shapes, m.mask)
+        last = depth - seat.cut.back if m.until == "hidden" else None
+        out = self.backbone.run(
+            blanks,
+            worn,  # pyright: ignore[reportArgumentType]
+            first=seat.cut.front,
+            last=last,
+            feed=hidden,
+        )
+        if m.until != "loss":
+            return out
+        if m.labels is None:
+            raise LinkError("A far loss needs labels, but the message carries none.")
+        return self.task.loss(out, m.labels)
+
+    def _check(self, seat: Seat, m: Forward) -> None:
+        width = self.backbone.width
+        if m.hidden.dim() != 3 or m.hidden.shape[-1] != width:
+            shape = list(m.hidden.shape)
+            raise LinkError(f"A hidden state is [rows, length, {width}]; this one is {shape}.")
+        if not bool(torch.isfinite(m.hidden).all()):
+            raise LinkError("A hidden state with NaN or infinity was refused.")
+        if seat.labels == "keep" and m.until != "hidden":
+            raise LinkError(f'A seat with labels "keep" cannot ask for {m.until}.')
+
+    def _keep(self, client: str, call: int, pending: Pending) -> None:
+        held = self.pending.setdefault(client, {})
+        for old in [c for c, p in held.items() if p.step < pending.step]:
+            del held[old]
+        if len(held) >= MAX_PENDING:
+            raise StepError(f"More than {MAX_PENDING} forwards wait for their backward.")
+        held[call] = pending
+
+    def _backward(self, home: Tenancy, m: Backward) -> Answer:
+        pending = self.pending.get(home.client, {}).pop(m.key.call, None)
+        if pending is None or pending.step != m.key.step:
+            raise StepError(f"There is no forward that waits for the backward of {m.key}.")
+        if m.grad.shape != pending.out.shape:
+            raise LinkError(
+                f"The gradient has shape {list(m.grad.shape)}, the result "
+                f"{list(pending.out.shape)}."
+            )
+        of = [pending.hidden] if m.hidden else []
+        of += [*pending.coefs, *(leaf for *_, leaf in pending.leaves.held)]
+        grads = torch.autograd.grad(pending.out, of, m.grad, allow_unused=True) if of else ()
+        out: dict[str, Tensor] = {}
+        start = len(of) - len(pending.leaves.held)
+        if m.hidden and grads[0] is not None:
+            out["grad"] = grads[0]
+        for n, (c, g) in enumerate(
+            zip(pending.coefs, grads[start - len(pending.coefs) : start], strict=True)
+        ):
+            out[f"coef/{n}"] = torch.zeros_like(c) if g is None else g
+        for slot, held in pending.leaves.grads(grads[start:]).items():
+            home.slots.gather(slot, held)
+        return Answer(out)
+
+

@@ -1,0 +1,113 @@
+"""The interface of a strategy: one algorithm, in one file, that knows no block numbers.
+
+A strategy is a frozen dataclass whose fields are its hyper-parameters. It says what a client is
+offered, what the client does with it at its desk, and how replies are merged. The engine cuts what
+is offered and joins what comes back, so the same file runs whole and at any cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, TypeVar
+
+from torch import Tensor
+
+from flexp.client.desk import Desk
+from flexp.data.tasks import Batch
+from flexp.dice import Dice
+from flexp.model.cut import Seat
+from flexp.model.slots import SlotSpec
+from flexp.parcel import Parcel
+from flexp.privacy.egress import Leave
+from flexp.tensors import Tensors, Wear, Where, select
+
+ClientId = str
+State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a strategy sees once, at the start: who takes part and where everybody begins."""
+
+    clients: tuple[ClientId, ...]
+    seats: Mapping[ClientId, Seat]
+    initial: Callable[[SlotSpec], Tensors]
+    dice: Dice
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Which round and wave it is. ``rows`` are training rows as the server saw them in this turn.
+
+    Of a client without a server part the server sees none; then they are the client's claim.
+    """
+
+    round: int
+    rounds: int
+    wave: int
+    last_wave: bool
+    seats: Mapping[ClientId, Seat]
+    rows: Mapping[ClientId, int]
+    block_of: Callable[[str], int]
+    depth: int
+
+    def select(self, client: ClientId, tensors: Tensors, where: Where) -> Tensors:
+        """The part of an adapter that a selection takes at that client's cut."""
+        seat = self.seats[client]
+        return select(tensors, where, lambda k: seat.place(self.block_of(k), self.depth))
+
+    def weights(self, clients: Sequence[ClientId]) -> list[float]:
+        """Rows as weights of a mean; all equal if nobody trained on any."""
+        rows = [float(self.rows.get(c, 0)) for c in clients]
+        return rows if sum(rows) else [1.0] * len(rows)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a client would deploy: a predictor, and the wear if it is one PEFT adapter."""
+
+    predict: Callable[[Batch], Tensor]
+    adapter: Wear | None
+
+
+class Strategy(Protocol[State]):
+    """One algorithm. Only ``start``, ``offer``, ``train`` and ``merge`` must be written."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    reconstruction: ClassVar[str] = ""
+    split: ClassVar[str] = "yes"
+    slots: Mapping[str, SlotSpec]
+    leaves: tuple[Leave, ...] = ()
+
+    def start(self, scene: Scene) -> State:
+        """The server's state before the first round."""
+        ...
+
+    def waves(
+        self, state: State, chosen: Sequence[ClientId], dice: Dice
+    ) -> Sequence[Sequence[ClientId]]:
+        """The round's waves of clients; one wave of all who were chosen unless overridden."""
+        del state, dice
+        return [chosen]
+
+    def offer(self, state: State, client: ClientId, turn: Turn) -> Parcel:
+        """What a client gets at the start of its turn."""
+        ...
+
+    def train(self, desk: Desk, offer: Parcel) -> Parcel:
+        """What the client does, where its data lives. ``offer`` has facts and loose tensors;
+        offered slots lie on the desk, their near parts fetched on first use."""
+        ...
+
+    def merge(self, state: State, replies: Mapping[ClientId, Parcel], turn: Turn) -> State:
+        """The server's state after a wave; ``replies`` come in order of client ids."""
+        ...
+
+    def personal(self, desk: Desk, offer: Parcel) -> Served:
+        """What this client would deploy after its last turn."""
+        del offer
+        return Served(lambda batch: desk.model.logits(batch, "personal"), "personal")
+
+

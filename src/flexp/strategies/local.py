@@ -1,0 +1,33 @@
+"""Local-only: every client fine-tunes alone (algorithms 16.1), the floor of every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from flexp.client.desk import Desk
+from flexp.model.slots import SlotSpec
+from flexp.parcel import Parcel
+from flexp.strategies.base import ClientId, Scene, Strategy, Turn
+
+
+@dataclass(frozen=True)
+class Local(Strategy[None]):
+    """Each client keeps its own adapter and optimizer; on a cut the server only computes."""
+
+    name: ClassVar[str] = "local"
+    paper: ClassVar[str] = "no federation"
+    slots: ClassVar[Mapping[str, SlotSpec]] = {"personal": SlotSpec(lasts="run", moments="keep")}
+
+    def start(self, scene: Scene) -> None:
+        return None
+
+    def offer(self, state: None, client: ClientId, turn: Turn) -> Parcel:
+        return Parcel()
+
+    def train(self, desk: Desk, offer: Parcel) -> Parcel:
+        return Parcel(facts=desk.fit())
+
+    def merge(self, state: None, replies: Mapping[ClientId, Parcel], turn: Turn) -> None:
+        return None

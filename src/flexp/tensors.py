@@ -1,0 +1,373 @@
+"""Arithmetic on adapters: sums, means, dot products, selections, mixes, and LoRA product algebra.
+
+An adapter is a flat ``dict[str, Tensor]``. The same functions evaluate a slot at the client and at
+the server, so an expression means the same on both sides of a cut.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flexp.errors import AdapterError
+
+Tensors = dict[str, Tensor]
+Side = Literal["near", "far"]
+Part = Literal["front", "trunk", "tail", "head"]
+BlockScalars = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one adapter tensor sits: ``block`` is -1 before the blocks, ``depth`` after them."""
+
+    side: Side
+    part: Part
+    block: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class Where:
+    """A selection of adapter tensors that names no block numbers; supports ``&``, ``|`` and ``~``.
+
+    ``last`` takes the last n blocks of the model and what comes after them, ``names`` is a glob.
+    """
+
+    side: Side | None = None
+    part: Part | None = None
+    last: int | None = None
+    names: str = "*"
+    join: Literal["", "and", "or", "not"] = ""
+    of: tuple[Where, ...] = ()
+
+    def __and__(self, other: Where) -> Where:
+        return Where(join="and", of=(self, other))
+
+    def __or__(self, other: Where) -> Where:
+        return Where(join="or", of=(self, other))
+
+    def __invert__(self) -> Where:
+        return Where(join="not", of=(self,))
+
+    def holds(self, name: str, place: Place) -> bool:
+        """Whether the tensor of that name and place is selected."""
+        if self.join == "and":
+            return all(w.holds(name, place) for w in self.of)
+        if self.join == "or":
+            return any(w.holds(name, place) for w in self.of)
+        if self.join == "not":
+            return not self.of[0].holds(name, place)
+        return (
+            self.side in (None, place.side)
+            and self.part in (None, place.part)
+            and (self.last is None or place.block >= place.depth - self.last)
+            and (self.names == "*" or fnmatch.fnmatchcase(name, self.names))
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """This selection as plain data, without what is left at its default."""
+        plain: dict[str, Any] = {
+            k: v
+            for k, v in (("side", self.side), ("part", self.part), ("last", self.last))
+            if v is not None
+        }
+        if self.names != "*":
+            plain["names"] = self.names
+        if self.join:
+            plain |= {"join": self.join, "of": [w.to_json() for w in self.of]}
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Where:
+        """The selection that ``to_json`` wrote."""
+        rest = {k: v for k, v in plain.items() if k != "of"}
+        return cls(**rest, of=tuple(cls.from_json(w) for w in plain.get("of", ())))
+
+
+ALL = Where()
+NEAR = Where(side="near")
+FAR = Where(side="far")
+HEAD = Where(part="head")
+NONE = ~ALL
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a mix: ``coef * slot`` or ``coef * slot * times`` (elementwise)."""
+
+    slot: str
+    coef: float | Tensor = 1.0
+    times: str | None = None
+    detach: bool = False
+
+
+Mix = tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """LoRA slots worn together: the sum of their products, as if their ranks were concatenated."""
+
+    mix: Mix
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """Row ``n`` of the batch wears ``slots[row[n]]``."""
+
+    slots: tuple[str, ...]
+    row: tuple[int, ...]
+
+
+Wear = str | Mix | Stacked | PerRow
+
+
+def terms(wear: Wear) -> Mix:
+    """The terms that a wear reads, in order."""
+    if isinstance(wear, str):
+        return (Term(wear),)
+    if isinstance(wear, Stacked):
+        return wear.mix
+    if isinstance(wear, PerRow):
+        return tuple(Term(s) for s in wear.slots)
+    return wear
+
+
+def slots_of(wear: Wear) -> tuple[str, ...]:
+    """Every slot that a wear reads, once, in order."""
+    names = [s for t in terms(wear) for s in (t.slot, t.times) if s is not None]
+    return tuple(dict.fromkeys(names))
+
+
+# ---- plain arithmetic
+
+
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    if a.keys() != b.keys():
+        odd = sorted(a.keys() ^ b.keys())
+        raise AdapterError(
+            f"Two adapters do not hold the same tensors: {odd[0]!r} and {len(odd) - 1} more are in "
+            "only one of them. Adapters of different ranks or targets need a Where or a product mean."
+        )
+
+
+def scale(a: Mapping[str, Tensor], by: float) -> Tensors:
+    """``by * a``."""
+    return {k: v * by for k, v in a.items()}
+
+
+def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor], by: float = 1.0) -> Tensors:
+    """``a + by * b``."""
+    _same(a, b)
+    return {k: v + by * b[k] for k, v in a.items()}
+
+
+def lerp(a: Mapping[str, Tensor], b: Mapping[str, Tensor], weight: float) -> Tensors:
+    """``(1 - weight) * a + weight * b``; the ends are exact."""
+    _same(a, b)
+    if weight in (0.0, 1.0):
+        return {k: (b if weight else a)[k].clone() for k in a}
+    return {k: torch.lerp(v, b[k], weight) for k, v in a.items()}
+
+
+def mean(items: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensors:
+    """The weighted factor mean, summed in the order given; one item comes back unchanged.
+
+    Averaging LoRA factors is not averaging their products: see ``product``.
+
+    >>> a, b = {"x": torch.tensor([1.0])}, {"x": torch.tensor([4.0])}
+    >>> mean([a, b], [2.0, 1.0])["x"].item()
+    2.0
+    """
+    if not items or len(items) != len(weights):
+        raise AdapterError(f"A mean needs one weight per adapter: {len(items)} and {len(weights)}.")
+    total = float(sum(weights))
+    if total <= 0 or any(w < 0 for w in weights):
+        raise AdapterError(f"Weights of a mean must be at least 0 and not all 0, not {weights!r}.")
+    if len(items) == 1:
+        return {k: v.clone() for k, v in items[0].items()}
+    out = {k: v * (weights[0] / total) for k, v in items[0].items()}
+    for item, weight in zip(items[1:], weights[1:], strict=True):
+        out = add(out, item, weight / total)
+    return out
+
+
+def mean_by_name(items: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensors:
+    """The weighted mean of each tensor over the items that hold it (a host set per tensor)."""
+    names = dict.fromkeys(k for item in items for k in item)
+    out: Tensors = {}
+    for name in names:
+        held = [(item, w) for item, w in zip(items, weights, strict=True) if name in item]
+        out |= mean([{name: item[name]} for item, _ in held], [w for _, w in held])
+    return out
+
+
+def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """The inner product over all tensors, summed in sorted order of names."""
+    _same(a, b)
+    return sum(float((a[k] * b[k]).sum()) for k in sorted(a))
+
+
+def norm(a: Mapping[str, Tensor]) -> float:
+    """The Euclidean norm over all tensors."""
+    return dot(a, a) ** 0.5
+
+
+def finite(a: Mapping[str, Tensor]) -> bool:
+    """Whether every number in every tensor is finite."""
+    return all(bool(torch.isfinite(v).all()) for v in a.values())
+
+
+def select(a: Mapping[str, Tensor], where: Where, place: Callable[[str], Place]) -> Tensors:
+    """The tensors that a selection takes."""
+    return {k: v for k, v in a.items() if where.holds(k, place(k))}
+
+
+def block_dots(
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    place: Callable[[str], Place],
+    depth: int,
+) -> BlockScalars:
+    """The inner product per block: ``depth + 2`` numbers, before, blocks in order, after."""
+    _same(a, b)
+    out = [0.0] * (depth + 2)
+    for k in sorted(a):
+        out[place(k).block + 1] += float((a[k] * b[k]).sum())
+    return tuple(out)
+
+
+def add_blocks(a: BlockScalars, b: BlockScalars) -> BlockScalars:
+    """Block scalars of the near and the far side together (each block lives on one side)."""
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def total(a: BlockScalars) -> float:
+    """The sum in block order, so that whole and cut models agree to the last bit."""
+    out = 0.0
+    for x in a:
+        out += x
+    return out
+
+
+# ---- mixes
+
+
+def mixed(
+    mix: Mix,
+    slots: Mapping[str, Mapping[str, Tensor]],
+    place: Callable[[str], Place],
+    coefs: Sequence[Tensor | None] = (),
+) -> Tensors:
+    """The value of a mix. ``coefs[n]``, if given, replaces term n's number by a value per block.
+
+    A single term with the number 1 gives the slot's own tensors, so gradients reach them directly.
+    """
+    out: Tensors = {}
+    for n, term in enumerate(mix):
+        value = slots[term.slot]
+        if out and value.keys() != out.keys():
+            _same(out, value)
+        spread = coefs[n] if n < len(coefs) else None
+        for k, v in value.items():
+            x = v.detach() if term.detach else v
+            if term.times is not None:
+                x = x * slots[term.times][k]
+            if spread is not None:
+                x = x * spread[place(k).block + 1].to(x.dtype)
+            elif float(term.coef) != 1.0:
+                x = x * float(term.coef)
+            out[k] = out[k] + x if n else x
+    return out
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, coef: Tensor, size: int) -> Tensor:  # pyright: ignore
+        return coef.detach().expand(size).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        out = grads[0][0].clone()
+        for g in grads[0][1:]:
+            out = out + g
+        return out, None
+
+
+def spread(coef: Tensor, depth: int) -> Tensor:
+    """A learned coefficient, one copy per block: its gradient is summed in block order.
+
+    Without this the order of the sum would depend on where the cut is.
+    """
+    return _Spread.apply(coef, depth + 2)  # pyright: ignore
+
+
+# ---- LoRA products
+
+
+def lora_pairs(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Path of each adapted matrix -> names of its A (r, in) and B (out, r)."""
+    known = set(names)
+    out: dict[str, tuple[str, str]] = {}
+    for a in sorted(known):
+        stem, mark, _ = a.partition(".lora_A.")
+        b = a.replace(".lora_A.", ".lora_B.")
+        if mark and b in known:
+            out[stem] = (a, b)
+    return out
+
+
+def gram_distance(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+    """``|B A - B' A'|_F^2`` in O(d r^2), without forming a d x d matrix.
+
+    A: (r, in), B: (out, r); the second pair may have another rank (algorithms of LoRA products).
+    """
+    same = ((b.T @ b) * (a @ a.T)).sum() + ((b2.T @ b2) * (a2 @ a2.T)).sum()
+    return same - 2 * ((b.T @ b2) * (a @ a2.T)).sum()
+
+
+def gram_gradient(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of ``gram_distance / 2`` with respect to A and to B."""
+    grad_a = (b.T @ b) @ a - (b.T @ b2) @ a2
+    grad_b = b @ (a @ a.T) - b2 @ (a2 @ a.T)
+    return grad_a, grad_b
+
+
+def stack(
+    pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """One pair whose product is the weighted sum of the products; ranks add up.
+
+    Only B is scaled: scaling both factors would square the weight.
+    """
+    a = torch.cat([a for a, _ in pairs])
+    b = torch.cat([b * w for (_, b), w in zip(pairs, weights, strict=True)], dim=1)
+    return a, b
+
+
+def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best pair of that rank for the product B A, each factor with half of the spectrum.
+
+    Computed by QR of the factors and an SVD of the small core; signs are fixed (largest entry of
+    each row of A positive), so equal products give equal factors.
+    """
+    qb, rb = torch.linalg.qr(b)
+    qa, ra = torch.linalg.qr(a.T)
+    u, s, vh = torch.linalg.svd(rb @ ra.T)
+    keep = min(rank, s.numel())
+    half = s[:keep].sqrt()
+    new_a = half[:, None] * (vh[:keep] @ qa.T)
+    new_b = (qb @ u[:, :keep]) * half
+    sign = torch.sign(new_a.gather(1, new_a.abs().argmax(1, keepdim=True)))
+    sign = torch.where(sign == 0, torch.ones_like(sign), sign)
+    new_a, new_b = new_a * sign, new_b * sign.T
+    if keep < rank:
+        new_a = torch.cat([new_a, new_a.new_zeros(rank - keep, a.shape[1])])
+        new_b = torch.cat([new_b, new_b.new_zeros(b.shape[0], rank - keep)], dim=1)
+    return new_a, new_b

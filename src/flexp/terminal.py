@@ -1,0 +1,268 @@
+"""What a person sees in a terminal: live progress and tables, from events and documents alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from flexp.events import (
+    Event,
+    Noted,
+    RoundStarted,
+    RunEnded,
+    RunStarted,
+    Scored,
+    SeatTaken,
+    TurnEnded,
+    TurnFailed,
+)
+from flexp.plan.devices import format_bytes
+
+Row = Mapping[str, Any]
+BLANK = ""
+
+
+class Live:
+    """One progress bar per run, fed by events; without a terminal it prints only what is said."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description:<8}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[note]}", table_column=None),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task: TaskID | None = None
+        self.rounds = 0
+        self.losses: list[float] = []
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def say(self, text: str) -> None:
+        """One line of plain text above the bars."""
+        self.console.print(text, highlight=False)
+
+    def begin(self, title: str, rounds: int) -> None:
+        """Starts the bar of a run."""
+        self.rounds = rounds
+        self.task = self.progress.add_task(title, total=rounds, note="starting")
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, RunStarted) and self.task is None:
+            self.begin(event.method, 0)
+        if isinstance(event, TurnFailed):
+            self.say(f"round {event.round + 1}: {event.client} failed: {event.error}")
+        elif isinstance(event, Noted):
+            self.say(f"{event.level}: {event.text}")
+        elif isinstance(event, SeatTaken):
+            cut = f"{event.front} front, {event.back} back"
+            self.say(f"{event.client} on {event.device}: {cut} blocks ({event.reason})")
+        if self.task is not None:
+            self._move(self.task, event)
+
+    def _move(self, task: TaskID, event: Event) -> None:
+        if isinstance(event, RoundStarted):
+            self.losses = []
+            self.progress.update(task, completed=event.round)
+        elif isinstance(event, TurnEnded):
+            self.losses.append(event.loss)
+            mean = sum(self.losses) / len(self.losses)
+            of = f" of {self.rounds}" if self.rounds else ""
+            note = f"round {event.round + 1}{of}, {event.client}, loss {mean:.3f}"
+            self.progress.update(task, note=note)
+        elif isinstance(event, Scored):
+            self.progress.update(task, note="scoring")
+        elif isinstance(event, RunEnded):
+            self.progress.update(task, total=event.rounds, completed=event.rounds, note="done")
+
+
+def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A plain table; columns of numbers are right-aligned."""
+    out = Table(title=title, title_justify="left")
+    for n, column in enumerate(columns):
+        numeric = any(row[n] for row in rows) and all(_numeric(row[n]) for row in rows)
+        out.add_column(column, justify="right" if numeric else "left")
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+def _numeric(text: str) -> bool:
+    words = text.split(" ")
+    return not text or words[0].replace(".", "", 1).lstrip("+-").isdigit()
+
+
+def shown(metric: str, value: float | None) -> str:
+    """A metric as people read it; blank if it was not measured."""
+    if value is None:
+        return BLANK
+    return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.3f}"
+
+
+def value_of(rows: Sequence[Row], client: str, data: str, metric: str) -> float | None:
+    """A metric of a client's personal model after training, or None if it was not measured."""
+    for row in rows:
+        if (row["client"], row["cell"], row["metric"]) == (client, f"personal/{data}/after", metric):
+            return float(row["value"])
+    return None
+
+
+def show_run(document: Row, console: Console) -> None:
+    """Own and global scores per client, and where everything was written."""
+    rows: list[Row] = document["rows"]
+    metric = rows[0]["metric"] if rows else "accuracy"
+    clients = list(dict.fromkeys(row["client"] for row in rows))
+    lines = [
+        [client, *(shown(metric, value_of(rows, client, data, metric)) for data in ("own", "global"))]
+        for client in clients
+    ]
+    title = f"{document['method']}: {metric} of each personal model on its own and on all test data"
+    console.print(grid(title, ["client", "own", "global"], lines))
+    console.print(f"Results, events and checkpoints: {document['out']}", highlight=False)
+    if document["adapters"]:
+        console.print(f"PEFT adapters: {document['out']}/adapters", highlight=False)
+
+
+def show_plan(document: Row, console: Console) -> None:
+    """Blocks and bytes of every client."""
+    lines = [
+        [
+            seat["client"],
+            seat["device"],
+            f"{seat['front']} + {seat['back']}",
+            str(seat["server_blocks"]),
+            *(format_bytes(seat["bytes"][p]) for p in ("weights", "adapters", "activations")),
+            format_bytes(seat["bytes"]["total"]),
+            seat["reason"],
+        ]
+        for seat in document["seats"]
+    ]
+    columns = ["client", "device", "front + back", "server", "weights", "adapters"]
+    columns += ["activations", "total", "why"]
+    title = f"{document['model']}, {document['blocks']} blocks: what runs on each device"
+    console.print(grid(title, columns, lines))
+
+
+def show_predictions(document: Row, console: Console) -> None:
+    """One line per text."""
+    lines = [
+        [p["text"], p["label"], f"{100 * max(p['probabilities'].values()):.1f} %"]
+        for p in document["predictions"]
+    ]
+    console.print(grid(document["adapter"], ["text", "label", "probability"], lines))
+
+
+def show_doctor(document: Row, console: Console) -> None:
+    """Facts, then clients and findings if a recipe was given."""
+    lines = [[name, version] for name, version in document["facts"].items()]
+    lines += [
+        ["free memory", format_bytes(document["memory_bytes"])],
+        ["threads", str(document["threads"])],
+        ["CUDA", "yes" if document["cuda"] else "no"],
+        ["bfloat16", "yes" if document["bfloat16"] else "no"],
+        ["assets here", ", ".join(document["assets"]) or "none"],
+    ]
+    console.print(grid("This machine", ["what", "value"], lines))
+    if "clients" not in document:
+        return
+    names = list(document["clients"][0]["labels"])
+    rows = [
+        [c["client"], str(c["train"]), str(c["val"]), str(c["test"]), *map(str, c["labels"].values())]
+        for c in document["clients"]
+    ]
+    skew = document["skew"]
+    title = "Rows of each client, and labels in its training rows"
+    title += f" (label skew {skew:.2f} of 1)" if skew is not None else ""
+    console.print(grid(title, ["client", "train", "val", "test", *names], rows))
+    for finding in document["findings"]:
+        console.print(f"warning: {finding}", highlight=False)
+
+
+def show_methods(document: Sequence[Row], console: Console) -> None:
+    """One line per method."""
+    lines = [
+        [
+            m["method"],
+            m["paper"],
+            m["split"],
+            ", ".join(f"{k}={v}" for k, v in m["options"].items()),
+            "; ".join(leave["what"] for leave in m["leaves"]) or "nothing but the cut's own",
+            m["reconstruction"],
+        ]
+        for m in document
+    ]
+    columns = ["method", "paper", "on a cut", "options", "leaves a client", "reconstruction"]
+    console.print(grid("Methods", columns, lines))
+
+
+def show_assets(document: Row, console: Console) -> None:
+    """One line per asset, then what `verify` found."""
+    lines = [
+        [
+            row["name"],
+            row["kind"],
+            "yes" if row["present"] else "no",
+            format_bytes(row["download"]),
+            row["licence"],
+            row["source"],
+        ]
+        for row in document["assets"]
+    ]
+    columns = ["asset", "kind", "here", "download", "licence", "source"]
+    console.print(grid(f"Assets in {document['cache']}", columns, lines))
+    for name, problems in document["problems"].items():
+        for problem in problems:
+            console.print(f"{name}: {problem}", highlight=False)
+        if not problems:
+            console.print(f"{name}: every byte as pinned", highlight=False)
+
+
+def show_demo(document: Row, console: Console) -> None:
+    """Devices, cuts, memory, bytes, and own and global accuracy of every method."""
+    methods: list[str] = document["methods"]
+    rows: list[Row] = document["rows"]
+    lines: list[list[str]] = []
+    for seat in document["seats"]:
+        line = [
+            seat["client"],
+            seat["about"],
+            f"{seat['device']}",
+            f"{seat['front']} | {seat['server_blocks']} | {seat['back']}",
+            format_bytes(seat["bytes"]),
+            format_bytes(seat["sent"] + seat["received"]),
+        ]
+        lines.append(line + _pairs(rows, methods, seat["client"]))
+    lines.append(["mean", "", "", "", "", "", *_pairs(rows, methods, "all")])
+    columns = ["client", "data", "device", "front|server|back", "memory", "bytes"]
+    columns += [f"{m}\nown / global" for m in methods]
+    title = "Accuracy of each client's model on its own test texts / on everybody's"
+    console.print(grid(title, columns, lines))
+    for line in document["says"]:
+        console.print(line, highlight=False)
+
+
+def _pairs(rows: Sequence[Row], methods: Sequence[str], client: str) -> list[str]:
+    out: list[str] = []
+    for method in methods:
+        mine = [row for row in rows if row["method"] == method]
+        pair = [value_of(mine, client, data, "accuracy") for data in ("own", "global")]
+        out.append(" / ".join(f"{100 * v:.1f}" if v is not None else "–" for v in pair))
+    return out

@@ -1,0 +1,211 @@
+"""Bytes by part, worked out by hand, and measured on models without weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+)
+
+from flexp.errors import CutError, ModelError, PlanError
+from flexp.plan import BlockCosts, measure_costs, message_bytes, near_bytes, step_bytes
+
+# Two rows of 5 positions, width 3, 4 bytes per number: one message is 120 bytes.
+COSTS = BlockCosts(
+    blocks=3,
+    width=3,
+    embed_bytes=1000,
+    block_bytes=(10, 20, 40),
+    head_bytes=300,
+    adapter_block_bytes=(1, 2, 4),
+    adapter_head_bytes=7,
+    batch=2,
+    length=5,
+    itemsize=4,
+    activation_factor=10,
+)
+
+
+def test_bytes_by_part_are_those_worked_out_by_hand() -> None:
+    assert near_bytes(COSTS, 1, 1) == {
+        "weights": 1000 + 10 + 40 + 300,
+        "adapters": 4 * (1 + 4 + 7),
+        "activations": 10 * 120 * 2,
+        "link": 240,
+        "total": 1350 + 48 + 2400 + 240,
+    }
+    assert near_bytes(COSTS, 2, 0, head_near=False) == {
+        "weights": 1000 + 10 + 20,
+        "adapters": 4 * (1 + 2),
+        "activations": 10 * 120 * 2,
+        "link": 240,
+        "total": 1030 + 12 + 2400 + 240,
+    }
+
+
+def test_only_a_whole_model_near_needs_no_link() -> None:
+    assert near_bytes(COSTS, 2, 1)["link"] == 0
+    assert near_bytes(COSTS, 3, 0, head_near=False)["link"] == 240
+    assert near_bytes(COSTS, 0, 0)["link"] == 240
+
+
+def test_logits_are_held_where_the_head_is() -> None:
+    costs = replace(COSTS, logits_bytes=50)
+    for head_near, more in ((True, 100), (False, 0)):
+        with_logits = near_bytes(costs, 1, 0, head_near=head_near)["total"]
+        assert with_logits - near_bytes(COSTS, 1, 0, head_near=head_near)["total"] == more
+
+
+@pytest.mark.parametrize("cut", [(2, 2), (4, 0), (-1, 1), (1, -1)])
+def test_cuts_outside_the_model_are_refused(cut: tuple[int, int]) -> None:
+    with pytest.raises(CutError, match="3 blocks"):
+        near_bytes(COSTS, *cut)
+
+
+def test_a_back_without_the_head_is_refused() -> None:
+    with pytest.raises(CutError, match="Set the back to 0"):
+        near_bytes(COSTS, 1, 1, head_near=False)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 3), st.integers(0, 3))
+def test_one_more_block_never_needs_less(front: int, back: int) -> None:
+    if front + back < 2:  # the third takes the link away
+        here = near_bytes(COSTS, front, back)["total"]
+        assert near_bytes(COSTS, front + 1, back)["total"] > here
+        assert near_bytes(COSTS, front, back + 1)["total"] > here
+
+
+def test_a_message_of_gpt2_is_3_mib() -> None:
+    gpt2 = replace(COSTS, batch=8, length=128, width=768)
+    assert message_bytes(gpt2) == 3 * 2**20
+    assert step_bytes(gpt2) == 12 * 2**20
+    assert step_bytes(gpt2, "loss") == 6 * 2**20
+
+
+def test_bytes_of_a_step_by_form() -> None:
+    costs = replace(COSTS, logits_bytes=50, label_bytes=16)
+    assert step_bytes(costs, "u") == 4 * 120
+    assert step_bytes(costs, "u", front_trains=False) == 3 * 120
+    assert step_bytes(costs, "logits") == 2 * 120 + 2 * 50
+    assert step_bytes(costs, "loss") == 2 * 120 + 16
+    assert step_bytes(costs, "loss", front_trains=False) == 120 + 16
+
+
+def test_sizes_come_one_per_block() -> None:
+    with pytest.raises(PlanError, match="block_bytes has 2 entries for 3 blocks"):
+        replace(COSTS, block_bytes=(1, 2))
+
+
+def llama(tied: bool) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        num_hidden_layers=3,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=2,
+        vocab_size=50,
+        tie_word_embeddings=tied,
+    )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def bert() -> BertForSequenceClassification:
+    config = BertConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=2,
+        vocab_size=50,
+        max_position_embeddings=20,
+        id2label={i: str(i) for i in range(4)},
+    )
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
+
+
+def test_a_llama_is_measured_without_weights() -> None:
+    costs = measure_costs(llama(tied=False), "model.layers", {}, batch=2, length=5, itemsize=2)
+    # Four projections 32x32, three 32x48, two norms of 32.
+    block = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32)
+    assert (costs.blocks, costs.width) == (3, 32)
+    assert costs.block_bytes == (block,) * 3
+    assert costs.embed_bytes == 2 * 50 * 32
+    assert costs.head_bytes == 2 * (32 + 50 * 32)
+    assert costs.tied_bytes == 0
+    assert message_bytes(costs) == 2 * 5 * 32 * 2
+
+
+def test_a_tied_head_is_counted_once_and_marked() -> None:
+    costs = measure_costs(llama(tied=True), "model.layers", {}, batch=1, length=1, itemsize=4)
+    assert costs.embed_bytes == 4 * 50 * 32
+    assert costs.head_bytes == 4 * 32
+    assert costs.tied_bytes == 4 * 50 * 32
+
+
+def test_an_encoder_is_measured_with_pooler_and_classifier_as_head() -> None:
+    model = bert()
+    costs = measure_costs(model, "bert.encoder.layer", {}, batch=1, length=1, itemsize=4)
+    assert costs.embed_bytes == 4 * 32 * (50 + 20 + 2 + 2)
+    assert costs.head_bytes == 4 * (32 * 32 + 32 + 4 * 32 + 4)
+    everything = sum(p.numel() for p in model.parameters()) * 4
+    assert costs.embed_bytes + sum(costs.block_bytes) + costs.head_bytes == everything
+
+
+def test_embeddings_registered_behind_the_blocks_are_still_embeddings() -> None:
+    model = llama(tied=False)
+    model.model._modules["embed_tokens"] = model.model._modules.pop("embed_tokens")
+    assert next(iter(model.state_dict())).startswith("model.layers")
+    costs = measure_costs(model, "model.layers", {}, batch=1, length=1, itemsize=4)
+    assert costs.embed_bytes == 4 * 50 * 32
+
+
+def test_adapters_are_counted_by_block() -> None:
+    prefix = "base_model.model."
+    adapters = {
+        f"{prefix}model.layers.0.self_attn.q_proj.lora_A.weight": (4, 32),
+        f"{prefix}model.layers.0.self_attn.q_proj.lora_B.weight": (32, 4),
+        f"{prefix}model.layers.2.mlp.up_proj.lora_A.weight": (4, 32),
+        f"{prefix}lm_head.lora_A.weight": (4, 32),
+    }
+    costs = measure_costs(
+        llama(tied=False), "model.layers", adapters, batch=1, length=1, itemsize=4
+    )
+    assert costs.adapter_block_bytes == (1024, 0, 512)
+    assert costs.adapter_head_bytes == 512
+    with pytest.raises(ModelError, match="in block 3, but the model has 3"):
+        measure_costs(
+            llama(tied=False),
+            "model.layers",
+            {f"{prefix}model.layers.3.x.lora_A.weight": (1,)},
+            batch=1,
+            length=1,
+            itemsize=4,
+        )
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("model.blocks", 'no module "model.blocks"'), ("model.norm", "is no list of blocks")],
+)
+def test_a_path_that_is_no_block_list_is_named(path: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        measure_costs(llama(tied=False), path, {}, batch=1, length=1, itemsize=4)
+
+
+def test_a_model_without_width_is_refused() -> None:
+    model = llama(tied=False)
+    model.__dict__["config"] = ResNetConfig()  # one with several widths
+    with pytest.raises(ModelError, match="no hidden_size"):
+        measure_costs(model, "model.layers", {}, batch=1, length=1, itemsize=4)
