@@ -24,14 +24,15 @@ install: $(STAMP)  ## Create .venv from the lock (done by every target that need
 
 # The lock first, then torch: whatever any build of torch needs is in the lock already, so the
 # second step adds torch (and its GPU libraries, where the platform's build has them), no more.
+# --no-compile: Python compiles what is imported when it is; all of it ahead costs a minute.
 $(STAMP): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "No '$(PYTHON)' here. Install Python 3.11 or newer, or name it: make PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "FlexP-SFL needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V). Name another: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q --no-deps --require-hashes -r requirements.lock
-	$(PIP) install -q "$(TORCH)"
+	$(PIP) install -q --no-deps --no-compile --require-hashes -r requirements.lock
+	$(PIP) install -q --no-compile "$(TORCH)"
 	$(PIP) install -q --no-deps --no-build-isolation -e .
 	$(PIP) check
 	@touch $@

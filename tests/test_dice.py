@@ -53,6 +53,12 @@ def test_same_name_same_stream_else_another(
     assert (draws(one) == draws(two)) is same
 
 
+def test_the_order_of_counters_does_not_matter() -> None:
+    dice = Dice(1)
+    assert draws(dice("a", x=1, y="b")) == draws(dice("a", y="b", x=1))
+    assert draws(dice("a", x=1, y=2)) != draws(dice("a", x=2, y=1))
+
+
 def test_drawing_does_not_advance_a_stream() -> None:
     dice = Dice(1)("x")
     assert draws(dice) == draws(dice)

@@ -24,6 +24,7 @@ from flexp.errors import AssetError
 NAME = "ada/bert-tiny"
 OLD, NEW = "a" * 40, "b" * 40
 WEIGHTS = "model.safetensors"
+GIT_HEAD = b"blob %d\0"
 CONFIG = b'{"model_type": "bert"}'
 PICKLES = ("pytorch_model.bin", "modeling.py", "onnx/model.safetensors", "consolidated.safetensors")
 
@@ -54,7 +55,7 @@ def is_lfs(file: str) -> bool:
 def etag(file: str, content: bytes) -> str:
     if is_lfs(file):
         return hashlib.sha256(content).hexdigest()
-    head = f"blob {len(content)}\0".encode()
+    head = GIT_HEAD.replace(b"%d", str(len(content)).encode())
     return hashlib.sha1(head + content, usedforsecurity=False).hexdigest()
 
 
@@ -303,6 +304,26 @@ def test_a_wrong_digest_is_deleted(door: Door, file: str) -> None:
     assert etag(file, right) not in {blob.name for blob in door.blobs()}
     door.hub.forged.clear()
     assert (door() / file).read_bytes() == right
+
+
+def test_a_blob_that_changed_later_is_found(door: Door) -> None:
+    blob = (door() / "config.json").resolve()
+    blob.write_bytes(CONFIG)
+    with pytest.raises(AssetError, match="another digest"):
+        door()
+    assert door().joinpath("config.json").read_bytes() == door.hub.commits[NEW]["config.json"]
+
+
+def test_a_mirror_may_name_files_by_plain_sha1(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "GIT_HEAD", b"")
+    assert (door() / "config.json").exists()
+
+
+def test_a_file_without_a_digest_is_mentioned(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "etag", lambda file, content: f"version-{len(content)}")
+    said: list[str] = []
+    door(say=said.append)
+    assert "no digest to check for config.json" in said[-1]
 
 
 def test_a_file_of_the_wrong_size_is_refused(door: Door) -> None:

@@ -216,10 +216,11 @@ BAD = {
     "long name": raw({"tensor/" + "w" * 600: f32(0, 4)}, bytes(4)),
     "half a character": raw({"tensor/\ud800": f32(0, 4)}, bytes(4)),
     "twice": raw(
-        '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
-        '"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        '{"tensor/w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+        '"tensor/w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
         bytes(1),
     ),
+    "long header": raw({}, note={"version": 1, "facts": {"x": "y" * safe.MAX_HEADER}, "slots": []}),
     "too many": raw({f"tensor/{i}": f32(0, 0, [0]) for i in range(safe.MAX_TENSORS + 1)}),
     "entry a list": raw({"tensor/w": []}, bytes(4)),
     "entry with more": raw({"tensor/w": f32(0, 4) | {"x": 1}}, bytes(4)),
@@ -254,6 +255,24 @@ def test_the_bad_examples_differ_from_this_good_one() -> None:
 def test_bytes_that_no_parcel_has_are_refused(data: bytes) -> None:
     with pytest.raises(ParcelError):
         decode(data)
+
+
+# Sound safetensors, so only what they hold can be wrong.
+SOUND = {
+    *("no metadata", "other metadata", "two metadata", "newer", "version true", "facts a list"),
+    *("facts infinite", "slots unsorted", "slots twice", "slots numbers", "slot nameless"),
+    *("unknown slot", "slot unquoted", "slot not text", "no kind", "no name", "bool of 2"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name not in SOUND])
+def test_odd_headers_never_reach_the_parser(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(_: bytes) -> Tensors:
+        pytest.fail("the parser was called")
+
+    monkeypatch.setattr(safe, "parse", reached)
+    with pytest.raises(ParcelError):
+        decode(BAD[name])
 
 
 def test_the_limit_counts_all_bytes() -> None:

@@ -60,12 +60,11 @@ def tracked() -> set[Path]:
         ).stdout
         return {ROOT / os.fsdecode(n) for n in names.split(b"\0") if n}
     ignored = [".git", *(ROOT / ".gitignore").read_text("utf-8").split()]
-    return {
-        path
-        for path in ROOT.rglob("*")
-        for parts in [path.relative_to(ROOT).parts]
-        if not any(fnmatch(part, name.strip("/")) for part in parts for name in ignored)
-    }
+    found: set[Path] = set()
+    for folder, inside, files in os.walk(ROOT):
+        inside[:] = [d for d in inside if not any(fnmatch(d, n.strip("/")) for n in ignored)]
+        found |= {Path(folder, f) for f in files if not any(fnmatch(f, n) for n in ignored)}
+    return found
 
 
 def is_cli(path: Path) -> bool:

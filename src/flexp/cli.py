@@ -94,7 +94,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Trains every client's personal model as a recipe says; ends with a PEFT adapter for each."""
-    from flexp import recipe as recipes
+    from flexp import recipe_file as recipes
 
     found = recipes.read(recipe, overrides or [])
     console = begin(as_json, found.mode)
@@ -111,7 +111,7 @@ def run(
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
     """Shows what would run on each device and how much memory it takes; loads no weights."""
-    from flexp import recipe as recipes
+    from flexp import recipe_file as recipes
 
     found = recipes.read(recipe, overrides or [])
     console = begin(as_json)
@@ -148,7 +148,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Tells what this machine has and, with a recipe, what each client's data looks like."""
-    from flexp import recipe as recipes
+    from flexp import recipe_file as recipes
 
     found = recipes.read(recipe, overrides or []) if recipe is not None else None
     console = begin(as_json)

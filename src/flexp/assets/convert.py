@@ -7,6 +7,7 @@ opens like any other. Other architectures than ``llama`` are refused: their layo
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -46,19 +47,27 @@ _SPLITS = {"gpt-2": False, "smollm": True}  # GGUF's name of a pre-tokenizer: di
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
+def require_gguf(name: str) -> None:
+    """Check for the extra, before anything large is downloaded for ``name``.
+
+    Raises:
+        AssetError: it is not installed.
+    """
+    if find_spec("gguf") is None:
+        raise AssetError(
+            f"{name} must be converted, which needs the package gguf. "
+            'Run: pip install "flexp-sfl[gguf]"'
+        )
+
+
 def convert_gguf(source: Path, folder: Path) -> None:
     """Write config, weights and tokenizer of the GGUF file ``source`` into ``folder``.
 
     Raises:
         AssetError: the extra is not installed, or the file is not a Llama with a BPE tokenizer.
     """
-    try:
-        from gguf import GGUFReader
-    except ModuleNotFoundError as error:
-        raise AssetError(
-            f"{source.name} must be converted, which needs the package gguf. "
-            'Run: pip install "flexp-sfl[gguf]"'
-        ) from error
+    require_gguf(source.name)
+    from gguf import GGUFReader
     from safetensors.torch import save
 
     reader = GGUFReader(source)

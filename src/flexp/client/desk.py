@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from typing import Literal
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from flexp.client.memory import Memory
 from flexp.client.session import Session
-from flexp.data.shards import Shard
-from flexp.data.tasks import Batch, Task
+from flexp.data.examples import Batch, Shard, Split
+from flexp.data.tasks import Task
 from flexp.dice import Dice
 from flexp.errors import AdapterError
 from flexp.model.cut import Seat
+from flexp.model.ops import Assign, Dot, Grad, Op, Optim, Pull, SlotSpec, Step
 from flexp.model.personal import PersonalModel
-from flexp.model.slots import Assign, Dot, Grad, Op, Pull, SlotSpec, Step
 from flexp.parcel import JSON, Facts, Parcel
 from flexp.tensors import (
     ALL,
@@ -36,7 +36,21 @@ from flexp.tensors import (
 )
 
 LossFn = Callable[[PersonalModel, Batch], Tensor]
-Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How clients train unless a strategy says otherwise."""
+
+    optim: Optim = field(default_factory=Optim)
+    batch: int = 8
+    steps: int | None = None
+    epochs: int | None = None
+    clip_norm: float | None = None
+
+    def specs(self, slots: Mapping[str, SlotSpec]) -> dict[str, SlotSpec]:
+        """A strategy's slots, with this optimizer where they name none."""
+        return {s: replace(spec, optim=spec.optim or self.optim) for s, spec in slots.items()}
 
 
 @dataclass(frozen=True)
@@ -65,10 +79,7 @@ class Desk:
     dice: Dice
     session: Session
     specs: Mapping[str, SlotSpec]
-    batch: int = 8
-    epochs: int | None = None
-    steps: int | None = None
-    clip_norm: float | None = None
+    training: Training
     counter: int = 0
     rows: int = 0
 
@@ -85,18 +96,16 @@ class Desk:
         Without either, what the recipe says. The order depends on client and round alone.
         """
         if steps is None and epochs is None:
-            steps, epochs = self.steps, self.epochs
+            steps, epochs = self.training.steps, self.training.epochs
         data = self.shard.split(split)
-        size = min(size or self.batch, len(data))
+        size = min(size or self.training.batch, len(data))
         if steps is None:
             for epoch in range(epochs or 1):
                 order = self.dice("epoch", n=epoch).shuffle(len(data))
                 for at in range(0, len(order), size):
                     yield self.task.collate(data, order[at : at + size])
             return
-        stream = (
-            i for epoch in _forever() for i in self.dice("epoch", n=epoch).shuffle(len(data))
-        )
+        stream = (n for epoch in count() for n in self.dice("epoch", n=epoch).shuffle(len(data)))
         for _ in range(steps):
             yield self.task.collate(data, list(islice(stream, size)))
 
@@ -118,31 +127,28 @@ class Desk:
         wear. The clip is by the global norm over near and far. A step whose loss or clipped norm
         is not finite is skipped and counted. Returns loss (mean, nats), steps, skipped and rows.
         """
-        chosen = {s: train for s in slots_of(wear)} if isinstance(train, Where) else dict(train)
-        clip = self.clip_norm if clip_norm is None else clip_norm
+        chosen = dict.fromkeys(slots_of(wear), train) if isinstance(train, Where) else dict(train)
+        clip = self.training.clip_norm if clip_norm is None else clip_norm
         losses: list[float] = []
         skipped = rows = 0
         for batch in batches if batches is not None else self.batches(steps=steps):
-            self.counter += 1
-            with self.model.training(chosen, self.dice("dropout", step=self.counter)):
-                value = (
-                    self.model.loss(batch, wear) if loss is None else loss(self.model, batch)
-                )
-                grads = [f"{slot}@g" for slot in chosen]
-                self.grad(value, list(chosen), grads)
-            losses.append(float(value.detach()))
+            losses.append(self._descend(batch, loss, wear, chosen))
             rows += batch.rows
             self._bend(chosen, add, pull)
-            norm = self._norm(chosen) if clip is not None else 0.0
-            if math.isfinite(losses[-1]) and math.isfinite(norm):
-                scale = min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0
-                for slot, where in chosen.items():
-                    self.step(slot, scale=scale, where=where)
-            else:
-                skipped += 1
+            skipped += not self._move(chosen, losses[-1], clip)
         good = [x for x in losses if math.isfinite(x)]
         mean = sum(good) / len(good) if good else None
         return {"loss": mean, "steps": len(losses), "skipped": skipped, "rows": rows}
+
+    def _descend(
+        self, batch: Batch, loss: LossFn | None, wear: Wear, chosen: Mapping[str, Where]
+    ) -> float:
+        """The loss of a batch; its gradient goes into the slots "<name>@g"."""
+        self.counter += 1
+        with self.model.training(chosen, self.dice("dropout", step=self.counter)):
+            value = self.model.loss(batch, wear) if loss is None else loss(self.model, batch)
+            self.grad(value, list(chosen), [f"{slot}@g" for slot in chosen])
+        return float(value.detach())
 
     def _bend(self, chosen: Mapping[str, Where], add: Mix, pull: Sequence[Drag]) -> None:
         for slot, where in chosen.items():
@@ -153,6 +159,16 @@ class Desk:
                 if drag.weight:
                     both = where & drag.where
                     self._apply(Pull(slot, drag.to, drag.weight, grad, both, drag.form))
+
+    def _move(self, chosen: Mapping[str, Where], loss: float, clip: float | None) -> bool:
+        """One step of each slot; False, and no step, if the loss or the norm is not finite."""
+        norm = self._norm(chosen) if clip is not None else 0.0
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return False
+        scale = min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0
+        for slot, where in chosen.items():
+            self.step(slot, scale=scale, where=where)
+        return True
 
     def _norm(self, chosen: Mapping[str, Where]) -> float:
         dots = [self.dot(f"{s}@g", f"{s}@g", where=w) for s, w in chosen.items()]
@@ -165,7 +181,7 @@ class Desk:
         self.rows += self.model.rows
         self.model.rows = 0
         if loss.requires_grad:
-            loss.backward()
+            loss.backward()  # pyright: ignore[reportUnknownMemberType]
         for slot, held in self.model.leaves.grads().items():
             self.model.near.gather(slot, held)
         self.model.leaves = type(self.model.leaves)()
@@ -241,10 +257,3 @@ class Desk:
         if self.model.far is not None:
             out |= self.session.fetch(wear, far=True)
         return dict(sorted(out.items()))
-
-
-def _forever() -> Iterator[int]:
-    n = 0
-    while True:
-        yield n
-        n += 1

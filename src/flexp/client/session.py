@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from flexp.errors import LinkError
 from flexp.link.messages import (
     Answer,
     Backward,
@@ -24,8 +23,8 @@ from flexp.link.messages import (
     Submit,
 )
 from flexp.model.cut import Seat
+from flexp.model.ops import Op, Optim
 from flexp.model.personal import Ask
-from flexp.model.slots import Op, Optim
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Egress
 from flexp.tensors import ALL, BlockScalars, Tensors, Where
@@ -128,14 +127,3 @@ class Session:
         """Ends the turn."""
         self.flush()
         self._send(Leave(self._key("leave")))
-
-
-class NoServer:
-    """Stands where the server would be, for a model that needs none and must not call one."""
-
-    def send(self, message: Message) -> Answer:
-        """Raises LinkError: nothing may cross."""
-        raise LinkError(f"A client without a server tried to send {type(message).__name__}.")
-
-    def close(self) -> None:
-        """Nothing to close."""

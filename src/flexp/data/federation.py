@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from flexp.data import partition
 from flexp.data.columns import label_names, label_of
-from flexp.data.examples import Examples, Shard
+from flexp.data.examples import Shard
 from flexp.data.shards import check
-from flexp.data.sources import Row
+from flexp.data.sources import SPLITS, Row
 from flexp.data.tasks import CausalLM, Classification, Task
 from flexp.dice import Dice
 from flexp.errors import DataError
@@ -59,11 +59,11 @@ def federate(
     labels = labels_of(rows, task_recipe, data)
     task = make_task(task_recipe, data, tokenizer, labels)
     parts = divide(rows, data, task_recipe, dice)
-    encoded = task.encode(rows)
-    shards = {
-        client: _shard(rows, encoded, _capped(held, data, dice, client), data, dice, client)
-        for client, held in parts.items()
-    }
+    shards: dict[str, Shard] = {}
+    for client, held in parts.items():
+        places = _places(rows, _capped(held, data, dice, client), data, dice, client)
+        train, val, test = (task.encode([rows[n] for n in chosen]) for chosen in places)
+        shards[client] = Shard(train, val, test)
     findings = check(shards, task, one_class=data.one_class)
     skew = None
     if labels:
@@ -126,24 +126,14 @@ def _capped(held: list[int], data: DataRecipe, dice: Dice, client: str) -> list[
     return [held[n] for n in dice("rows", client=client).choose(len(held), data.rows)]
 
 
-def _shard(
-    rows: Sequence[Row],
-    encoded: Examples,
-    held: list[int],
-    data: DataRecipe,
-    dice: Dice,
-    client: str,
-) -> Shard:
+def _places(
+    rows: Sequence[Row], held: list[int], data: DataRecipe, dice: Dice, client: str
+) -> tuple[list[int], list[int], list[int]]:
+    """Rows of train, validation and test: as the source says, else drawn."""
     if held and all("split" in rows[n].fields for n in held):
-        found = {name: [n for n in held if rows[n].fields["split"] == name] for name in _SPLITS}
-        train, val, test = (found[name] for name in _SPLITS)
-    else:
-        stream = dice("split", client=client).generator()
-        try:
-            train, val, test = partition.split(held, data.split, stream)
-        except DataError as problem:
-            raise DataError(f'Client "{client}": {problem}') from problem
-    return Shard(encoded.pick(train), encoded.pick(val), encoded.pick(test))
-
-
-_SPLITS = ("train", "validation", "test")
+        named = [[n for n in held if rows[n].fields["split"] == name] for name in SPLITS]
+        return named[0], named[1], named[2]
+    try:
+        return partition.split(held, data.split, dice("split", client=client).generator())
+    except DataError as problem:
+        raise DataError(f'Client "{client}": {problem}') from problem

@@ -71,17 +71,15 @@ def tabs(path: Path) -> Iterator[Record]:
 def parquet(path: Path) -> Iterator[Record]:
     """A parquet file of flat columns; needs the extra ``data``."""
     with _extra("pyarrow"):
-        import pyarrow
+        import pyarrow as pa
         from pyarrow import parquet as written
-    arrow, files = cast("Any", pyarrow), cast("Any", written)  # without type stubs
+    arrow, files = cast("Any", pa), cast("Any", written)  # without type stubs
     try:
         with files.ParquetFile(path) as file:
             _distinct(path.as_posix(), list(file.schema_arrow.names))
-            number = 0
-            for batch in file.iter_batches():
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield number, flat(f"{path.as_posix()}, row {number}", fields)
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            for number, fields in enumerate(rows, start=1):
+                yield number, flat(f"{path.as_posix()}, row {number}", fields)
     except (OSError, arrow.ArrowException) as broken:
         raise DataError(
             f"{path.as_posix()}: not a parquet file that can be read ({broken}). Write it again."
@@ -206,9 +204,9 @@ def _object(line: str) -> dict[str, Value]:
         if not line.startswith(",", at):
             raise _BrokenLineError(at, "a comma or a closing brace is missing")
     rest = _skip(line, at + 1)
-    if rest < len(line):
-        raise _BrokenLineError(rest, "more text after the object")
-    return fields
+    if rest == len(line):
+        return fields
+    raise _BrokenLineError(rest, "more text after the object")
 
 
 def _value(line: str, at: int) -> tuple[Value, int]:

@@ -116,7 +116,7 @@ def label_skew(  # noqa: PLR0917 - the experiment's own six quantities
         if sharing * rows > held:
             raise DataError(
                 f'Group "{name}" has {held} rows for {sharing} clients of {rows}. '
-                f"Set rows to {held // sharing} or less, or take fewer clients."
+                f"Set data.rows to {held // sharing} or less, or take fewer clients."
             )
     known = sorted(set(labels), key=str)
     parts: list[list[int]] = []

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flexp.data.columns import is_integer, label_names, label_of, text_of
 from flexp.data.examples import IGNORED, Batch, Example, Examples, Shard, Side, Split, pad
@@ -179,6 +180,22 @@ class CausalLM:
         before = (*begin, *prompt[max(0, len(prompt) - (room - len(kept))) :])
         labels = (*(IGNORED for _ in before), *kept)
         return (*before, *kept), labels
+
+
+def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; DataError if it has none."""
+    made = cast("Any", AutoTokenizer)
+    try:
+        return made.from_pretrained(source)
+    except (OSError, ValueError) as problem:
+        first = str(problem).strip().splitlines()[0]
+        raise DataError(f'"{source}" has no tokenizer that can be opened: {first}') from problem
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that batches are padded with."""
+    held = cast("Any", tokenizer)
+    return held.pad_token_id if held.pad_token_id is not None else held.eos_token_id
 
 
 def _tokens(

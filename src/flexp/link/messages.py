@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexp.dice import Dice
 from flexp.model.cut import Seat
-from flexp.model.slots import Op, Optim
+from flexp.model.ops import Op, Optim
 from flexp.parcel import JSON, Facts
 from flexp.tensors import ALL, BlockScalars, Tensors, Wear, Where
 

@@ -20,10 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 from flexp.dice import Dice
 from flexp.errors import AdapterError, nearest
-from flexp.model.worn import PREFIX
+from flexp.model.skeleton import modules
+from flexp.model.worn import PREFIX, lengths
 from flexp.tensors import Tensors
 
 Layout = Mapping[str, tuple[int, ...]]
+_Table = Mapping[str, list[str] | str]  # by type of model; a string is a pattern, which we leave
 
 _LORA_TABLE = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 _IA3_TABLE = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
@@ -80,8 +82,24 @@ class Head:
 Kind = Lora | Ia3 | Prompt | Dense | Head
 
 
+def alpha_of(kind: Kind) -> float:
+    """LoRA's alpha; 1 for kinds without."""
+    return kind.alpha if isinstance(kind, Lora) else 1.0
+
+
+def dropout_of(kind: Kind) -> float:
+    """LoRA's dropout; 0 for kinds without."""
+    return kind.dropout if isinstance(kind, Lora) else 0.0
+
+
 def peft_config(
-    kind: Kind, task: str, net: nn.Module, blocks: str, head: tuple[str, ...], rank: int | None = None
+    kind: Kind,
+    task: str,
+    net: nn.Module,
+    blocks: str,
+    head: tuple[str, ...],
+    *,
+    rank: int | None = None,
 ) -> Any:
     """The PEFT configuration of a kind on a model (a skeleton will do).
 
@@ -89,35 +107,36 @@ def peft_config(
     Raises AdapterError if a target is not in the blocks.
     """
     saved = list(head) if getattr(kind, "head", True) and head else None
-    if isinstance(kind, Lora):
-        targets, transposed = _targets(net, blocks, kind.targets, _LORA_TABLE)
-        return peft.LoraConfig(
-            task_type=task,
-            r=rank or kind.rank,
-            lora_alpha=kind.alpha,  # pyright: ignore[reportArgumentType]
-            lora_dropout=kind.dropout,
-            target_modules=targets,
-            use_dora=kind.dora,
-            modules_to_save=saved,
-            fan_in_fan_out=transposed,
-        )
-    if isinstance(kind, Ia3):
-        targets, transposed = _targets(net, blocks, kind.targets, _IA3_TABLE)
-        table = _IA3_FEEDFORWARD.get(_type_of(net), []) if not kind.targets else []
-        return peft.IA3Config(
-            task_type=task,
-            target_modules=targets,
-            feedforward_modules=sorted(kind.feedforward) or sorted(table),
-            modules_to_save=saved,
-            fan_in_fan_out=transposed,
-        )
     if isinstance(kind, Prompt):
         return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=kind.tokens)
-    paths = list(kind.targets) if isinstance(kind, Dense) else []
-    # PEFT has no method without an adapter: a pair on nothing beside the saved modules.
-    return peft.LoraConfig(
-        task_type=task, r=1, target_modules=[], modules_to_save=[*paths, *(saved or ())]
+    if isinstance(kind, Dense | Head):
+        paths = kind.targets if isinstance(kind, Dense) else ()
+        # PEFT has no method without an adapter: a pair on nothing beside the saved modules.
+        return peft.LoraConfig(
+            task_type=task, r=1, target_modules=[], modules_to_save=[*paths, *(saved or ())]
+        )
+    table = _LORA_TABLE if isinstance(kind, Lora) else _IA3_TABLE
+    targets, transposed = _targets(net, blocks, kind.targets, table)
+    config: Any = peft.LoraConfig if isinstance(kind, Lora) else peft.IA3Config
+    return config(
+        task_type=task,
+        target_modules=targets,
+        modules_to_save=saved,
+        fan_in_fan_out=transposed,
+        **_options(kind, _type_of(net), rank),
     )
+
+
+def _options(kind: Lora | Ia3, type_of: str, rank: int | None) -> dict[str, Any]:
+    if isinstance(kind, Lora):
+        return {
+            "r": rank or kind.rank,
+            "lora_alpha": kind.alpha,
+            "lora_dropout": kind.dropout,
+            "use_dora": kind.dora,
+        }
+    table = [] if kind.targets else _IA3_FEEDFORWARD.get(type_of, [])
+    return {"feedforward_modules": sorted(kind.feedforward or table)}
 
 
 def _type_of(net: nn.Module) -> str:
@@ -125,16 +144,17 @@ def _type_of(net: nn.Module) -> str:
 
 
 def _targets(
-    net: nn.Module, blocks: str, wanted: tuple[str, ...], table: Mapping[str, list[str]]
+    net: nn.Module, blocks: str, wanted: tuple[str, ...], table: _Table
 ) -> tuple[list[str] | str, bool]:
     """Target modules for PEFT, all of them inside blocks, and whether they are transposed.
 
     Names come from the recipe, else from PEFT's table, else all linear maps of the blocks. They
     stay a list unless a name also occurs outside the blocks; then a pattern confines it.
     """
-    maps = {p: m for p, m in net.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    maps = {p: m for p, m in modules(net).items() if isinstance(m, nn.Linear | Conv1D)}
     inside = [p for p in maps if p.startswith(f"{blocks}.")]
-    names = list(wanted) or table.get(_type_of(net), [])
+    listed = table.get(_type_of(net))
+    names = list(wanted) or (listed if isinstance(listed, list) else [])
     names = names or sorted({p.rpartition(".")[2] for p in inside})
     hits = {n: [p for p in maps if p == n or p.endswith(f".{n}")] for n in names}
     for name, paths in hits.items():
@@ -161,11 +181,11 @@ def layout(
     out: dict[str, tuple[int, ...]] = {}
     paths = [*(kind.targets if isinstance(kind, Dense) else ())]
     paths += head if getattr(kind, "head", True) else ()
-    modules = dict(net.named_modules())
+    known = modules(net)
     for path in paths:
-        if path not in modules:
+        if path not in known:
             raise AdapterError(f'The model has no module "{path}" to train. Check adapter.targets.')
-        for leaf, value in modules[path].named_parameters():
+        for leaf, value in known[path].named_parameters():
             out[f"{PREFIX}{path}.{leaf}"] = tuple(value.shape)
     if isinstance(kind, Prompt):
         weight = getattr(cast(Any, net).get_input_embeddings(), "weight", None)
@@ -173,7 +193,7 @@ def layout(
             raise AdapterError("A prompt needs a model that reads token ids. Use a LoRA adapter.")
         out["prompt_embeddings"] = (kind.tokens, int(weight.shape[1]))
     elif isinstance(kind, Lora | Ia3):
-        config = peft_config(kind, "FEATURE_EXTRACTION", net, blocks, (), rank)
+        config = peft_config(kind, "FEATURE_EXTRACTION", net, blocks, (), rank=rank)
         peft.inject_adapter_in_model(config, net)
         for name, value in net.named_parameters():
             if ".lora_" in name or ".ia3_" in name:
@@ -184,7 +204,7 @@ def layout(
     return dict(sorted(out.items()))
 
 
-def initial(shapes: Layout, kind: Kind, dice: Dice, base: Mapping[str, Tensor]) -> Tensors:
+def initial(shapes: Layout, dice: Dice, base: Mapping[str, Tensor]) -> Tensors:
     """The tensors that every client and the server begin with: the pretrained model, unchanged.
 
     LoRA's A is Kaiming-uniform from a stream per name (so it does not depend on which blocks are
@@ -203,7 +223,7 @@ def initial(shapes: Layout, kind: Kind, dice: Dice, base: Mapping[str, Tensor]) 
         elif name.endswith(".lora_magnitude_vector"):
             value = base[path.replace(".lora_magnitude_vector", ".weight")]
             value = value if value.shape[0] == shape[0] else value.T
-            value = torch.linalg.norm(value.float(), dim=1)
+            value = lengths(value.float())
         elif name == "prompt_embeddings":
             value = torch.empty(shape).normal_(generator=_stream(dice, name)) * 0.02
         else:

@@ -1,142 +1,33 @@
-"""Opens a frozen Hugging Face model, finds its blocks, and makes its forward cuttable.
+"""Opens a frozen Hugging Face model and makes its forward cuttable, whatever its family.
 
-Nothing here knows a family: the block list is the largest list of equal modules, the head is what
-the checkpoint lacks behind the blocks, and a check at open compares a cut forward with a whole one.
+A check at open compares a cut forward with a whole one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from flexp.dice import Dice
 from flexp.errors import ModelError
 from flexp.model.adapter import Kind, Layout, initial, layout
 from flexp.model.cut import PASS, Pass, Seat, Station, run
+from flexp.model.skeleton import (
+    TaskKind,
+    bare,
+    block_list,
+    head_leaves,
+    modules,
+    read_config,
+    reads_ids,
+)
+from flexp.model.weights import fill, load
 from flexp.model.worn import PREFIX, Wearing, Worn
 from flexp.tensors import Place, Tensors
-
-TaskKind = Literal["classification", "causal-lm", "images"]
-
-AUTO: Mapping[TaskKind, Any] = {
-    "classification": transformers.AutoModelForSequenceClassification,
-    "causal-lm": transformers.AutoModelForCausalLM,
-    "images": transformers.AutoModelForImageClassification,
-}
-PEFT_TASK: Mapping[TaskKind, str] = {
-    "classification": "SEQ_CLS",
-    "causal-lm": "CAUSAL_LM",
-    "images": "FEATURE_EXTRACTION",
-}
-
-
-def block_list(model: nn.Module, at: str | None = None) -> tuple[str, nn.ModuleList]:
-    """Path and module of the list of blocks: the one named, or the largest list of equal modules.
-
-    Raises ModelError when there is none.
-    """
-    if at is not None:
-        try:
-            named = model.get_submodule(at)
-        except AttributeError:
-            raise ModelError(f'model.blocks_at: the model has no module "{at}".') from None
-        if not isinstance(named, nn.ModuleList):
-            raise ModelError(f'model.blocks_at: "{at}" is a {type(named).__name__}, not a list.')
-        return at, named
-    found = [
-        (sum(p.numel() for p in m.parameters()), path, m)
-        for path, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len(m) > 1 and len({type(b) for b in m}) == 1
-    ]
-    if not found:
-        raise ModelError(
-            f"{type(model).__name__} has no list of two or more equal blocks to cut between. "
-            "Name the list with model.blocks_at, or choose a transformer with a block list."
-        )
-    _, path, blocks = max(found, key=lambda one: one[0])
-    return path, blocks
-
-
-def head_leaves(model: nn.Module, lacking: set[str] | None, blocks_path: str) -> tuple[str, ...]:
-    """Paths of the leaf modules that make the head: what the checkpoint lacks, behind the blocks.
-
-    Without a checkpoint (``lacking`` is None): what lies outside the base model, except tied or
-    pretrained output embeddings.
-    """
-    base = f"{getattr(model, 'base_model_prefix', '')}."
-    output = cast(Any, model).get_output_embeddings()
-    behind, out = False, dict[str, None]()
-    for name, _ in model.named_parameters():
-        path = name.rpartition(".")[0]
-        if name.startswith(f"{blocks_path}."):
-            behind = True
-            continue
-        if model.get_submodule(path) is output:
-            continue
-        fresh = name in lacking if lacking is not None else not name.startswith(base)
-        if fresh and not behind:
-            raise ModelError(f'The checkpoint has no "{name}", which lies before the blocks.')
-        if fresh:
-            out[path] = None
-    return tuple(out)
-
-
-@dataclass(frozen=True)
-class Skeleton:
-    """A model without weights: all that a plan needs before anything is downloaded."""
-
-    model: nn.Module
-    blocks_path: str
-    depth: int
-    width: int
-    config: Any
-
-
-def skeleton(source: str | Path, task: TaskKind, *, classes: int = 2, **options: Any) -> Skeleton:
-    """The model of a folder's or hub id's config on the meta device; no weights are read.
-
-    ``options``: ``revision`` and ``blocks_at``. Raises ModelError.
-    """
-    config = read_config(source, task, classes, options.get("revision"))
-    return bare(config, task, blocks_at=options.get("blocks_at"))
-
-
-def bare(config: Any, task: TaskKind, *, blocks_at: str | None = None) -> Skeleton:
-    """The skeleton of a config."""
-    with torch.device("meta"):
-        model = AUTO[task].from_config(config)
-    path, blocks = block_list(model, blocks_at)
-    width = int(model.get_input_embeddings().weight.shape[1]) if _has_ids(model) else 0
-    return Skeleton(model, path, len(blocks), width or int(config.hidden_size), config)
-
-
-def read_config(source: str | Path, task: TaskKind, classes: int, revision: str | None) -> Any:
-    """The config of a model folder or hub id; encoder-decoders are refused."""
-    more = {"num_labels": classes} if task != "causal-lm" else {}
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, revision=revision, **more)
-    except (OSError, ValueError) as problem:
-        first = str(problem).strip().splitlines()[0]
-        raise ModelError(
-            f'"{source}" cannot be opened as a model: {first} Give an asset (`flexp assets`), a '
-            "folder with config.json, or a hub id."
-        ) from problem
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f'"{source}" is an encoder-decoder. Its decoder reads the encoder in every block, so '
-            "one hidden state at the cut is not enough. Choose an encoder or a decoder."
-        )
-    return config
-
-
-def _has_ids(model: nn.Module) -> bool:
-    return getattr(model, "main_input_name", "") == "input_ids"
 
 
 class Backbone:
@@ -168,7 +59,7 @@ class Backbone:
         self.in_tuple, self.width = self._probe(blocks)
         for index, block in enumerate(blocks):
             block.forward = Station(block, index, self.depth, self.in_tuple[index])
-        for path, module in model.named_modules():
+        for path, module in modules(model).items():
             inside = path.startswith(f"{self.blocks_path}.")
             leaf = not list(module.children()) and list(module.parameters(recurse=False))
             if path in self.head or (inside and leaf):
@@ -198,21 +89,7 @@ class Backbone:
         config = read_config(source, task, classes, revision)
         if config.pad_token_id is None and pad is not None:
             config.pad_token_id = pad
-        try:
-            model, info = AUTO[task].from_pretrained(
-                source,
-                config=config,
-                revision=revision,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=task != "causal-lm",
-            )
-        except (OSError, ValueError, RuntimeError) as problem:
-            first = str(problem).strip().splitlines()[0]
-            raise ModelError(f'The weights of "{source}" cannot be loaded: {first}') from problem
-        mismatched = {row[0] for row in info.get("mismatched_keys", ())}
-        lacking = set(info["missing_keys"]) | mismatched
+        model, lacking = load(source, config, task, dtype=dtype, revision=revision)
         fill(model, lacking, Dice(seed)("head"))
         model = model.to(device)
         shown = name or str(source)
@@ -237,9 +114,7 @@ class Backbone:
 
     def initial(self, kind: Kind, dice: Dice, rank: int | None = None) -> Tensors:
         """The adapter that everybody begins with."""
-        return initial(
-            self.layout(kind, rank), kind, dice, dict(self.model.named_parameters())
-        )
+        return initial(self.layout(kind, rank), dice, dict(self.model.named_parameters()))
 
     # ---- forwards
 
@@ -285,7 +160,7 @@ class Backbone:
     # ---- checks at open
 
     def _sample(self, rows: int = 2, length: int = 5) -> dict[str, Tensor]:
-        if _has_ids(self.model):
+        if reads_ids(self.model):
             ids = torch.arange(rows * length).reshape(rows, length) % 7 + 1
             mask = torch.ones_like(ids)
             if self.config.pad_token_id is not None:
@@ -293,7 +168,7 @@ class Backbone:
                 ids = torch.where(mask.bool(), ids, self.config.pad_token_id)
             return {"input_ids": ids, "attention_mask": mask}
         size = self.config.image_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
+        height, width = (size, size) if isinstance(size, int) else size
         shape = (rows, self.config.num_channels, height, width)
         image = torch.linspace(-1, 1, rows * shape[1] * height * width).reshape(shape)
         return {"pixel_values": image.to(self.dtype)}
@@ -310,15 +185,18 @@ class Backbone:
                 f"{self.name} ran {len(seen)} blocks of {len(blocks)} in one forward: a forward "
                 "that skips or repeats blocks cannot be cut between them."
             )
-        first = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        in_tuple = [isinstance(out, tuple) for out in seen]
+        first = seen[0][0] if in_tuple[0] else seen[0]
         if not isinstance(first, Tensor) or first.dim() != 3:
             raise ModelError(f"The blocks of {self.name} do not pass on one hidden state.")
-        return [isinstance(out, tuple) for out in seen], int(first.shape[-1])
+        return in_tuple, int(first.shape[-1])
 
     def _check(self) -> None:
         inputs = self._on_device(self._sample())
         cut, last = max(1, self.depth // 3), self.depth - 1
-        blank = self.blanks({k: tuple(v.shape) for k, v in inputs.items()}, inputs.get("attention_mask"))
+        blank = self.blanks(
+            {k: tuple(v.shape) for k, v in inputs.items()}, inputs.get("attention_mask")
+        )
         with torch.no_grad():
             whole = self.run(inputs)
             try:
@@ -342,22 +220,3 @@ class Backbone:
 def _worn_now() -> Worn | None:
     now = PASS.get()
     return None if now is None else now.worn
-
-
-def fill(model: nn.Module, lacking: set[str], dice: Dice) -> None:
-    """Gives parameters that the checkpoint lacks the same values in every process.
-
-    Matrices are normal with the config's own width, gains one, biases zero.
-    """
-    std = float(getattr(cast(Any, model).config, "initializer_range", 0.02) or 0.02)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if name not in lacking:
-                continue
-            if value.dim() > 1:
-                fresh = torch.empty(value.shape)
-                value.copy_(fresh.normal_(0.0, std, generator=dice("fill", name=name).generator()))
-            else:
-                value.fill_(1.0 if name.endswith("weight") else 0.0)
-
-

@@ -24,7 +24,7 @@ Labels = Literal["keep", "logits", "loss"]
 
 @dataclass(frozen=True)
 class Cut:
-    """The client runs the first ``front`` blocks and the last ``back``; the server runs the rest."""
+    """The client runs the first ``front`` blocks and the last ``back``, the server the rest."""
 
     front: int
     back: int = 0
@@ -90,7 +90,7 @@ def uncut(depth: int) -> Seat:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward: blocks ``first`` to ``last`` (through the head if None), fed or from the start."""
+    """One forward: blocks ``first`` to ``last`` (None: and the head), fed or from the start."""
 
     first: int = 0
     last: int | None = None

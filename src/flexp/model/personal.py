@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,22 +15,11 @@ from flexp.dice import Dice
 from flexp.errors import CutError
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
+from flexp.model.dress import Leaves, Train, dress, dropping, spread
 from flexp.model.slots import Slots
-from flexp.model.worn import Worn, read, stacked
-from flexp.tensors import (
-    ALL,
-    PerRow,
-    Stacked,
-    Tensors,
-    Wear,
-    Where,
-    mixed,
-    slots_of,
-    spread,
-    terms,
-)
+from flexp.model.worn import Worn
+from flexp.tensors import ALL, PerRow, Stacked, Tensors, Wear, slots_of, terms
 
-Train = Mapping[str, Where] | None
 Until = Literal["hidden", "logits", "loss"]
 
 
@@ -73,94 +62,6 @@ class Ask:
     dropout: Dice | None = None
 
 
-@dataclass
-class Leaves:
-    """Tensors of slots as leaves of the present graph, so that gradients can be collected."""
-
-    held: list[tuple[str, str, Tensor, Tensor]] = field(default_factory=list)
-    index: dict[tuple[str, str], int] = field(default_factory=dict)
-
-    def leaf(self, slot: str, name: str, value: Tensor) -> Tensor:
-        """The leaf that stands for a slot's tensor; the same one while the tensor is the same."""
-        at = self.index.get((slot, name))
-        if at is not None and self.held[at][2] is value:
-            return self.held[at][3]
-        leaf = value.detach().requires_grad_()
-        self.index[slot, name] = len(self.held)
-        self.held.append((slot, name, value, leaf))
-        return leaf
-
-    def grads(self, grads: Sequence[Tensor | None] | None = None) -> dict[str, Tensors]:
-        """Gradients by slot: those given, or the leaves' own."""
-        out: dict[str, Tensors] = {}
-        found = grads if grads is not None else [one[3].grad for one in self.held]
-        for (slot, name, _, _), g in zip(self.held, found, strict=True):
-            if g is not None:
-                held = out.setdefault(slot, {})
-                held[name] = held[name] + g if name in held else g
-        return out
-
-
-def dress(
-    slots: Slots,
-    wear: Wear,
-    coefs: Sequence[Tensor | None],
-    train: Train,
-    leaves: Leaves,
-    over: Tensors | None = None,
-) -> Worn:
-    """What this side's modules wear.
-
-    ``coefs`` holds a value per block for learned terms; ``over`` replaces tensors by name.
-    """
-    views: dict[str, Tensors] = {}
-    for slot in slots_of(wear):
-        where = ALL if train is None else train.get(slot, ~ALL)
-        views[slot] = {
-            k: leaves.leaf(slot, k, v)
-            if torch.is_grad_enabled() and where.holds(k, slots.place(k))
-            else v
-            for k, v in slots[slot].items()
-        }
-    if isinstance(wear, PerRow):
-        rows = torch.tensor(wear.row)
-        groups = [
-            (read(views[s], slots.alpha), torch.nonzero(rows == n)[:, 0])
-            for n, s in enumerate(wear.slots)
-        ]
-        return Worn(groups=tuple(g for g in groups if len(g[1])))
-    if isinstance(wear, Stacked):
-        return stacked(_summands(slots, wear, views, coefs))
-    value = mixed(terms(wear), views, slots.place, coefs)
-    return read({**value, **(over or {})}, slots.alpha)
-
-
-def _summands(
-    slots: Slots, wear: Stacked, views: Mapping[str, Tensors], coefs: Sequence[Tensor | None]
-) -> list[tuple[Worn, Any]]:
-    out: list[tuple[Worn, Any]] = []
-    for n, term in enumerate(wear.mix):
-        value = mixed((term,), views, slots.place, ()) if term.times else views[term.slot]
-        if term.detach:
-            value = {k: v.detach() for k, v in value.items()}
-        given = coefs[n] if n < len(coefs) else None
-        plain = 1.0 if term.times else term.coef
-
-        def coef(path: str, given: Tensor | None = given, plain: Any = plain) -> Any:
-            return float(plain) if given is None else given[slots.place(path).block + 1]
-
-        out.append((read(value, slots.alpha), coef))
-    return out
-
-
-def dropping(worn: Worn, rate: float, dice: Dice | None) -> Worn:
-    """The same, with LoRA dropout keyed by call and layer; without dice there is none."""
-    if dice is None or not rate:
-        return worn
-    groups = tuple((dropping(one, rate, dice), rows) for one, rows in worn.groups)
-    return replace(worn, dropout=rate, dice=dice, groups=groups)
-
-
 class _Trunk(torch.autograd.Function):
     """The far part of a forward in the client's graph: what comes back has a gradient."""
 
@@ -174,7 +75,9 @@ class _Trunk(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         hidden, coefs = ctx.far.backward(ctx.call, grads[0], hidden=ctx.wants)
         return None, None, None, hidden, *coefs
 
@@ -208,7 +111,7 @@ class PersonalModel:
             raise CutError(f"A seat with cut {seat.cut} needs a server for the blocks between.")
 
     @contextmanager
-    def training(self, train: Train, dropout: Dice | None) -> Iterator[None]:
+    def training(self, train: Train, dropout: Dice | None) -> Generator[None]:
         """Within this, only selected tensors get gradients, and dropout is on."""
         before = self.train, self.dropout
         self.train, self.dropout, self.calls = train, dropout, 0
@@ -250,7 +153,7 @@ class PersonalModel:
         coefs: list[Tensor | None] = [
             spread(t.coef, depth) if isinstance(t.coef, Tensor) else None for t in terms(wear)
         ]
-        worn = dress(self.near, wear, coefs, self.train, self.leaves, near)
+        worn = dress(self.near, wear, coefs, self.train, self.leaves, over=near)
         dice = None
         if self.dropout is not None and self.dropout_rate:
             dice = self.dropout("call", n=self.calls)
@@ -262,7 +165,7 @@ class PersonalModel:
         inputs = dict(batch.inputs)
         if worn.prompt is not None:
             ids = inputs.pop("input_ids")
-            embedded = self.backbone.model.get_input_embeddings()(ids)  # pyright: ignore
+            embedded: Tensor = cast(Any, self.backbone.model).get_input_embeddings()(ids)
             rows, tokens = len(ids), len(worn.prompt)
             prompt = worn.prompt.to(embedded.dtype).expand(rows, -1, -1)
             inputs["inputs_embeds"] = torch.cat([prompt, embedded], dim=1)
@@ -310,7 +213,8 @@ class PersonalModel:
         wants = hidden.requires_grad
         # Far slots train even when nothing in the front does, so the graph must reach the trunk.
         hidden = hidden if wants else hidden.detach().requires_grad_()
-        return _Trunk.apply(far, ask, wants, hidden, *coefs)  # pyright: ignore
+        apply = cast(Callable[..., Tensor], _Trunk.apply)  # pyright: ignore[reportUnknownMemberType]
+        return apply(far, ask, wants, hidden, *coefs)
 
     def _far_trains(self, ask: Ask) -> bool:
         places = [(k, self.near.place(k)) for k in self.layout]

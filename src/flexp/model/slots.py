@@ -1,15 +1,13 @@
-"""One side's slots, and the operations on them: the same class at the client and at the server.
+"""One side's slots, and what operations do to them: the same class at the client and the server.
 
-All update rules of all methods are made of five operations, which are data: move a gradient into a
-slot, assign a mix, pull towards a slot, step, and take a dot product. Near and far evaluate the
-same operation on their own tensors; numbers that need both sides cross as one number per block.
+Near and far evaluate the same operation on their own tensors; numbers that need both sides cross
+as one number per block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,108 +15,9 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from flexp.errors import AdapterError
-from flexp.model.adapter import Kind
-from flexp.tensors import (
-    ALL,
-    BlockScalars,
-    Mix,
-    Place,
-    Tensors,
-    Where,
-    block_dots,
-    gram_gradient,
-    lora_pairs,
-    mixed,
-)
-
-
-@dataclass(frozen=True)
-class Optim:
-    """An optimizer of torch; ``head_lr`` is for tensors after the blocks (None: the same)."""
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-3
-    head_lr: float | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-
-
-@dataclass(frozen=True)
-class SlotSpec:
-    """What a strategy says of a slot: its kind (None: the recipe's), home, life and optimizer.
-
-    ``home`` "server" is one far copy that all tenants wear. ``lasts`` "run" keeps the near part in
-    the client's memory and the far part in its tenancy. ``moments``: "fresh" starts the optimizer
-    anew each turn, "keep" goes on with each side's own, "merge" leaves them to the strategy, which
-    moves the slots "<name>@m" and "<name>@v" like any other.
-    """
-
-    kind: Kind | None = None
-    home: Literal["tenant", "server"] = "tenant"
-    lasts: Literal["round", "run"] = "round"
-    optim: Optim | None = None
-    moments: Literal["fresh", "keep", "merge"] = "fresh"
-
-
-# ---- operations
-
-
-@dataclass(frozen=True)
-class Grad:
-    """Moves the gradient gathered for slot ``of`` into slot ``into``; all other gradients go."""
-
-    of: tuple[str, ...]
-    into: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Assign:
-    """``slot := mix`` where selected, clamped to ``clip``; a new slot is zero elsewhere."""
-
-    slot: str
-    mix: Mix
-    where: Where = ALL
-    clip: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Pull:
-    """Adds the gradient of ``weight / 2 * |slot - to|^2`` to slot ``grad``.
-
-    ``form``: "factors" compares tensors; "product" compares LoRA products (scaled as worn by
-    ``alpha / rank``), which does not depend on how a product is factored, and tensors elsewhere.
-    """
-
-    slot: str
-    to: str
-    weight: float
-    grad: str
-    where: Where = ALL
-    form: Literal["factors", "product"] = "factors"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step of ``slot`` along slot ``grad`` times ``scale``."""
-
-    slot: str
-    grad: str
-    scale: float = 1.0
-    where: Where = ALL
-
-
-@dataclass(frozen=True)
-class Dot:
-    """The inner product of two slots, one number per block."""
-
-    a: str
-    b: str
-    where: Where = ALL
-
-
-Op = Grad | Assign | Pull | Step | Dot
+from flexp.model.ops import Assign, Dot, Grad, Op, Optim, Pull, SlotSpec, Step
+from flexp.products import gram_gradient, lora_pairs
+from flexp.tensors import BlockScalars, Mix, Place, Tensors, Where, block_dots, mixed
 
 
 @dataclass
@@ -128,10 +27,10 @@ class Slots:
     place: Callable[[str], Place]
     depth: int
     alpha: float = 16.0
-    values: dict[str, Tensors] = field(default_factory=dict)
-    grads: dict[str, Tensors] = field(default_factory=dict)
-    optims: dict[str, Optim] = field(default_factory=dict)
-    steps: dict[str, int] = field(default_factory=dict)
+    values: dict[str, Tensors] = field(default_factory=dict[str, Tensors])
+    grads: dict[str, Tensors] = field(default_factory=dict[str, Tensors])
+    optims: dict[str, Optim] = field(default_factory=dict[str, Optim])
+    steps: dict[str, int] = field(default_factory=dict[str, int])
     missing: Callable[[str], Tensors | None] = field(default=lambda slot: None)
 
     def __getitem__(self, slot: str) -> Tensors:
@@ -224,9 +123,10 @@ class Slots:
             return
         value, grad = self[op.slot], self[op.grad]
         for lr, group in self._groups(optim, names).items():
-            fresh = [value[k].clone() for k in group]
-            self._update(op.slot, optim, lr, group, fresh, [grad[k] * op.scale for k in group])
-            value.update(zip(group, fresh, strict=True))
+            fresh = {k: value[k].clone() for k in group}
+            scaled = [grad[k] * op.scale for k in group]
+            self._update(op.slot, replace(optim, lr=lr), fresh, scaled)
+            value.update(fresh)
         self.steps[op.slot] = self.steps.get(op.slot, 0) + 1
 
     def _groups(self, optim: Optim, names: list[str]) -> dict[float, list[str]]:
@@ -238,24 +138,19 @@ class Slots:
         return out
 
     def _update(
-        self,
-        slot: str,
-        optim: Optim,
-        lr: float,
-        names: list[str],
-        params: list[Tensor],
-        grads: list[Tensor],
+        self, slot: str, optim: Optim, fresh: Mapping[str, Tensor], grads: list[Tensor]
     ) -> None:
+        """Moves ``fresh`` in place."""
+        params = list(fresh.values())
         if optim.name == "sgd":
-            buffers = self._moments(f"{slot}@m", names, params) if optim.momentum else []
             sgd(
                 params,
                 grads,
-                list(buffers) if buffers else [None] * len(params),
+                [*self._moments(f"{slot}@m", fresh)] if optim.momentum else [None] * len(params),
                 foreach=False,
                 weight_decay=optim.weight_decay,
                 momentum=optim.momentum,
-                lr=lr,
+                lr=optim.lr,
                 dampening=0.0,
                 nesterov=False,
                 maximize=False,
@@ -265,26 +160,26 @@ class Slots:
         adamw(
             params,
             grads,
-            self._moments(f"{slot}@m", names, params),
-            self._moments(f"{slot}@v", names, params),
+            self._moments(f"{slot}@m", fresh),
+            self._moments(f"{slot}@v", fresh),
             [],
             [count.clone() for _ in params],
             foreach=False,
             amsgrad=False,
             beta1=optim.betas[0],
             beta2=optim.betas[1],
-            lr=lr,
+            lr=optim.lr,
             weight_decay=optim.weight_decay,
             eps=optim.eps,
             maximize=False,
         )
 
-    def _moments(self, slot: str, names: list[str], params: list[Tensor]) -> list[Tensor]:
+    def _moments(self, slot: str, like: Mapping[str, Tensor]) -> list[Tensor]:
         held = self.values.setdefault(slot, {})
-        for k, p in zip(names, params, strict=True):
+        for k, p in like.items():
             # A copy, so that a kept snapshot of the slot does not move with the next step.
             held[k] = held[k].clone() if k in held else torch.zeros_like(p)
-        return [held[k] for k in names]
+        return [held[k] for k in like]
 
     def _dot(self, op: Dot) -> BlockScalars:
         a = {k: self[op.a][k] for k in self._chosen(op.a, op.where)}

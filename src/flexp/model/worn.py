@@ -21,6 +21,8 @@ from flexp.tensors import Tensors
 
 PREFIX = "base_model.model."
 
+Coef = Callable[[str], float | Tensor]  # by module path
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -36,9 +38,11 @@ class Factors:
 class Worn:
     """Adapters of one forward, by module path; or, per group of rows, other adapters."""
 
-    factors: Mapping[str, tuple[Factors, ...]] = field(default_factory=dict)
-    scales: Mapping[str, Tensor] = field(default_factory=dict)
-    direct: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    factors: Mapping[str, tuple[Factors, ...]] = field(
+        default_factory=dict[str, tuple[Factors, ...]]
+    )
+    scales: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    direct: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict[str, Tensors])
     prompt: Tensor | None = None
     dropout: float = 0.0
     dice: Dice | None = None
@@ -68,7 +72,7 @@ def read(adapter: Mapping[str, Tensor], alpha: float) -> Worn:
     return Worn(factors, scales, direct, prompt)
 
 
-def stacked(many: list[tuple[Worn, Any]]) -> Worn:
+def stacked(many: list[tuple[Worn, Coef]]) -> Worn:
     """LoRA products summed, each with its own coefficient; direct parameters summed likewise."""
     factors: dict[str, tuple[Factors, ...]] = {}
     direct: dict[str, Tensors] = {}
@@ -82,6 +86,11 @@ def stacked(many: list[tuple[Worn, Any]]) -> Worn:
                 x = value * coef(path)
                 held[leaf] = held[leaf] + x if leaf in held else x
     return Worn(factors, {}, direct)
+
+
+def lengths(matrix: Tensor) -> Tensor:
+    """The Euclidean length of each row."""
+    return torch.linalg.norm(matrix, dim=1)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 class Wearing:
@@ -120,9 +129,10 @@ class Wearing:
             return self.plain(x)
         # A shallow copy of the leaf runs its class's own forward: other threads keep the original.
         shadow = copy.copy(self.module)
-        shadow.__dict__["_parameters"] = {**self.module._parameters, **direct}
+        shadow.__dict__["_parameters"] = {**self.module.__dict__["_parameters"], **direct}
         shadow.__dict__.pop("forward", None)
-        return type(self.module).forward(shadow, x)
+        wide = next(iter(direct.values())).dtype  # trained in fp32 on a bf16 backbone
+        return type(self.module).forward(shadow, x.to(wide)).to(x.dtype)
 
     def _dropped(self, x: Tensor, worn: Worn) -> Tensor:
         if worn.dropout == 0.0 or worn.dice is None:
@@ -138,8 +148,8 @@ class Wearing:
         weight = weight.T if self.transposed else weight
         eye = torch.eye(pair.a.shape[1], dtype=pair.a.dtype, device=pair.a.device)
         product = F.linear(F.linear(eye, pair.a), pair.b).T
-        length = torch.linalg.norm(weight + pair.scaling * product.detach(), dim=1)
+        length = lengths(weight + pair.scaling * product.detach())
         ratio = (pair.magnitude / length).view(1, -1)
-        bias = self.module.bias
+        bias: Tensor | None = getattr(self.module, "bias", None)
         plain = base if bias is None else base - bias
         return (ratio - 1) * plain + ratio * low * pair.scaling

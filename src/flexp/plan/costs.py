@@ -6,14 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
 from flexp.errors import CutError, ModelError, PlanError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Form = Literal["u", "logits", "loss"]
 
@@ -111,7 +108,7 @@ def step_bytes(costs: BlockCosts, form: Form = "u", front_trains: bool = True) -
 
 
 def measure_costs(
-    model: PreTrainedModel,
+    model: nn.Module,
     blocks_path: str,
     adapters: Mapping[str, tuple[int, ...]],
     *,
@@ -119,7 +116,7 @@ def measure_costs(
     length: int,
     itemsize: int,
 ) -> BlockCosts:
-    """The sizes of a model, which may be on the meta device: no weight is read.
+    """The sizes of a Hugging Face model, maybe on the meta device: no weight is read.
 
     Parameters outside the block list count as embeddings if they are the input embeddings or are
     registered before the blocks, else as head. Each is counted once, at ``itemsize`` bytes per
@@ -157,7 +154,7 @@ def measure_costs(
     )
 
 
-def _block_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
+def _block_list(model: nn.Module, path: str) -> nn.ModuleList:
     try:
         found = model.get_submodule(path)
     except AttributeError as error:
@@ -167,15 +164,15 @@ def _block_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
     return found
 
 
-def _input_embeddings(model: PreTrainedModel) -> list[nn.Parameter]:
+def _input_embeddings(model: nn.Module) -> list[nn.Parameter]:
     try:
-        return list(model.get_input_embeddings().parameters())
+        return list(cast("Any", model).get_input_embeddings().parameters())
     except NotImplementedError:  # a few classes name none; order of registration decides then
         return []
 
 
-def _width(model: PreTrainedModel) -> int:
-    config = cast("Any", model.config).get_text_config()
+def _width(model: nn.Module) -> int:
+    config = cast("Any", model).config.get_text_config()
     width = getattr(config, "hidden_size", None)
     if not isinstance(width, int):
         raise ModelError(
@@ -208,7 +205,7 @@ def _adapter_bytes(
     return tuple(sizes), head
 
 
-def _tied(model: PreTrainedModel, path: str, early: set[int]) -> int:
+def _tied(model: nn.Module, path: str, early: set[int]) -> int:
     """Numbers of the early parameters that are registered behind the blocks once more."""
     seen_block, tied = False, 0
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -13,11 +13,10 @@ from torch import Tensor
 from flexp.errors import AdapterError, LinkError
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
-from flexp.model.slots import Op, Optim, Slots, SlotSpec
-from flexp.parcel import Facts, Parcel
+from flexp.model.ops import Initial, Op, Optim, SlotSpec
+from flexp.model.slots import Slots
+from flexp.parcel import JSON, Facts, Parcel
 from flexp.tensors import ALL, BlockScalars, Place, Tensors, Where, select
-
-Initial = Callable[[SlotSpec, int | None], Tensors]
 
 
 @dataclass
@@ -30,7 +29,7 @@ class Tenancy:
     slots: Slots
     offered: Mapping[str, Tensors] = field(default_factory=dict[str, Tensors])
     loose: Tensors = field(default_factory=dict[str, Tensor])
-    facts: Facts = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict[str, JSON])
     rows: int = 0
     counted: int = -1
     reply: Parcel | None = None
@@ -67,7 +66,9 @@ class Tenants:
         elif home.seat != seat:
             self.recut(client, seat)
         home.specs, home.rows, home.counted, home.reply = slots, 0, -1, None
-        home.before = (dict(home.slots.values), dict(home.slots.steps))
+        # Slots are copied one level deep: a step puts new tensors into the same mapping.
+        kept = {slot: dict(held) for slot, held in home.slots.values.items()}
+        home.before = (kept, dict(home.slots.steps))
         home.slots.alpha = alpha
         home.slots.end_turn(slots)
         offer = offer or Parcel()
@@ -134,8 +135,7 @@ class Tenants:
         home.seat = seat
         home.slots.place = self._placer(seat)
         home.slots.values = {
-            s: select(v, Where(side="far"), home.slots.place)
-            for s, v in home.slots.values.items()
+            s: select(v, Where(side="far"), home.slots.place) for s, v in home.slots.values.items()
         }
 
     def rollback(self, client: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ from flexp.link.messages import (
 )
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
-from flexp.model.personal import Leaves, Objective, dress, dropping
+from flexp.model.dress import Leaves, dress, dropping
+from flexp.model.personal import Objective
+from flexp.model.worn import Worn
 from flexp.parcel import Parcel
 from flexp.server.steps import StepTable
 from flexp.server.tenants import Tenancy, Tenants
@@ -58,10 +61,10 @@ class Trunk:
     def handle(self, client: str, message: Message, digest: str = "") -> Answer:
         """The answer to a client's message, computed at most once per key."""
         table = self.tables.setdefault(client, StepTable())
-        run = table.once
-        return self.thread.submit(
-            run, message.key, digest, lambda: self._answer(client, message)
-        ).result()
+        work = self.thread.submit(
+            table.once, message.key, digest, lambda: self._answer(client, message)
+        )
+        return work.result()
 
     def close(self) -> None:
         """Stops the compute thread."""
@@ -144,28 +147,21 @@ class Trunk:
             worn = dress(home.slots, m.wear, coefs, m.train, leaves)
             worn = dropping(worn, self.dropout, m.dropout)
             out = self._through(home.seat, m, worn, hidden)
-        name = "hidden" if m.until == "hidden" else m.until
         if m.keep:
             self._count(home, m.key.step, int(hidden.shape[0]))
             kept = [c for c in coefs if c is not None]
             self._keep(home.client, m.key.call, Pending(m.key.step, out, hidden, kept, leaves))
-        return Answer({name: out.detach()})
+        return Answer({m.until: out.detach()})
 
     def _count(self, home: Tenancy, step: int, rows: int) -> None:
         if home.counted != step:
             home.counted, home.rows = step, home.rows + rows
 
-    def _through(self, seat: Seat, m: Forward, worn: object, hidden: Tensor) -> Tensor:
+    def _through(self, seat: Seat, m: Forward, worn: Worn, hidden: Tensor) -> Tensor:
         depth = self.backbone.depth
         blanks = self.backbone.blanks(m.shapes, m.mask)
         last = depth - seat.cut.back if m.until == "hidden" else None
-        out = self.backbone.run(
-            blanks,
-            worn,  # pyright: ignore[reportArgumentType]
-            first=seat.cut.front,
-            last=last,
-            feed=hidden,
-        )
+        out = self.backbone.run(blanks, worn, first=seat.cut.front, last=last, feed=hidden)
         if m.until != "loss":
             return out
         if m.labels is None:
@@ -199,19 +195,21 @@ class Trunk:
                 f"The gradient has shape {list(m.grad.shape)}, the result "
                 f"{list(pending.out.shape)}."
             )
-        of = [pending.hidden] if m.hidden else []
-        of += [*pending.coefs, *(leaf for *_, leaf in pending.leaves.held)]
-        grads = torch.autograd.grad(pending.out, of, m.grad, allow_unused=True) if of else ()
+        hidden = [pending.hidden] if m.hidden else []
+        leaves = [leaf for *_, leaf in pending.leaves.held]
+        grads = iter(_grads(pending.out, [*hidden, *pending.coefs, *leaves], m.grad))
         out: dict[str, Tensor] = {}
-        start = len(of) - len(pending.leaves.held)
-        if m.hidden and grads[0] is not None:
-            out["grad"] = grads[0]
-        for n, (c, g) in enumerate(
-            zip(pending.coefs, grads[start - len(pending.coefs) : start], strict=True)
-        ):
-            out[f"coef/{n}"] = torch.zeros_like(c) if g is None else g
-        for slot, held in pending.leaves.grads(grads[start:]).items():
+        of_hidden = next(grads) if m.hidden else None
+        if of_hidden is not None:
+            out["grad"] = of_hidden
+        for n, coef in enumerate(pending.coefs):
+            g = next(grads)
+            out[f"coef/{n}"] = torch.zeros_like(coef) if g is None else g
+        for slot, held in pending.leaves.grads(list(grads)).items():
             home.slots.gather(slot, held)
         return Answer(out)
 
 
+def _grads(out: Tensor, of: list[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.autograd.grad(out, of, grad, allow_unused=True) if of else ()
+    return cast("tuple[Tensor | None, ...]", found)

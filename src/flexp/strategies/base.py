@@ -17,7 +17,7 @@ from flexp.client.desk import Desk
 from flexp.data.tasks import Batch
 from flexp.dice import Dice
 from flexp.model.cut import Seat
-from flexp.model.slots import SlotSpec
+from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
 from flexp.tensors import Tensors, Wear, Where, select
@@ -78,8 +78,8 @@ class Strategy(Protocol[State]):
     paper: ClassVar[str]
     reconstruction: ClassVar[str] = ""
     split: ClassVar[str] = "yes"
-    slots: Mapping[str, SlotSpec]
-    leaves: tuple[Leave, ...] = ()
+    slots: ClassVar[Mapping[str, SlotSpec]]
+    leaves: ClassVar[tuple[Leave, ...]] = ()
 
     def start(self, scene: Scene) -> State:
         """The server's state before the first round."""
@@ -109,5 +109,3 @@ class Strategy(Protocol[State]):
         """What this client would deploy after its last turn."""
         del offer
         return Served(lambda batch: desk.model.logits(batch, "personal"), "personal")
-
-

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from flexp.client.desk import Desk, Drag
-from flexp.model.slots import SlotSpec
+from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.strategies.base import ClientId, Scene, Strategy, Turn
 from flexp.tensors import FAR, HEAD, NEAR, Tensors, mean_by_name

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from flexp.client.desk import Desk
-from flexp.model.slots import SlotSpec
+from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.strategies.base import ClientId, Scene, Strategy, Turn
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from flexp.client.desk import Desk
 from flexp.dice import Dice
-from flexp.model.slots import SlotSpec
+from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.strategies.base import ClientId, Scene, Strategy, Turn
 

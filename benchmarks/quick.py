@@ -1,0 +1,165 @@
+"""The quick demo's methods, each tuned by the same search, on three seeds.
+
+    make bench                              # about half an hour on two cores
+    .venv/bin/python benchmarks/quick.py
+
+Search: every method tries the same learning rates (flexp also its alignment) on a seed of its own;
+the best mean of own and global *validation* accuracy wins. Test rows are scored once, at the end,
+on other seeds. Same clients, data, cuts and number of steps for all. Writes
+results/quick.json and the README's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from flexp import assets, commands, demonstration, evaluate, recipe_file
+from flexp import run as running
+from flexp.events import Stream
+from flexp.recipe import Recipe
+from flexp.stage import Stage, prepare, with_method
+
+HERE = Path(__file__).parent
+LRS = (1e-3, 2e-3, 4e-3)
+ALIGN = (0.1, 1.0)
+TUNING_SEED, SEEDS = 100, (0, 1, 2)
+SIZES = ("data.rows=160", "data.split=[0.4, 0.2, 0.4]", "evaluate.global_rows=16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "quick.json")
+    out: Path = parser.parse_args().out
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    cache = assets.Cache(assets.default_root(os.environ))
+    began = time.monotonic()
+    trials, best = tune(cache)
+    rows = [row for seed in SEEDS for row in final(cache, seed, best)]
+    result = {
+        "command": "python benchmarks/quick.py",
+        "facts": commands.facts(),
+        "recipe": recipe(["strategy.name=flexp"]).plain(),
+        "search": {"lr": LRS, "align": ALIGN, "seed": TUNING_SEED, "trials": trials},
+        "chosen": best,
+        "seeds": SEEDS,
+        "summary": summary(rows),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "rows": rows,
+    }
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    say(json.dumps(result["summary"], indent=1))
+
+
+def recipe(pairs: list[str]) -> Recipe:
+    path = demonstration.shipped("quick.yaml")
+    return recipe_file.read(path, [*SIZES, *pairs])
+
+
+def tune(cache: assets.Cache) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+    """Every trial with its validation accuracies, and each method's best settings."""
+    stage = prepare(recipe([f"seed={TUNING_SEED}"]), cache)
+    trials: list[dict[str, Any]] = []
+    best: dict[str, dict[str, float]] = {}
+    for method in ("local", "fedavg", "flexp"):
+        aligns: tuple[float | None, ...] = ALIGN if method == "flexp" else (None,)
+        for lr in LRS:
+            for align in aligns:
+                chosen = {"train.lr": lr}
+                if align is not None:
+                    chosen["strategy.align"] = align
+                own, pooled = score(stage, method, chosen, TUNING_SEED, "val")
+                trials.append({"method": method, **chosen, "own": own, "global": pooled})
+                say(f"tuning {trials[-1]}")
+        mine = [t for t in trials if t["method"] == method]
+        top = max(mine, key=lambda t: t["own"] + t["global"])
+        best[method] = {k: v for k, v in top.items() if "." in k}
+    stage.engine.close()
+    return trials, best
+
+
+def final(
+    cache: assets.Cache, seed: int, best: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    """Test scores of every method and client for one seed."""
+    stage = prepare(recipe([f"seed={seed}"]), cache)
+    rows: list[dict[str, Any]] = []
+    for method in ("base", *best):
+        mine, result = played(stage, method, best.get(method, {}), seed)
+        rows += running.rows(result.scores, method, seed)
+        mine.engine.close()
+        say(f"seed {seed} {method} {means(rows, method, seed)}")
+    stage.engine.close()
+    return rows
+
+
+def played(
+    stage: Stage, method: str, chosen: dict[str, float], seed: int
+) -> tuple[Stage, running.Result]:
+    pairs = [f"seed={seed}", f"strategy.name={method}"]
+    pairs += [f"{key}={value}" for key, value in chosen.items()]
+    mine = with_method(stage, recipe(pairs))
+    return mine, running.run(mine, Stream())
+
+
+def score(
+    stage: Stage, method: str, chosen: dict[str, float], seed: int, split: str
+) -> tuple[float, float]:
+    mine, result = played(stage, method, chosen, seed)
+    scores = evaluate.evaluate(
+        mine.engine,
+        mine.strategy,
+        result.state,
+        result.turn,
+        when="after",
+        global_rows=mine.recipe.evaluate.global_rows,
+        split=split,  # pyright: ignore[reportArgumentType]
+    )
+    mine.engine.close()
+    found = {s.cell: s.value for s in scores if s.client == "all" and s.metric == "accuracy"}
+    return found["personal/own/after"], found["personal/global/after"]
+
+
+def means(rows: list[dict[str, Any]], method: str, seed: int | None = None) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for data in ("own", "global"):
+        values = [
+            row["value"]
+            for row in rows
+            if row["method"] == method
+            and row["client"] == "all"
+            and row["metric"] == "accuracy"
+            and row["cell"] == f"personal/{data}/after"
+            and seed in (None, row["seed"])
+        ]
+        out[data] = statistics.fmean(values)
+    return out
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean own and global accuracy per method, and per seed."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    return {
+        method: {**means(rows, method), "seeds": {s: means(rows, method, s) for s in SEEDS}}
+        for method in methods
+    }
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main()

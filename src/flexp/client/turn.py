@@ -1,0 +1,153 @@
+"""A client's turn: opens its desk on what it kept and was offered, and puts away what lasts.
+
+It takes a link and a seat, and knows nothing of engines and strategies: a client in the server's
+process and one on a device of its own open their desks the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from flexp.client.desk import Desk, Training
+from flexp.client.memory import Memory
+from flexp.client.session import Session
+from flexp.data.examples import Shard
+from flexp.data.tasks import Task
+from flexp.dice import Dice
+from flexp.link.messages import Link
+from flexp.model.adapter import Kind, alpha_of, dropout_of
+from flexp.model.backbone import Backbone
+from flexp.model.cut import Seat
+from flexp.model.ops import Initial, Optim, SlotSpec
+from flexp.model.personal import PersonalModel
+from flexp.model.slots import Slots
+from flexp.parcel import Parcel
+from flexp.privacy.egress import Egress, Leave, Profile
+from flexp.tensors import NEAR, Tensors, select
+
+Specs = Mapping[str, SlotSpec]
+
+
+@dataclass(frozen=True)
+class Client:
+    """One client as it comes to every turn: what is its own, and the backbone of its process."""
+
+    name: str
+    backbone: Backbone
+    task: Task
+    shard: Shard
+    memory: Memory
+    dice: Dice
+    kind: Kind
+    training: Training
+    initial: Initial
+    profile: Profile = "u-shape"
+
+    def open(
+        self,
+        link: Link,
+        seat: Seat,
+        specs: Specs,
+        *,
+        leaves: Sequence[Leave],
+        run: str,
+        round: int,
+        wave: int,
+    ) -> tuple[Desk, Parcel]:
+        """Takes the seat: the desk, and the loose tensors and facts of the offer.
+
+        Offered slots lie on the desk; their near parts cross the link on first use.
+        """
+        near = self._near(seat, specs)
+        egress = Egress(leaves, seat.labels, self.profile, near.place)
+        session = Session(link, egress, run, round, wave)
+        answer = session.join(seat, {s: spec.optim or Optim() for s, spec in specs.items()})
+        facts = cast("dict[str, Any]", answer.facts)
+        offered = {slot for slot, names in facts["offered"].items() if names}
+        near.missing = self._on_first_use(near, seat, specs, offered, session.fetch)
+        for slot in offered:
+            near.values.pop(slot, None)
+        desk = Desk(
+            client=self.name,
+            seat=seat,
+            model=self._model(seat, near, session),
+            shard=self.shard,
+            task=self.task,
+            memory=self.memory,
+            dice=self.dice("turn", client=self.name, round=round, wave=wave),
+            session=session,
+            specs=specs,
+            training=self.training,
+        )
+        loose = {k.removeprefix("tensor/"): v for k, v in answer.tensors.items()}
+        return desk, Parcel(tensors=loose, facts=facts["facts"])
+
+    def _near(self, seat: Seat, specs: Specs) -> Slots:
+        """The near side's slots, with what the client kept of them."""
+        depth = self.backbone.depth
+        near = Slots(lambda name: self.backbone.place(name, seat), depth, alpha_of(self.kind))
+        near.optims = {s: spec.optim for s, spec in specs.items() if spec.optim is not None}
+        for slot in near.lasting(specs):
+            kept = self.memory.get(f"slot/{slot}")
+            if kept is not None:
+                near.put(slot, kept)
+        for fact, count in self.memory.facts.items():
+            if fact.startswith("steps/") and isinstance(count, int):
+                near.steps[fact.removeprefix("steps/")] = count
+        return near
+
+    def _on_first_use(
+        self,
+        near: Slots,
+        seat: Seat,
+        specs: Specs,
+        offered: Collection[str],
+        fetch: Callable[[str], Tensors],
+    ) -> Callable[[str], Tensors | None]:
+        """Finds a slot's near part: what was kept, or its beginning, under what is offered."""
+        kept = dict(near.values)
+
+        def missing(slot: str) -> Tensors | None:
+            if slot not in specs and slot not in offered:
+                return None
+            below = kept.get(slot, {})
+            if slot not in kept and slot in specs:
+                below = select(self.initial(specs[slot], seat.rank), NEAR, near.place)
+            above = fetch(slot) if slot in offered else {}
+            return dict(sorted({**below, **above}.items()))
+
+        return missing
+
+    def _model(self, seat: Seat, near: Slots, session: Session) -> PersonalModel:
+        return PersonalModel(
+            self.backbone,
+            seat,
+            near,
+            task=self.task,
+            far=None if seat.near_only(self.backbone.depth) else session,
+            layout=list(self.initial(SlotSpec(), seat.rank)),
+            dropout=dropout_of(self.kind),
+        )
+
+
+def hand_in(desk: Desk, reply: Parcel) -> None:
+    """Ends a turn: the reply goes out, what lasts goes into memory, and memory counts from now.
+
+    If this or anything before it fails, the turn did not happen: roll the memory back.
+    """
+    desk.session.submit(reply)
+    _put_away(desk)
+    desk.session.leave()
+    desk.memory.commit()
+
+
+def _put_away(desk: Desk) -> None:
+    near = desk.model.near
+    for slot in near.lasting(desk.specs):
+        if slot in near.values or slot in desk.specs:
+            desk.memory.put(f"slot/{slot}", near[slot])
+    for slot, spec in desk.specs.items():
+        if spec.moments == "keep" and slot in near.steps:
+            desk.memory.facts[f"steps/{slot}"] = near.steps[slot]

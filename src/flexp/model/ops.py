@@ -1,0 +1,104 @@
+"""What is said of slots, as data: their specs and optimizers, and the five operations on them.
+
+All update rules of all methods are made of five operations: move a gradient into a slot, assign a
+mix, pull towards a slot, step, and take a dot product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from flexp.model.adapter import Kind
+from flexp.tensors import ALL, Mix, Tensors, Where
+
+
+@dataclass(frozen=True)
+class Optim:
+    """An optimizer of torch; ``head_lr`` is for tensors after the blocks (None: the same)."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    head_lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """What a strategy says of a slot: its kind (None: the recipe's), home, life and optimizer.
+
+    ``home`` "server" is one far copy that all tenants wear. ``lasts`` "run" keeps the near part in
+    the client's memory and the far part in its tenancy. ``moments``: "fresh" starts the optimizer
+    anew each turn, "keep" goes on with each side's own, "merge" leaves them to the strategy, which
+    moves the slots "<name>@m" and "<name>@v" like any other.
+    """
+
+    kind: Kind | None = None
+    home: Literal["tenant", "server"] = "tenant"
+    lasts: Literal["round", "run"] = "round"
+    optim: Optim | None = None
+    moments: Literal["fresh", "keep", "merge"] = "fresh"
+
+
+# The adapter that a slot begins with, of that rank; the same on both sides.
+Initial = Callable[[SlotSpec, int | None], Tensors]
+
+
+@dataclass(frozen=True)
+class Grad:
+    """Moves the gradient gathered for slot ``of`` into slot ``into``; all other gradients go."""
+
+    of: tuple[str, ...]
+    into: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Assign:
+    """``slot := mix`` where selected, clamped to ``clip``; a new slot is zero elsewhere."""
+
+    slot: str
+    mix: Mix
+    where: Where = ALL
+    clip: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Adds the gradient of ``weight / 2 * |slot - to|^2`` to slot ``grad``.
+
+    ``form``: "factors" compares tensors; "product" compares LoRA products (scaled as worn by
+    ``alpha / rank``), which does not depend on how a product is factored, and tensors elsewhere.
+    """
+
+    slot: str
+    to: str
+    weight: float
+    grad: str
+    where: Where = ALL
+    form: Literal["factors", "product"] = "factors"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of ``slot`` along slot ``grad`` times ``scale``."""
+
+    slot: str
+    grad: str
+    scale: float = 1.0
+    where: Where = ALL
+
+
+@dataclass(frozen=True)
+class Dot:
+    """The inner product of two slots, one number per block."""
+
+    a: str
+    b: str
+    where: Where = ALL
+
+
+Op = Grad | Assign | Pull | Step | Dot

@@ -1,0 +1,411 @@
+"""What every method must do, one table of all of them: a new file in `strategies` is a new row."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import toys
+from contract.strategies_for_tests import Basis, Fomo
+from torch import Tensor
+from toys import same, shard, toy_task, whole
+
+from flexp import export
+from flexp.checkpoint import decode_state, encode_state
+from flexp.client.desk import Training
+from flexp.client.memory import Memory
+from flexp.dice import Dice
+from flexp.engine.base import Arrival, Assignment, replies
+from flexp.engine.local import LocalEngine
+from flexp.errors import LinkError
+from flexp.link.messages import Answer, Link, Message
+from flexp.link.metered import Ledger
+from flexp.model.adapter import Lora
+from flexp.model.backbone import Backbone
+from flexp.model.cut import Cut, Seat
+from flexp.model.ops import Optim
+from flexp.parcel import Parcel, decode, encode
+from flexp.strategies import BUILT_IN
+from flexp.strategies.base import Scene, Strategy, Turn
+from flexp.strategies.flexp import FlexP
+from flexp.tensors import Tensors
+
+KIND = Lora(rank=3, alpha=6.0)
+MIXED = (Seat(Cut(1, 1)), Seat(Cut(2, 0)), whole(4))
+OTHER = (Seat(Cut(2, 1)), Seat(Cut(1), "logits"), Seat(Cut(3), "loss"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method, and what is special about it."""
+
+    strategy: Strategy[Any]
+    trains: bool = True
+    alone: Strategy[Any] | None = None  # near parts are personal: invariant for a single client
+
+
+SPECIAL: dict[str, Any] = {
+    "base": {"trains": False},
+    # What is merged depends on what is far, which is the point of it: only one client alone,
+    # with nothing to align to, has the same model at any cut.
+    "flexp": {"alone": FlexP(align=0.0)},
+}
+TABLE = {m.name: Row(m(), **SPECIAL.get(m.name, {})) for m in (*BUILT_IN, Fomo, Basis)}
+rows = pytest.mark.parametrize("name", TABLE)
+learners = pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.trains])
+
+
+BEGUN: dict[Any, Tensors] = {}  # where everybody begins, the same in every run
+
+
+# ---- a run that can be looked into
+
+
+@functools.cache
+def body() -> Backbone:
+    return toys.backbone()
+
+
+@dataclass
+class Run:
+    """A few clients under one method, round by round."""
+
+    strategy: Strategy[Any]
+    seats: Sequence[Seat] = MIXED
+    wrap: Any = lambda client, link: link
+    offers: list[tuple[str, Parcel]] = field(default_factory=list[tuple[str, Parcel]])
+    arrivals: list[Arrival] = field(default_factory=list[Arrival])
+
+    def __post_init__(self) -> None:
+        self.placed = {f"c{n}": seat for n, seat in enumerate(self.seats)}
+        self.engine = LocalEngine(
+            body(),
+            toy_task(body()),
+            {client: shard(n + 1, 9) for n, client in enumerate(self.placed)},
+            kind=KIND,
+            training=Training(Optim(lr=5e-2), batch=4, steps=2, clip_norm=1.0),
+            dice=Dice(0),
+            profile="open",
+            wrap=self.wrapped,
+            keep_crossings=True,
+        )
+        self.engine.begun = BEGUN
+        scene = Scene(tuple(self.placed), self.placed, self.engine.initial, Dice(0)("strategy"))
+        self.state = self.strategy.start(scene)
+
+    def wrapped(self, client: str, link: Link) -> Link:
+        return self.wrap(client, link)
+
+    def turn(self, r: int, wave: int = 0) -> Turn:
+        return Turn(r, 9, wave, True, self.placed, {}, body().block_of, body().depth)
+
+    def round(self, r: int, chosen: Sequence[str] | None = None) -> list[Arrival]:
+        out: list[Arrival] = []
+        wanted = list(self.placed) if chosen is None else chosen
+        waves = self.strategy.waves(self.state, wanted, Dice(0)("waves", round=r))
+        for w, wave in enumerate(waves):
+            turn = self.turn(r, w)
+            offers = {c: self.strategy.offer(self.state, c, turn) for c in wave}
+            self.offers += offers.items()
+            work = [Assignment(c, self.placed[c], offer) for c, offer in offers.items()]
+            arrivals = list(self.engine.run(self.strategy, work, turn))
+            turn = replace(turn, rows={a.client: a.rows for a in arrivals})
+            self.state = self.strategy.merge(self.state, replies(arrivals), turn)
+            out += arrivals
+        self.arrivals += out
+        return out
+
+    def finish(self, rounds: int = 9) -> End:
+        """Looks at everybody's personal model and ends the run."""
+        adapters, logits, losses = dict[str, Tensors](), dict[str, Tensor](), dict[str, float]()
+        for client, seat in self.placed.items():
+            turn = self.turn(rounds)
+            work = Assignment(client, seat, self.strategy.offer(self.state, client, turn))
+            with self.engine.visit(self.strategy, work, turn, Ledger()) as (desk, offer):
+                served = self.strategy.personal(desk, offer)
+                rows = self.engine.shards[client].train
+                batch = desk.task.collate(rows, range(len(rows)))
+                with torch.no_grad():
+                    logits[client] = served.predict(batch)
+                losses[client] = float(desk.task.loss(logits[client], batch.labels))
+                if served.adapter is not None:
+                    adapters[client] = desk.whole(served.adapter)
+        self.engine.close()
+        return End(adapters, logits, losses, encode(encode_state(self.state)), self)
+
+
+@dataclass(frozen=True)
+class End:
+    """What a run leaves behind."""
+
+    adapters: Mapping[str, Tensors]
+    logits: Mapping[str, Tensor]
+    losses: Mapping[str, float]
+    state: bytes
+    run: Run
+
+
+def play(
+    strategy: Strategy[Any], seats: Sequence[Seat] = MIXED, order: Sequence[int] = (0, 1, 2)
+) -> End:
+    run = Run(strategy, seats)
+    names = list(run.placed)
+    for r in range(3):
+        for arrival in run.round(r, [names[n] for n in order if n < len(names)]):
+            assert arrival.failure is None, arrival.failure
+    return run.finish()
+
+
+@functools.cache
+def played(name: str) -> End:
+    return play(TABLE[name].strategy)
+
+
+def alike(a: End, b: End) -> bool:
+    return all(same(a.adapters[c], b.adapters[c]) for c in a.adapters) and all(
+        torch.equal(a.logits[c], b.logits[c]) for c in a.logits
+    )
+
+
+# ---- the contract
+
+
+def test_every_method_has_a_row() -> None:
+    assert set(TABLE) == {m.name for m in BUILT_IN} | {"test-fomo", "test-basis"}
+    assert len(TABLE) == len(BUILT_IN) + 2
+
+
+@rows
+def test_trains_on_the_toy_task(name: str) -> None:
+    base = played("base").losses
+    found = played(name).losses
+    if TABLE[name].trains:
+        assert sum(found.values()) < 0.95 * sum(base.values())
+        assert all(found[c] < base[c] for c in base)
+    else:
+        assert found == base
+
+
+@rows
+def test_is_deterministic(name: str) -> None:
+    again = play(TABLE[name].strategy)
+    assert alike(again, played(name))
+    assert again.state == played(name).state
+
+
+@rows
+def test_does_not_depend_on_the_cut(name: str) -> None:
+    strategy = TABLE[name].alone
+    if strategy is None:
+        other = play(TABLE[name].strategy, OTHER)
+        assert alike(other, played(name))
+        assert other.state == played(name).state
+        return
+    expected = play(strategy, [whole(4)])
+    for seat in (*MIXED[:2], *OTHER):
+        assert alike(play(strategy, [seat]), expected), seat
+
+
+@rows
+def test_does_not_depend_on_the_order_of_clients(name: str) -> None:
+    other = play(TABLE[name].strategy, order=(2, 0, 1))
+    assert alike(other, played(name))
+    assert other.state == played(name).state
+
+
+@rows
+def test_its_parcels_can_be_encoded(name: str) -> None:
+    run = played(name).run
+    parcels = [offer for _, offer in run.offers]
+    parcels += [a.reply for a in run.arrivals if a.reply is not None]
+    assert parcels or not TABLE[name].trains
+    for parcel in parcels:
+        data = encode(parcel)
+        back = decode(data)
+        assert encode(back) == data
+        assert back.adapters.keys() == parcel.adapters.keys()
+        for slot, held in parcel.adapters.items():
+            assert same(back.adapters[slot], held)
+
+
+@rows
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
+def test_its_adapter_opens_with_peft(name: str, tmp_path: Path) -> None:
+    end = played(name)
+    for client, adapter in end.adapters.items():
+        folder = tmp_path / client
+        card = export.Card("toy", "classification")
+        export.write(folder, adapter, body(), KIND, card, rank=None)
+        worn: Any = peft.PeftModel.from_pretrained(fresh(), str(folder)).eval()
+        data = end.run.engine.shards[client].train
+        batch = toy_task(body()).collate(data, range(len(data)))
+        with torch.no_grad():
+            assert torch.equal(worn(**batch.inputs).logits, end.logits[client])
+
+
+def fresh() -> Any:
+    """The toy model as the library makes it, without our forwards."""
+    made, config = toys._families(4)["bert-cls"]
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(0)
+        return made(config).eval()
+
+
+# ---- what crosses
+
+
+def declared(strategy: Strategy[Any], seat: Seat, crossed: str) -> bool:
+    """Whether a name that went up is one of the cut's own or one of the method's ``leaves``."""
+    kind, _, rest = crossed.partition("/")
+    if kind == "slot":
+        slot, _, tensor = rest.partition("/base_model.")
+        place = body().place(f"base_model.{tensor}", seat)
+        return any(
+            fnmatchcase(slot, leave.what) and leave.where.holds(f"base_model.{tensor}", place)
+            for leave in strategy.leaves
+        )
+    if kind == "tensor":
+        return any(fnmatchcase(crossed, leave.what) for leave in strategy.leaves)
+    return kind in ("hidden", "mask", "grad", "coef") or (
+        kind == "labels" and seat.labels == "loss"
+    )
+
+
+@rows
+@pytest.mark.parametrize("seats", [MIXED, OTHER], ids=["u-shape", "v-shape"])
+def test_nothing_leaves_undeclared(name: str, seats: Sequence[Seat]) -> None:
+    strategy = TABLE[name].strategy
+    end = played(name) if seats == MIXED else play(strategy, seats)
+    for arrival in end.run.arrivals:
+        seat, crossings = end.run.placed[arrival.client], arrival.ledger.crossings
+        assert crossings is not None
+        for one in crossings:
+            if one.way == "up":
+                assert declared(strategy, seat, one.name), one
+                floats = one.name not in ("mask", "labels")
+                assert one.dtype == ("float32" if floats else "int64"), one
+                if one.name == "hidden":  # never a row of ids
+                    assert one.shape == (4, toys.LENGTH, toys.H) or one.shape[0] < 9
+    trained = [a for a in end.run.arrivals if a.reply is not None]
+    assert bool(trained) == TABLE[name].trains
+    if seats == MIXED:  # a client that hosts everything needs no server to train
+        sent = {k for a in trained if a.client == "c2" for (_, k) in a.ledger.kinds}
+        assert not sent & {"hidden", "mask", "grad", "labels"}
+
+
+@rows
+def test_offers_hold_nothing_of_anothers_memory(name: str) -> None:
+    """Unless ``leaves`` declares it: near tensors in any client's memory are its own."""
+    end, strategy = played(name), TABLE[name].strategy
+    run = end.run
+    for client in run.placed:
+        offer = strategy.offer(run.state, client, run.turn(9))
+        offered = [v for held in offer.adapters.values() for v in held.values()]
+        offered += list(offer.tensors.values())
+        for other, memory in run.engine.memories.items():
+            if other == client:
+                continue
+            for slot, held in memory.slots.items():
+                for tensor, value in held.items():
+                    if declared(strategy, run.placed[other], f"{slot}/{tensor}"):
+                        continue
+                    assert not any(torch.equal(value, v) for v in offered), (slot, tensor)
+            for fact in memory.facts.values():
+                assert not isinstance(fact, list) or str(fact) not in str(offer.facts)
+
+
+# ---- what goes wrong
+
+
+@dataclass
+class Tearing:
+    """A link that is torn at the first message of a phase, before or after it arrives."""
+
+    inner: Link
+    phase: str = ""
+    late: bool = False
+    seen: set[str] = field(default_factory=set[str])
+
+    def send(self, message: Message) -> Answer:
+        self.seen.add(message.key.phase)
+        if message.key.phase == self.phase:
+            if self.late:
+                self.inner.send(message)
+            raise LinkError("the cable was cut")
+        return self.inner.send(message)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@learners
+@pytest.mark.parametrize("lost", ["c0", "c2"], ids=["cut", "whole"])
+def test_survives_a_lost_client(name: str, lost: str) -> None:
+    without, run = Run(TABLE[name].strategy), Run(TABLE[name].strategy)
+    rest, phases = [c for c in ("c0", "c1", "c2") if c != lost], set[str]()
+    run.wrap = lambda c, link: Tearing(link, seen=phases) if c == lost else link
+    run.round(0)
+    before, expected = belongings(run, lost), {"join", "submit", "leave"}
+    assert phases >= (expected if lost == "c2" else expected | {"forward", "backward"})
+    offer = run.strategy.offer(run.state, lost, run.turn(1))
+    work = [Assignment(lost, run.placed[lost], offer)]
+    for phase in sorted(phases):
+        for late in (False, True):
+            run.wrap = lambda c, link, phase=phase, late=late: Tearing(link, phase, late)
+            (arrival,) = run.engine.run(run.strategy, work, run.turn(1))
+            assert arrival.reply is None
+            assert arrival.failure is not None
+            assert arrival.failure.error == "LinkError: the cable was cut"
+            assert belongings(run, lost) == before, (phase, late)
+    run.wrap = lambda c, link: Tearing(link, "submit") if c == lost else link
+    assert [a.client for a in run.round(1) if a.reply is not None] == rest
+    run.wrap = Run.wrap
+    without.round(0)
+    without.round(1, rest)
+    for one in (run, without):  # the others went on without it, and then it is back
+        assert all(a.failure is None for a in one.round(2))
+    ends = run.finish(), without.finish()
+    assert alike(*ends)
+    assert ends[0].state == ends[1].state
+
+
+def belongings(run: Run, client: str) -> tuple[bytes, bytes, Any]:
+    """A client's memory and tenancy, as bytes."""
+    memory = run.engine.memories[client]
+    slots = run.engine.tenants[client].slots
+    return (
+        encode(Parcel(memory.slots, facts=memory.facts)),
+        encode(Parcel(slots.values)),
+        dict(slots.steps),
+    )
+
+
+@rows
+def test_goes_on_from_what_was_saved(name: str, tmp_path: Path) -> None:
+    strategy = TABLE[name].strategy
+    first = Run(strategy)
+    first.round(0)
+    first.round(1)
+    second = Run(strategy)
+    second.state = decode_state(decode(encode(encode_state(first.state))), strategy)
+    for client, memory in first.engine.memories.items():
+        memory.save(tmp_path / client)
+        second.engine.memories[client] = Memory.load(tmp_path / client)
+        if client in first.engine.tenants.homes:
+            slots = first.engine.tenants[client].slots
+            second.engine.tenants.join(client, second.placed[client], {})
+            kept = decode(encode(Parcel(slots.values))).adapters
+            second.engine.tenants[client].slots.values = {s: dict(v) for s, v in kept.items()}
+            second.engine.tenants[client].slots.steps = dict(slots.steps)
+    first.engine.close()
+    second.round(2)
+    end = second.finish()
+    assert alike(end, played(name))
+    assert end.state == played(name).state

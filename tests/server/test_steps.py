@@ -1,0 +1,109 @@
+"""The step table: every key runs once, whatever the network repeats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexp.errors import StepError
+from flexp.link.messages import Answer, Phase, StepKey
+from flexp.server.steps import StepTable
+
+
+def key(step: int, call: int = 1, phase: Phase = "do", round: int = 0, wave: int = 0) -> StepKey:
+    return StepKey("run", round, wave, step, call, phase)
+
+
+class Count:
+    """An answer that tells how often it was computed."""
+
+    def __init__(self) -> None:
+        self.ran = 0
+
+    def __call__(self) -> Answer:
+        self.ran += 1
+        return Answer({"n": torch.tensor(self.ran)})
+
+
+def test_a_repeated_message_gets_the_answer_it_got_before() -> None:
+    table, work = StepTable(), Count()
+    first = table.once(key(0), "digest", work)
+    assert table.once(key(0), "digest", work) is first
+    assert work.ran == 1
+
+
+def test_another_message_under_the_same_key_is_refused() -> None:
+    table, work = StepTable(), Count()
+    table.once(key(0), "digest", work)
+    with pytest.raises(StepError, match="different message"):
+        table.once(key(0), "other", work)
+    assert work.ran == 1
+
+
+@pytest.mark.parametrize(
+    "late",
+    [key(2), key(4, wave=0), key(9, round=0, wave=5)],
+    ids=["step", "wave", "round"],
+)
+def test_a_message_from_a_step_that_is_over_is_refused(late: StepKey) -> None:
+    table, work = StepTable(), Count()
+    table.once(key(3, wave=1, round=1), "digest", work)
+    with pytest.raises(StepError, match="is over"):
+        table.once(late, "digest", work)
+    assert work.ran == 1
+
+
+def test_phases_and_calls_of_one_step_are_messages_of_their_own() -> None:
+    table, work = StepTable(), Count()
+    keys = [key(0), key(0, call=2), key(0, phase="forward"), key(0, phase="backward")]
+    for one in keys:
+        table.once(one, "digest", work)
+    assert work.ran == 4
+
+
+def test_answers_of_earlier_steps_are_dropped() -> None:
+    table, work = StepTable(), Count()
+    for step in range(5):
+        table.once(key(step), "digest", work)
+        table.once(key(step, call=2), "digest", work)
+    assert [(k.step, k.call) for k in table.rows] == [(4, 1), (4, 2)]
+
+
+def test_a_message_that_failed_may_come_again() -> None:
+    def fails() -> Answer:
+        raise StepError("not now")
+
+    table, work = StepTable(), Count()
+    with pytest.raises(StepError, match="not now"):
+        table.once(key(1), "digest", fails)
+    table.once(key(0), "digest", work)  # the failed step did not count as begun
+    table.once(key(1), "digest", work)
+    assert work.ran == 2
+
+
+def test_a_commit_drops_the_answers_but_not_what_is_over() -> None:
+    table, work = StepTable(), Count()
+    table.once(key(3), "digest", work)
+    table.commit()
+    assert table.rows == {}
+    with pytest.raises(StepError, match="is over"):
+        table.once(key(2), "digest", work)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.sampled_from("ab")), max_size=30)
+)
+def test_no_key_ever_runs_twice(sent: list[tuple[int, int, str]]) -> None:
+    table, ran = StepTable(), dict[StepKey, str]()
+    for step, call, digest in sent:
+        one = key(step, call)
+        work = Count()
+        try:
+            table.once(one, digest, work)
+        except StepError:
+            assert work.ran == 0
+            continue
+        assert work.ran == (0 if one in ran else 1)
+        assert ran.setdefault(one, digest) == digest

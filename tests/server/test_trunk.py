@@ -1,0 +1,404 @@
+"""The trunk on the wire: exactly once, and nothing that does not fit is computed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toys import H, at_desk, backbone, batches_for, same, toy_task
+
+from flexp.dice import Dice
+from flexp.errors import AdapterError, FlexpError, LinkError, StepError
+from flexp.link.messages import (
+    Answer,
+    Backward,
+    Do,
+    Fetch,
+    Forward,
+    Join,
+    Leave,
+    Phase,
+    Put,
+    StepKey,
+    Submit,
+)
+from flexp.model.adapter import Lora
+from flexp.model.backbone import Backbone
+from flexp.model.cut import Cut, Seat
+from flexp.model.ops import Assign, Dot, Grad, Optim, SlotSpec, Step
+from flexp.parcel import Parcel
+from flexp.server.tenants import Tenants
+from flexp.server.trunk import MAX_PENDING, Trunk
+from flexp.tensors import ALL, FAR, Tensors, Term
+
+KIND = Lora(rank=3, alpha=6.0)
+U, V = Seat(Cut(1, 1)), Seat(Cut(2), "loss")
+DOUBLE = Assign("personal", (Term("personal", 2.0),))
+
+
+@functools.cache
+def body() -> Backbone:
+    return backbone()
+
+
+@functools.cache
+def initial(spec: SlotSpec, rank: int | None = None) -> Tensors:
+    """Random everywhere, so that every tensor has a gradient."""
+    stream = Dice(7)("drawn")
+    start = body().initial(spec.kind or KIND, Dice(0), rank)
+    return {
+        k: v + 0.1 * torch.randn(v.shape, generator=stream("tensor", name=k).generator())
+        for k, v in start.items()
+    }
+
+
+@dataclass
+class Wire:
+    """A client that writes its messages by hand."""
+
+    trunk: Trunk
+    client: str
+    seat: Seat
+    calls: int = 0
+    batch: Any = field(default_factory=lambda: batches_for(body(), 1)[0])
+
+    def key(self, phase: Phase, step: int = 0, call: int | None = None) -> StepKey:
+        if call is None:
+            self.calls += 1
+            call = self.calls
+        return StepKey("run", 0, 0, step, call, phase)
+
+    def send(self, message: Any, digest: str = "") -> Answer:
+        return self.trunk.handle(self.client, message, digest)
+
+    def join(self) -> Answer:
+        return self.send(Join(self.key("join"), self.seat, {"personal": Optim("sgd", lr=0.5)}))
+
+    def forward(self, step: int = 0, **changes: Any) -> Forward:
+        inputs = dict(self.batch.inputs)
+        with torch.no_grad():
+            hidden = body().run(inputs, last=self.seat.cut.front)
+        return replace(
+            Forward(
+                self.key("forward", step),
+                "personal",
+                None,
+                "loss" if self.seat.labels == "loss" else "hidden",
+                hidden,
+                (),
+                {k: tuple(v.shape) for k, v in inputs.items()},
+                inputs["attention_mask"],
+                self.batch.labels if self.seat.labels == "loss" else None,
+                None,
+                keep=True,
+            ),
+            **changes,
+        )
+
+    def backward(self, of: Forward, grad: Tensor, step: int | None = None) -> Backward:
+        at = of.key.step if step is None else step
+        return Backward(self.key("backward", at, of.key.call), grad, hidden=True)
+
+    def held(self, slot: str = "personal") -> Tensors:
+        return {k: v.clone() for k, v in self.trunk.tenants.take(self.client, [slot])[slot].items()}
+
+
+def served(*seats: Seat) -> tuple[Trunk, list[Wire]]:
+    tenants = Tenants(body(), initial)
+    trunk = Trunk(body(), tenants, toy_task(body()))
+    wires = [Wire(trunk, f"c{n}", seat) for n, seat in enumerate(seats)]
+    for wire in wires:
+        tenants.join(wire.client, wire.seat, {"personal": SlotSpec()})
+    return trunk, wires
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    trunk, wires = served(U)
+    wires[0].join()
+    yield wires[0]
+    trunk.close()
+
+
+@pytest.fixture
+def far_loss() -> Iterator[Wire]:
+    trunk, wires = served(V)
+    wires[0].join()
+    yield wires[0]
+    trunk.close()
+
+
+# ---- exactly once
+
+
+def test_operations_of_a_repeated_forward_are_applied_once(wire: Wire) -> None:
+    before = wire.held()
+    message = wire.forward(ops=(DOUBLE,))
+    first = wire.send(message, "d")
+    again = wire.send(message, "d")
+    assert torch.equal(first.tensors["hidden"], again.tensors["hidden"])
+    assert same(wire.held(), {k: 2 * v for k, v in before.items()})
+    with pytest.raises(StepError, match="different message"):
+        wire.send(replace(message, ops=(DOUBLE, DOUBLE)), "other")
+    assert same(wire.held(), {k: 2 * v for k, v in before.items()})
+
+
+def test_a_repeated_backward_gathers_its_gradient_once(wire: Wire) -> None:
+    ahead = wire.forward()
+    out = wire.send(ahead).tensors["hidden"]
+    behind = wire.backward(ahead, torch.ones_like(out))
+    first, again = wire.send(behind, "d"), wire.send(behind, "d")
+    assert torch.equal(first.tensors["grad"], again.tensors["grad"])
+    wire.send(Do(wire.key("do"), (Grad(("personal",), ("g",)),)))
+    once = wire.held("g")
+    ahead = wire.forward(1)
+    wire.send(ahead)
+    wire.send(wire.backward(ahead, torch.ones_like(out)))
+    wire.send(Do(wire.key("do", 1), (Grad(("personal",), ("g",)),)))
+    assert same(wire.held("g"), once)
+    assert any(bool(v.any()) for v in once.values())
+
+
+def test_a_message_of_an_earlier_step_is_refused(wire: Wire) -> None:
+    early = Do(wire.key("do", 0), (DOUBLE,))
+    wire.send(Do(wire.key("do", 1), ()))
+    before = wire.held()
+    with pytest.raises(StepError, match="is over"):
+        wire.send(early)
+    assert same(wire.held(), before)
+
+
+def test_backward_never_steps(wire: Wire) -> None:
+    before = wire.held()
+    ahead = wire.forward()
+    out = wire.send(ahead).tensors["hidden"]
+    wire.send(wire.backward(ahead, torch.ones_like(out)))
+    assert same(wire.held(), before)
+    wire.send(Do(wire.key("do"), (Grad(("personal",), ("g",)), Step("personal", "g", 0.5))))
+    g = wire.held("g")
+    expected = {k: v - 0.5 * (0.5 * g[k]) for k, v in before.items()}
+    assert same(wire.held(), expected)
+
+
+# ---- forwards that wait
+
+
+def test_a_backward_needs_its_forward(wire: Wire) -> None:
+    ahead = wire.forward()
+    grad = torch.ones_like(ahead.hidden)
+    with pytest.raises(StepError, match="no forward that waits"):
+        wire.send(wire.backward(ahead, grad))
+    wire.send(ahead)
+    wire.send(wire.backward(ahead, grad))
+    other = replace(wire.backward(ahead, grad), key=wire.key("backward", 0, 99))
+    with pytest.raises(StepError, match="no forward that waits"):
+        wire.send(other)
+
+
+def test_a_backward_of_another_step_is_refused(wire: Wire) -> None:
+    ahead = wire.forward(0)
+    wire.send(ahead)
+    with pytest.raises(StepError, match="no forward that waits"):
+        wire.send(wire.backward(ahead, torch.ones_like(ahead.hidden), step=1))
+
+
+def test_a_forward_without_gradient_leaves_nothing_waiting(wire: Wire) -> None:
+    ahead = wire.forward(keep=False)
+    wire.send(ahead)
+    assert not wire.trunk.pending[wire.client]
+    assert wire.trunk.tenants[wire.client].rows == 0
+    with pytest.raises(StepError, match="no forward that waits"):
+        wire.send(wire.backward(ahead, torch.ones_like(ahead.hidden)))
+
+
+def test_only_so_many_forwards_may_wait(wire: Wire) -> None:
+    for _ in range(MAX_PENDING):
+        wire.send(wire.forward())
+    with pytest.raises(StepError, match=f"More than {MAX_PENDING} forwards"):
+        wire.send(wire.forward())
+    wire.send(wire.forward(1))  # those of a step that is over are dropped
+    assert len(wire.trunk.pending[wire.client]) == 1
+
+
+def test_rows_of_a_step_count_once(wire: Wire) -> None:
+    for step in (0, 0, 1, 2):
+        wire.send(wire.forward(step))
+    assert wire.trunk.tenants[wire.client].rows == 9  # three rows in each of three steps
+
+
+# ---- what does not fit
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [torch.zeros(3, H), torch.zeros(3, 9, H + 1), torch.zeros(3, 9, 1, H)],
+    ids=["two", "width", "four"],
+)
+def test_hidden_states_of_another_shape_are_refused(wire: Wire, hidden: Tensor) -> None:
+    with pytest.raises(LinkError, match=rf"\[rows, length, {H}\]"):
+        wire.send(wire.forward(hidden=hidden))
+
+
+unchecked = pytest.mark.xfail(strict=True, reason="the trunk does not check this yet")
+
+
+@unchecked
+@pytest.mark.parametrize("shape", [(2, 9, H), (3, 8, H), (1, 9, H)], ids=str)
+def test_hidden_states_that_do_not_fit_their_mask_are_refused(
+    wire: Wire, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(FlexpError):
+        wire.send(wire.forward(hidden=torch.zeros(shape)))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_hidden_states_that_are_not_finite_are_refused(wire: Wire, bad: float) -> None:
+    ahead = wire.forward()
+    ahead.hidden[1, 2, 3] = bad
+    before = wire.held()
+    with pytest.raises(LinkError, match="NaN or infinity"):
+        wire.send(replace(ahead, ops=(DOUBLE,)))
+    assert same(wire.held(), before)  # nor did its operations run
+    assert not wire.trunk.pending[wire.client]
+
+
+def test_gradients_of_another_shape_are_refused(wire: Wire) -> None:
+    ahead = wire.forward()
+    wire.send(ahead)
+    with pytest.raises(LinkError, match="The gradient has shape"):
+        wire.send(wire.backward(ahead, torch.ones(1)))
+
+
+@unchecked
+@pytest.mark.parametrize("given", [(), (torch.ones(6), torch.ones(6)), (torch.ones(2),)], ids=len)
+def test_coefficients_that_do_not_fit_the_wear_are_refused(
+    wire: Wire, given: tuple[Tensor, ...]
+) -> None:
+    wear = (Term("personal", float("nan")),)
+    with pytest.raises(FlexpError):
+        wire.send(wire.forward(wear=wear, coefs=given))
+
+
+@pytest.mark.parametrize("until", ["logits", "loss"])
+def test_who_keeps_the_labels_gets_no_logits_from_the_server(wire: Wire, until: str) -> None:
+    with pytest.raises(LinkError, match=f"cannot ask for {until}"):
+        wire.send(wire.forward(until=until))
+
+
+def test_a_far_loss_needs_labels(far_loss: Wire) -> None:
+    assert float(far_loss.send(far_loss.forward()).tensors["loss"]) > 0
+    with pytest.raises(LinkError, match="needs labels"):
+        far_loss.send(far_loss.forward(labels=None))
+
+
+def test_unknown_slots_are_refused(wire: Wire) -> None:
+    with pytest.raises(AdapterError, match='no slot "other"'):
+        wire.send(wire.forward(wear="other"))
+    with pytest.raises(AdapterError, match='no slot "other"'):
+        wire.send(Do(wire.key("do"), (Dot("personal", "other"),)))
+
+
+# ---- who is who
+
+
+def test_strangers_and_wrong_seats_are_refused(wire: Wire) -> None:
+    stranger = Wire(wire.trunk, "stranger", U)
+    with pytest.raises(LinkError, match='"stranger" has no seat'):
+        stranger.join()
+    with pytest.raises(LinkError, match="the same recipe"):
+        wire.send(Join(wire.key("join"), V, {}))
+
+
+def test_clients_see_and_move_only_their_own() -> None:
+    trunk, (a, b) = served(U, U)
+    try:
+        for one in (a, b):
+            one.join()
+        before = b.held()
+        a.send(Do(a.key("do"), (DOUBLE,)))
+        mine = a.send(Fetch(a.key("fetch"), "personal", far=True)).tensors
+        theirs = b.send(Fetch(b.key("fetch"), "personal", far=True)).tensors
+        assert same(theirs, {f"slot/personal/{k}": v for k, v in before.items()})
+        assert same(mine, {k: 2 * v for k, v in theirs.items()})
+        ahead = a.forward()
+        a.send(ahead)
+        with pytest.raises(StepError, match="no forward that waits"):
+            b.send(replace(a.backward(ahead, torch.ones_like(ahead.hidden))))
+    finally:
+        trunk.close()
+
+
+def test_near_tensors_may_not_be_put(wire: Wire) -> None:
+    near = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
+    with pytest.raises(AdapterError, match="is not far"):
+        wire.send(Put(wire.key("put"), "personal", {near: torch.zeros(3, H)}))
+
+
+def test_clients_that_write_at_once_get_what_they_would_alone() -> None:
+    def talk(one: Wire) -> list[Tensor]:
+        out: list[Tensor] = []
+        for step in range(4):
+            ops = (Grad(("personal",), ("g",)), Step("personal", "g")) if step else ()
+            ahead = one.forward(step, ops=ops)
+            out.append(one.send(ahead).tensors["hidden"])
+            out.append(one.send(one.backward(ahead, torch.ones_like(out[-1]))).tensors["grad"])
+        return out
+
+    trunk, wires = served(U, U, Seat(Cut(1, 2)))
+    try:
+        for one in wires:
+            one.join()
+        wires[1].send(Do(wires[1].key("do"), (DOUBLE,)))
+        with ThreadPoolExecutor(3) as pool:
+            together = list(pool.map(talk, wires))
+    finally:
+        trunk.close()
+    trunk, wires = served(U, U, Seat(Cut(1, 2)))
+    try:
+        for one in wires:
+            one.join()
+        wires[1].send(Do(wires[1].key("do"), (DOUBLE,)))
+        for one, found in zip(wires, together, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(talk(one), found, strict=True))
+    finally:
+        trunk.close()
+
+
+# ---- the end of a turn
+
+
+def test_a_reply_is_near_tensors_and_the_tenancys_own(wire: Wire) -> None:
+    near = {"base_model.model.classifier.bias": torch.tensor([1.0, 2.0, 3.0])}
+    loose = {"prior": torch.tensor([0.5])}
+    far = {"personal": FAR}
+    wire.send(Submit(wire.key("submit"), {"personal": near}, far, loose, {"steps": 3}))
+    home = wire.trunk.tenants[wire.client]
+    assert home.reply is not None
+    assert same(home.reply.adapters["personal"], near | wire.held())
+    assert list(home.reply.adapters["personal"]) == sorted(near | wire.held())
+    assert same(home.reply.tensors, loose)
+    assert home.reply.facts == {"steps": 3}
+
+
+def test_leaving_drops_the_turn(wire: Wire) -> None:
+    wire.send(wire.forward())
+    wire.send(Leave(wire.key("leave")))
+    assert wire.client not in wire.trunk.pending
+    assert wire.trunk.tenants[wire.client].slots.values == {}
+
+
+def test_offered_near_tensors_are_fetched_in_part_or_whole() -> None:
+    offer = Parcel({"personal": initial(SlotSpec())})
+    with at_desk(body(), U, kind=KIND, offer=offer) as (desk, _):
+        whole = desk.session.fetch("personal", where=ALL)
+        place = desk.model.near.place
+        assert same(whole, {k: v for k, v in offer.adapters["personal"].items() if k in whole})
+        assert {place(k).side for k in whole} == {"near"}
+        assert len(whole) == sum(place(k).side == "near" for k in offer.adapters["personal"])
+        assert desk.session.fetch("unoffered") == {}
