@@ -63,7 +63,7 @@ format: $(STAMP)  ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)  ## Run the benchmarks; results go to benchmarks/results
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/quick.py
 
 docs: $(STAMP)  ## Build the documentation into build/site
 	$(PIP) install -q -e ".[docs]"

@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from transformers.utils import logging
 
 from flexp import assets, commands, demonstration, evaluate, recipe_file
 from flexp import run as running
+from flexp.data.examples import Split
 from flexp.events import Stream
 from flexp.recipe import Recipe
 from flexp.stage import Stage, prepare, with_method
 
 HERE = Path(__file__).parent
-LRS = (1e-3, 2e-3, 4e-3)
+LRS = (5e-4, 1e-3, 2e-3)
 ALIGN = (0.1, 1.0)
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
 SIZES = ("data.rows=160", "data.split=[0.4, 0.2, 0.4]", "evaluate.global_rows=16")
@@ -69,23 +71,29 @@ def recipe(pairs: list[str]) -> Recipe:
 
 def tune(cache: assets.Cache) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
     """Every trial with its validation accuracies, and each method's best settings."""
-    stage = prepare(recipe([f"seed={TUNING_SEED}"]), cache)
-    trials: list[dict[str, Any]] = []
+    opened = prepare(recipe([f"seed={TUNING_SEED}"]), cache)
+    wanted: list[tuple[str, dict[str, float]]] = []
+    for lr in LRS:
+        wanted += [(method, {"train.lr": lr}) for method in ("local", "fedavg")]
+        wanted += [("flexp", {"train.lr": lr, "strategy.align": align}) for align in ALIGN]
+    stages = [staged(opened, method, chosen, TUNING_SEED) for method, chosen in wanted]
+
+    def trial(n: int) -> dict[str, Any]:
+        method, chosen = wanted[n]
+        own, pooled = score(stages[n], running.run(stages[n], Stream()), "val")
+        found = {"method": method, **chosen, "own": own, "global": pooled}
+        say(f"tuning {found}")
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        trials = list(pool.map(trial, range(len(wanted))))
+    for stage in (opened, *stages):
+        stage.engine.close()
     best: dict[str, dict[str, float]] = {}
     for method in ("local", "fedavg", "flexp"):
-        aligns: tuple[float | None, ...] = ALIGN if method == "flexp" else (None,)
-        for lr in LRS:
-            for align in aligns:
-                chosen = {"train.lr": lr}
-                if align is not None:
-                    chosen["strategy.align"] = align
-                own, pooled = score(stage, method, chosen, TUNING_SEED, "val")
-                trials.append({"method": method, **chosen, "own": own, "global": pooled})
-                say(f"tuning {trials[-1]}")
         mine = [t for t in trials if t["method"] == method]
         top = max(mine, key=lambda t: t["own"] + t["global"])
         best[method] = {k: v for k, v in top.items() if "." in k}
-    stage.engine.close()
     return trials, best
 
 
@@ -93,30 +101,30 @@ def final(
     cache: assets.Cache, seed: int, best: dict[str, dict[str, float]]
 ) -> list[dict[str, Any]]:
     """Test scores of every method and client for one seed."""
-    stage = prepare(recipe([f"seed={seed}"]), cache)
-    rows: list[dict[str, Any]] = []
-    for method in ("base", *best):
-        mine, result = played(stage, method, best.get(method, {}), seed)
-        rows += running.rows(result.scores, method, seed)
-        mine.engine.close()
-        say(f"seed {seed} {method} {means(rows, method, seed)}")
-    stage.engine.close()
+    opened = prepare(recipe([f"seed={seed}"]), cache)
+    stages = {m: staged(opened, m, best.get(m, {}), seed) for m in ("base", *best)}
+
+    def one(method: str) -> list[dict[str, Any]]:
+        result = running.run(stages[method], Stream())
+        found = running.rows(result.scores, method, seed)
+        say(f"seed {seed} {method} {means(found, method, seed)}")
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        rows = [row for found in pool.map(one, stages) for row in found]
+    for stage in (opened, *stages.values()):
+        stage.engine.close()
     return rows
 
 
-def played(
-    stage: Stage, method: str, chosen: dict[str, float], seed: int
-) -> tuple[Stage, running.Result]:
+def staged(opened: Stage, method: str, chosen: dict[str, float], seed: int) -> Stage:
     pairs = [f"seed={seed}", f"strategy.name={method}"]
     pairs += [f"{key}={value}" for key, value in chosen.items()]
-    mine = with_method(stage, recipe(pairs))
-    return mine, running.run(mine, Stream())
+    return with_method(opened, recipe(pairs))
 
 
-def score(
-    stage: Stage, method: str, chosen: dict[str, float], seed: int, split: str
-) -> tuple[float, float]:
-    mine, result = played(stage, method, chosen, seed)
+def score(mine: Stage, result: running.Result, split: Split) -> tuple[float, float]:
+    """Mean own and global accuracy on a split."""
     scores = evaluate.evaluate(
         mine.engine,
         mine.strategy,
@@ -124,9 +132,8 @@ def score(
         result.turn,
         when="after",
         global_rows=mine.recipe.evaluate.global_rows,
-        split=split,  # pyright: ignore[reportArgumentType]
+        split=split,
     )
-    mine.engine.close()
     found = {s.cell: s.value for s in scores if s.client == "all" and s.metric == "accuracy"}
     return found["personal/own/after"], found["personal/global/after"]
 

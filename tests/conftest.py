@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["fixtures_assets"]
+pytest_plugins = ["fixtures_assets", "fixtures_models"]
 
 # A slow or busy machine is no failure; a run of continuous integration repeats exactly.
 settings.register_profile(

@@ -73,7 +73,7 @@ def demo(
 ) -> None:
     """Eight clients on devices of four sizes fine-tune their own MiniLM through one server."""
     del quick  # the only one so far
-    console = begin(as_json)
+    console = begin(as_json, "exact")  # two methods side by side, one thread each
     from flexp import demonstration, terminal
 
     with terminal.Live(console) as live:
@@ -101,7 +101,8 @@ def run(
     from flexp import commands, terminal
 
     with terminal.Live(console) as live:
-        document = commands.run(found, cache(), [live], resume=resume, say=live.say)
+        bar = live.begin(found.strategy.name, found.rounds)
+        document = commands.run(found, cache(), [bar], resume=resume, say=live.say)
     if as_json:
         emit(document)
     else:

@@ -51,6 +51,9 @@ def run(
     out = Path(recipe.out) / recipe.name
     running.fresh(out, resume)
     stage = prepare(recipe, cache, say=say)
+    for client, placed in stage.placed.items():
+        cut = placed.seat.cut
+        say(f"{client} on {placed.device}: {cut.front} | {cut.back} blocks ({placed.reason})")
     stream = Stream()
     with Recorder(out / "events.jsonl", time.time) as recorder:
         _rewind(out, recipe, recorder, say)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 from flexp import assets, recipe_file
 from flexp import run as running
 from flexp.errors import RecipeError
-from flexp.events import Event, RunStarted, Sink, Stream, TurnEnded
+from flexp.events import Event, Sink, Stream, TurnEnded
 from flexp.recipe import Recipe
 from flexp.stage import Say, Stage, prepare, with_method
 
@@ -18,10 +19,9 @@ OUT = Path("runs/demo")
 
 
 class Show(Protocol):
-    """Where progress goes: a sink that is told of each run beforehand."""
+    """Where progress goes: a sink for each run."""
 
-    def begin(self, title: str, rounds: int) -> None: ...
-    def __call__(self, event: Event) -> None: ...
+    def begin(self, title: str, rounds: int) -> Sink: ...
 
 
 def shipped(name: str) -> Path:
@@ -50,42 +50,33 @@ def variants(seed: int) -> dict[str, Recipe]:
 def play(cache: assets.Cache, show: Show, *, say: Say, seed: int = 0) -> dict[str, Any]:
     """Runs every method and returns seats and scores; writes the personal adapters of flexp."""
     recipes = variants(seed)
-    stage = prepare(recipes["flexp"], cache, say=say)
-    rows: list[dict[str, Any]] = []
-    traffic: dict[str, Counter[str]] = {}
-    for name, recipe in recipes.items():
-        mine = with_method(stage, recipe)
-        show.begin(name, recipe.rounds)
-        traffic[name] = Counter()
+    opened = prepare(recipes["flexp"], cache, say=say)
+    stages = {name: with_method(opened, recipe) for name, recipe in recipes.items()}
+    traffic: dict[str, Counter[str]] = {name: Counter() for name in recipes}
+
+    def one(name: str) -> running.Result:
         stream = Stream()
-        for sink in (_quiet_start(show), _counting(traffic[name])):
+        for sink in (show.begin(name, recipes[name].rounds), _counting(traffic[name])):
             stream.subscribe(sink)
-        try:
-            result = running.run(mine, stream)
-            rows += running.rows(result.scores, name, seed)
-            if name == "flexp":
-                running.save_adapters(mine, result, OUT / "adapters")
-        finally:
-            mine.engine.close()
-    stage.engine.close()
+        return running.run(stages[name], stream)
+
+    try:
+        # Two methods at a time, each on one thread, use two cores better than one on two.
+        with ThreadPoolExecutor(2) as pool:
+            results = dict(zip(recipes, pool.map(one, recipes), strict=True))
+        running.save_adapters(stages["flexp"], results["flexp"], OUT / "adapters")
+    finally:
+        for stage in (opened, *stages.values()):
+            stage.engine.close()
+    rows = [row for name, r in results.items() for row in running.rows(r.scores, name, seed)]
     return {
         "methods": list(recipes),
         "seed": seed,
-        "seats": _seats(stage, traffic["flexp"]),
+        "seats": _seats(opened, traffic["flexp"]),
         "bytes": {name: dict(count) for name, count in traffic.items()},
-        "says": _says(stage),
+        "says": _says(opened),
         "rows": rows,
     }
-
-
-def _quiet_start(show: Show) -> Sink:
-    """Passes progress on; seats are in the table at the end, once and not per method."""
-
-    def sink(event: Event) -> None:
-        if not isinstance(event, RunStarted) and type(event).__name__ != "SeatTaken":
-            show(event)
-
-    return sink
 
 
 def _counting(count: Counter[str]) -> Sink:

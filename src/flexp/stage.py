@@ -21,7 +21,7 @@ from flexp.errors import DataError, ModelError, PlanError, StrategyError
 from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, layout
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
-from flexp.model.ops import Optim
+from flexp.model.ops import Optim, SlotSpec
 from flexp.model.skeleton import Skeleton, head_leaves, skeleton
 from flexp.plan.costs import BlockCosts, measure_costs
 from flexp.plan.devices import Device, parse_bytes
@@ -99,6 +99,8 @@ def with_method(stage: Stage, recipe: Recipe) -> Stage:
     strategy = build(recipe.strategy.name, recipe.strategy.options)
     _check_split(strategy, stage.placed, stage.backbone.depth)
     engine = _engine(recipe, stage.backbone, stage.federation, stage.dice)
+    # Where adapters begin is worked out here: building skeletons is not safe on two threads.
+    engine.initial(SlotSpec())
     return replace(stage, recipe=recipe, strategy=strategy, engine=engine)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,9 +16,7 @@ from flexp.events import (
     Noted,
     RoundStarted,
     RunEnded,
-    RunStarted,
     Scored,
-    SeatTaken,
     TurnEnded,
     TurnFailed,
 )
@@ -28,21 +27,18 @@ BLANK = ""
 
 
 class Live:
-    """One progress bar per run, fed by events; without a terminal it prints only what is said."""
+    """A progress bar per run, fed by its events; without a terminal it prints only what is said."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.progress = Progress(
             TextColumn("{task.description:<8}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[note]}", table_column=None),
+            TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self.task: TaskID | None = None
-        self.rounds = 0
-        self.losses: list[float] = []
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -60,38 +56,38 @@ class Live:
         """One line of plain text above the bars."""
         self.console.print(text, highlight=False)
 
-    def begin(self, title: str, rounds: int) -> None:
-        """Starts the bar of a run."""
-        self.rounds = rounds
-        self.task = self.progress.add_task(title, total=rounds, note="starting")
+    def begin(self, title: str, rounds: int) -> Bar:
+        """The bar of a run."""
+        return Bar(self, self.progress.add_task(title, total=rounds, note="starting"), rounds)
+
+
+@dataclass
+class Bar:
+    """The sink of one run's events."""
+
+    live: Live
+    task: TaskID
+    rounds: int
+    losses: list[float] = field(default_factory=list[float])
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, RunStarted) and self.task is None:
-            self.begin(event.method, 0)
+        move = self.live.progress.update
         if isinstance(event, TurnFailed):
-            self.say(f"round {event.round + 1}: {event.client} failed: {event.error}")
+            self.live.say(f"round {event.round + 1}: {event.client} failed: {event.error}")
         elif isinstance(event, Noted):
-            self.say(f"{event.level}: {event.text}")
-        elif isinstance(event, SeatTaken):
-            cut = f"{event.front} front, {event.back} back"
-            self.say(f"{event.client} on {event.device}: {cut} blocks ({event.reason})")
-        if self.task is not None:
-            self._move(self.task, event)
-
-    def _move(self, task: TaskID, event: Event) -> None:
-        if isinstance(event, RoundStarted):
+            self.live.say(f"{event.level}: {event.text}")
+        elif isinstance(event, RoundStarted):
             self.losses = []
-            self.progress.update(task, completed=event.round)
+            move(self.task, completed=event.round)
         elif isinstance(event, TurnEnded):
             self.losses.append(event.loss)
             mean = sum(self.losses) / len(self.losses)
-            of = f" of {self.rounds}" if self.rounds else ""
-            note = f"round {event.round + 1}{of}, {event.client}, loss {mean:.3f}"
-            self.progress.update(task, note=note)
+            note = f"round {event.round + 1} of {self.rounds}, {event.client}, loss {mean:.3f}"
+            move(self.task, note=note)
         elif isinstance(event, Scored):
-            self.progress.update(task, note="scoring")
+            move(self.task, note="scoring")
         elif isinstance(event, RunEnded):
-            self.progress.update(task, total=event.rounds, completed=event.rounds, note="done")
+            move(self.task, completed=event.rounds, note="done")
 
 
 def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -19,7 +19,7 @@ from toys import same, shard, toy_task, whole
 
 from flexp import export
 from flexp.checkpoint import decode_state, encode_state
-from flexp.client.desk import Training
+from flexp.client.desk import Desk, Training
 from flexp.client.memory import Memory
 from flexp.dice import Dice
 from flexp.engine.base import Arrival, Assignment, replies
@@ -34,6 +34,7 @@ from flexp.model.ops import Optim
 from flexp.parcel import Parcel, decode, encode
 from flexp.strategies import BUILT_IN
 from flexp.strategies.base import Scene, Strategy, Turn
+from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.flexp import FlexP
 from flexp.tensors import Tensors
 
@@ -385,6 +386,22 @@ def belongings(run: Run, client: str) -> tuple[bytes, bytes, Any]:
         encode(Parcel(slots.values)),
         dict(slots.steps),
     )
+
+
+@pytest.mark.xfail(strict=True, reason="the server counts rows that nobody trained on")
+@pytest.mark.parametrize("late", [True, False], ids=["after", "before"])
+def test_rows_are_counted_alike_whole_and_cut(late: bool) -> None:
+    """A loss that is looked at, and never differentiated, is no training."""
+
+    class Looks(FedAvg):
+        def train(self, desk: Desk, offer: Parcel) -> Parcel:
+            facts = desk.fit() if late else {}
+            desk.model.loss(next(desk.batches(steps=1, size=3)))
+            return desk.reply("personal", facts=facts or desk.fit())
+
+    run = Run(Looks())
+    assert {a.client: a.rows for a in run.round(0)} == {"c0": 8, "c1": 8, "c2": 8}
+    run.engine.close()
 
 
 @rows

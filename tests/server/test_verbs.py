@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,21 +13,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from toys import CLASSES, H, V, at_desk, backbone, batches_for, gap, same, toy_task, whole
 
-from flexp.client.desk import Desk
+from flexp.client.desk import Desk, Drag
 from flexp.data.examples import Batch
 from flexp.dice import Dice
 from flexp.errors import AdapterError
-from flexp.model.adapter import Lora
+from flexp.model.adapter import Head, Ia3, Kind, Lora, Prompt
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
-from flexp.model.ops import SlotSpec
+from flexp.model.ops import Optim, SlotSpec
 from flexp.parcel import Parcel
-from flexp.tensors import FAR, NEAR, PerRow, Stacked, Tensors, Term, Wear, Where, dot, total
+from flexp.tensors import FAR, HEAD, NEAR, PerRow, Stacked, Tensors, Term, Wear, Where, dot, total
 
 KIND = Lora(rank=3, alpha=6.0)
 SEATS = [
     Seat(Cut(1, 0)),
-    Seat(Cut(1, 1)),
     Seat(Cut(2, 1)),
     Seat(Cut(2), "logits"),
     Seat(Cut(1), "loss"),
@@ -183,6 +182,18 @@ def representation(desk: Desk) -> Results:
     return desk.whole("w")
 
 
+def fitted(desk: Desk) -> Results:
+    """All that ``fit`` can do at once: an added mix, two pulls, a clip, and parts in turn."""
+    pull = [
+        Drag("ci", 0.3, form="product"),
+        Drag("c", 0.2, where=Where(last=2) | Where(names="*query*")),
+    ]
+    desk.fit(wear="w", steps=1, add=(Term("c", 0.3), Term("ci", -0.3)), pull=pull, clip_norm=0.5)
+    desk.fit(wear="w", steps=2, train=HEAD)
+    desk.fit(wear="w", steps=2, train=~HEAD, clip_norm=0.01)
+    return desk.whole("w")
+
+
 def marked(slot: str, desk: Desk) -> Results:
     return {f"{slot}:{k}": v for k, v in desk.whole(slot).items()}
 
@@ -198,6 +209,7 @@ RULES: dict[str, tuple[Callable[[Desk], Results], tuple[str, ...]]] = {
     "FedFomo": (fedfomo, ("b", "p1", "p2")),
     "accumulation": (accumulate, ("w",)),
     "representation": (representation, ("w",)),
+    "fit": (fitted, ("w", "c", "ci")),
 }
 
 
@@ -225,11 +237,10 @@ def test_an_update_rule_is_the_same_whole_and_cut(name: str) -> None:
         assert same(ruled(name, seat), expected), seat
 
 
-@pytest.mark.parametrize("name", ["FedBasis", "FedALA"])
-def test_update_rules_of_a_language_model(name: str) -> None:
-    expected = ruled(name, whole(4), "llama")
+def test_an_update_rule_of_a_language_model() -> None:
+    expected = ruled("FedBasis", whole(4), "llama")
     for seat in (Seat(Cut(1, 2)), Seat(Cut(3), "loss")):
-        assert same(ruled(name, seat, "llama"), expected), seat
+        assert same(ruled("FedBasis", seat, "llama"), expected), seat
 
 
 # ---- the verbs against arithmetic on dictionaries
@@ -279,7 +290,7 @@ def grad_of(leaf: Tensor) -> Tensor:
     return leaf.grad
 
 
-@pytest.mark.parametrize("seat", SEATS[1:4], ids=str)
+@pytest.mark.parametrize("seat", SEATS[:3], ids=str)
 def test_assign_and_dot_are_arithmetic_on_both_sides(seat: Seat) -> None:
     slots, offer = offering(body(), ("a", "b", "mask"))
     a, b = offer.adapters["a"], offer.adapters["b"]
@@ -330,6 +341,75 @@ def test_a_detached_term_has_no_gradient_but_its_coefficient_does() -> None:
             assert not any(bool(v.any()) for v in desk.whole("gb").values())
         assert coef.grad is not None
         assert coef.grad != 0
+
+
+def test_fit_is_made_of_the_verbs() -> None:
+    """One SGD step: w - lr s (g + add + pulls), with s the clip over near and far together."""
+    slots, offer = offering(body(), ("w", "c"))
+    w, c = offer.adapters["w"], offer.adapters["c"]
+    optim, clip = Optim("sgd", lr=0.5), 0.75
+    with at_desk(body(), SEATS[1], kind=KIND, slots=slots, offer=offer, optim=optim) as (desk, _):
+        batch = next(iter(desk.batches(steps=1)))
+        desk.grad(desk.model.loss(batch, "w"), ["w"], ["g"])
+        bent = {k: g + 0.3 * c[k] + 0.2 * (w[k] - c[k]) for k, g in desk.whole("g").items()}
+        add, pull = (Term("c", 0.3),), [Drag("c", 0.2)]
+        facts = desk.fit(wear="w", add=add, pull=pull, clip_norm=clip, batches=iter([batch]))
+        found = desk.whole("w")
+    assert (facts["steps"], facts["skipped"], facts["rows"]) == (1, 0, 4)
+    norm = dot(bent, bent) ** 0.5
+    assert norm > clip
+    assert gap(found, {k: w[k] - 0.5 * clip / norm * v for k, v in bent.items()}) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_steps_are_those_of_torch(name: Literal["adamw", "sgd"]) -> None:
+    slots, offer = offering(body(), ("w", "g", "g2"))
+    optim = Optim(name, lr=0.1, weight_decay=0.01, momentum=0.9, betas=(0.8, 0.95))
+    params = {k: torch.nn.Parameter(v.clone()) for k, v in offer.adapters["w"].items()}
+    if name == "adamw":
+        theirs: Any = torch.optim.AdamW(params.values(), 0.1, (0.8, 0.95), weight_decay=0.01)
+    else:
+        theirs = torch.optim.SGD(params.values(), 0.1, 0.9, weight_decay=0.01)
+    with at_desk(body(), SEATS[1], kind=KIND, slots=slots, offer=offer, optim=optim) as (desk, _):
+        for grad in ("g", "g2", "g"):
+            desk.step("w", grad=grad, scale=0.5)
+            for k, p in params.items():
+                p.grad = 0.5 * offer.adapters[grad][k]
+            theirs.step()
+        assert gap(desk.whole("w"), {k: p.detach() for k, p in params.items()}) < 1e-6
+
+
+@pytest.mark.xfail(strict=True, reason="a slot has one count of steps, torch one per tensor")
+def test_parts_that_step_in_turn_step_as_in_torch() -> None:
+    slots, offer = offering(body(), ("w", "g"))
+    params = {k: torch.nn.Parameter(v.clone()) for k, v in offer.adapters["w"].items()}
+    theirs = torch.optim.AdamW(params.values(), 0.1, weight_decay=0.0)
+    with at_desk(body(), SEATS[1], kind=KIND, slots=slots, offer=offer, optim=Optim(lr=0.1)) as (
+        desk,
+        _,
+    ):
+        for where in (HEAD, HEAD, ~HEAD):
+            desk.step("w", grad="g", where=where)
+            for k, p in params.items():
+                chosen = where.holds(k, desk.model.near.place(k))
+                p.grad = offer.adapters["g"][k].clone() if chosen else None
+            theirs.step()
+        assert gap(desk.whole("w"), {k: p.detach() for k, p in params.items()}) < 1e-6
+
+
+def test_a_slot_of_another_kind_trains_far_too() -> None:
+    """Only blocks 1 and 2 move, so nothing in front of them asks for a gradient."""
+    slots, only = {"personal": SlotSpec(kind=KIND)}, Where(names="*layer.[12].*")
+    batches = batches_for(body(), 2)
+    found: list[Tensors] = []
+    for seat in (whole(4), Seat(Cut(1, 1))):
+        with at_desk(body(), seat, kind=Head(), slots=slots) as (desk, _):
+            before = desk.whole("personal")
+            desk.fit(train=only, batches=iter(batches))
+            found.append(desk.whole("personal"))
+    moved = {body().block_of(k) for k, v in found[0].items() if not torch.equal(v, before[k])}
+    assert moved == {1, 2}
+    assert same(*found)
 
 
 def test_a_slot_that_nobody_has_is_refused_by_name() -> None:
@@ -450,7 +530,7 @@ def test_weights_of_a_stack_scale_products(times: str | None) -> None:
     assert value == pytest.approx(at(whole(4), 0.5, learn=False)[0], abs=1e-6)
     step = (at(whole(4), 0.51, learn=False)[0] - at(whole(4), 0.49, learn=False)[0]) / 0.02
     assert float(slope) == pytest.approx(step, rel=1e-2, abs=1e-3)
-    for seat in SEATS[:3]:
+    for seat in SEATS[:2]:
         assert at(seat, 0.5, learn=True) == (value, slope), seat
 
 
@@ -476,3 +556,30 @@ def test_rows_that_wear_different_slots_equal_each_group_alone() -> None:
                 assert torch.allclose(logits[held], expected, atol=1e-6)
                 desk.grad(expected.square().sum(), [slot], ["alone"])
                 assert gap(desk.whole("alone"), desk.whole(f"g{slot}")) < 1e-5
+
+
+@pytest.mark.xfail(strict=True, reason="kinds that are not worn this way are left out silently")
+@pytest.mark.parametrize(
+    ("kind", "wear"),
+    [
+        (Prompt(tokens=3), PerRow(("personal",), (0, 0, 0))),
+        (Prompt(tokens=3), Stacked((Term("personal"),))),
+        (Ia3(), Stacked((Term("personal"),))),
+    ],
+    ids=["prompt per row", "prompt stacked", "ia3 stacked"],
+)
+def test_what_a_kind_cannot_wear_is_refused(kind: Kind, wear: Wear) -> None:
+    with (
+        at_desk(body(), whole(4), kind=kind) as (desk, _),
+        pytest.raises(AdapterError),
+    ):
+        desk.model.logits(batches_for(body(), 1)[0], wear)
+
+
+@pytest.mark.xfail(strict=True, reason="torch fails first, in words of its own")
+def test_every_row_must_wear_something() -> None:
+    with (
+        at_desk(body(), whole(4)) as (desk, _),
+        pytest.raises(AdapterError),
+    ):
+        desk.model.logits(batches_for(body(), 1)[0], PerRow(("personal",), (0, 0)))

@@ -72,7 +72,7 @@ class Client:
         desk = Desk(
             client=self.name,
             seat=seat,
-            model=self._model(seat, near, session),
+            model=self._model(seat, near, session, specs),
             shard=self.shard,
             task=self.task,
             memory=self.memory,
@@ -120,14 +120,15 @@ class Client:
 
         return missing
 
-    def _model(self, seat: Seat, near: Slots, session: Session) -> PersonalModel:
+    def _model(self, seat: Seat, near: Slots, session: Session, specs: Specs) -> PersonalModel:
+        layout = {k for spec in specs.values() for k in self.initial(spec, seat.rank)}
         return PersonalModel(
             self.backbone,
             seat,
             near,
             task=self.task,
             far=None if seat.near_only(self.backbone.depth) else session,
-            layout=list(self.initial(SlotSpec(), seat.rank)),
+            layout=sorted(layout),
             dropout=dropout_of(self.kind),
         )
 

@@ -119,14 +119,13 @@ class Slots:
         if optim is None:
             raise AdapterError(f'Slot "{op.slot}" has no optimizer. Name one in its SlotSpec.')
         names = self._chosen(op.slot, op.where)
-        if not names:
-            return
         value, grad = self[op.slot], self[op.grad]
         for lr, group in self._groups(optim, names).items():
             fresh = {k: value[k].clone() for k in group}
             scaled = [grad[k] * op.scale for k in group]
             self._update(op.slot, replace(optim, lr=lr), fresh, scaled)
             value.update(fresh)
+        # Also where nothing was selected: both sides of a cut must count alike.
         self.steps[op.slot] = self.steps.get(op.slot, 0) + 1
 
     def _groups(self, optim: Optim, names: list[str]) -> dict[float, list[str]]:

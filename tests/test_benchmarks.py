@@ -1,0 +1,58 @@
+"""The README's numbers are those of the committed results, and say what is claimed of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def quick() -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / "quick.json").read_text("utf-8"))
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert tables().rendered(text) == text
+
+
+def test_flexp_beats_local_on_everybodys_data_at_equal_own_accuracy() -> None:
+    flexp, local = (quick()["summary"][name] for name in ("flexp", "local"))
+    assert flexp["global"] >= local["global"] + 0.01
+    assert flexp["own"] >= local["own"] - 0.01
+    seeds = [str(seed) for seed in quick()["seeds"]]
+    better = [flexp["seeds"][s]["global"] > local["seeds"][s]["global"] for s in seeds]
+    assert sum(better) >= 2
+
+
+def test_every_method_was_searched_alike_and_took_the_same_steps() -> None:
+    found = quick()
+    tried = {
+        method: sorted({t["train.lr"] for t in found["search"]["trials"] if t["method"] == method})
+        for method in ("local", "fedavg", "flexp")
+    }
+    assert tried["local"] == tried["fedavg"] == tried["flexp"] == sorted(found["search"]["lr"])
+    assert found["recipe"]["train"]["steps"] * found["recipe"]["rounds"] > 0
+
+
+def test_the_demo_runs_what_was_tuned() -> None:
+    from flexp import demonstration
+
+    for method, chosen in quick()["chosen"].items():
+        recipe = demonstration.variants(0)[method]
+        assert recipe.train.lr == chosen["train.lr"]
+        if "strategy.align" in chosen:
+            assert recipe.strategy.options["align"] == chosen["strategy.align"]

@@ -1,0 +1,103 @@
+"""A run that is killed and resumed ends like one that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from flexp import assets, commands, events, recipe_file
+from flexp.errors import CheckpointError
+
+Recipe = Callable[..., Path]
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing in the program may survive it."""
+
+
+def run(recipe: Path, *overrides: str, die_at: int | None = None, resume: bool = False) -> Path:
+    """Runs a recipe; ``die_at`` kills it when that many turns have ended."""
+    found = recipe_file.read(recipe, overrides)
+    ended = 0
+
+    def sink(event: events.Event) -> None:
+        nonlocal ended
+        ended += isinstance(event, events.TurnEnded)
+        if die_at is not None and ended > die_at:
+            raise Killed
+
+    cache = assets.Cache(recipe.parent / "no-assets")
+    commands.run(found, cache, [sink], resume=resume)
+    return Path(found.out) / found.name
+
+
+def outcome(folder: Path) -> tuple[dict[str, Any], list[Any], list[Any]]:
+    """Adapters, scores and events, without times."""
+    adapters = {
+        str(file.relative_to(folder)): {k: v.numpy().tobytes() for k, v in load_file(file).items()}
+        for file in sorted((folder / "adapters").rglob("*.safetensors"))
+    }
+    rows = json.loads((folder / "result.json").read_text())["rows"]
+    told = [
+        event
+        for event in events.read(folder / "events.jsonl")
+        if not isinstance(event, events.TurnEnded | events.RunEnded)
+    ]
+    return adapters, rows, told
+
+
+@pytest.mark.parametrize("method", ["flexp", "fedavg", "local"])
+@pytest.mark.parametrize("die_at", [1, 3, 7])
+def test_killed_and_resumed_equals_uninterrupted(
+    recipe_of: Recipe, method: str, die_at: int
+) -> None:
+    recipe = recipe_of()
+    name = f"strategy.name={method}"
+    with pytest.raises(Killed):
+        run(recipe, name, die_at=die_at)
+    resumed = outcome(run(recipe, name, resume=True))
+    shutil.rmtree(recipe.parent / "runs")
+    clean = outcome(run(recipe, name))
+    assert resumed == clean
+    assert len(clean[0]) == 3
+
+
+def test_a_damaged_checkpoint_is_passed_over(recipe_of: Recipe) -> None:
+    recipe = recipe_of()
+    with pytest.raises(Killed):
+        run(recipe, die_at=7)
+    folder = recipe.parent / "runs" / "mine"
+    newest = max((folder / "checkpoint").iterdir())
+    state = newest / "state.parcel"
+    data = bytearray(state.read_bytes())
+    data[-1] ^= 1
+    state.write_bytes(bytes(data))
+    resumed = outcome(run(recipe, resume=True))
+    shutil.rmtree(recipe.parent / "runs")
+    assert resumed == outcome(run(recipe))
+
+
+def test_no_usable_checkpoint_is_an_error_that_names_each(recipe_of: Recipe) -> None:
+    recipe = recipe_of()
+    with pytest.raises(Killed):
+        run(recipe, die_at=4)
+    folder = recipe.parent / "runs" / "mine" / "checkpoint"
+    for one in folder.iterdir():
+        (one / "checkpoint.json").write_text("{")
+    with pytest.raises(CheckpointError, match="000001"):
+        run(recipe, resume=True)
+
+
+def test_rounds_are_counted_once(recipe_of: Recipe) -> None:
+    recipe = recipe_of()
+    with pytest.raises(Killed):
+        run(recipe, die_at=4)
+    folder = run(recipe, resume=True)
+    rounds = [e.round for e in events.read(folder / "events.jsonl") if isinstance(e, events.Merged)]
+    assert rounds == [0, 1, 2]
