@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,5 +86,7 @@ def open_with_peft(model: nn.Module, folder: Path) -> nn.Module:
     if not (folder / "adapter_model.safetensors").is_file():
         # PEFT would fall back to a pickle here.
         raise ExportError(f"{folder} has no adapter_model.safetensors.")
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # PEFT asks for a property that transformers renamed; both versions are what we pin.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return peft.PeftModel.from_pretrained(model, str(folder)).eval()  # pyright: ignore[reportUnknownMemberType]
