@@ -171,7 +171,7 @@ def decode_state(parcel: Parcel, strategy: Strategy[Any]) -> Any:
 
 
 def _tenancy(slots: Slots, seat: Seat | None) -> Parcel:
-    facts: dict[str, JSON] = {"steps": dict(slots.steps)}
+    facts: dict[str, JSON] = {}
     if seat is not None:
         facts["seat"] = [seat.cut.front, seat.cut.back, seat.labels, seat.rank]
     return Parcel(slots.values, facts=facts)
@@ -179,8 +179,6 @@ def _tenancy(slots: Slots, seat: Seat | None) -> Parcel:
 
 def _restore(slots: Slots, parcel: Parcel) -> None:
     slots.values = {slot: dict(held) for slot, held in parcel.adapters.items()}
-    steps = cast("dict[str, int]", parcel.facts["steps"])
-    slots.steps = dict(steps)
 
 
 def _files(folder: Path) -> list[Path]:

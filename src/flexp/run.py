@@ -66,6 +66,7 @@ def run(stage: Stage, stream: Stream, *, out: Path | None = None, resume: bool =
         if out is not None:
             path = checkpoint.write(out / "checkpoint", done, recipe, state, engine)
             stream.write(Checkpointed(r, path.relative_to(out).as_posix()))
+            engine.trunk.commit()
     if not scores:
         scores = score(stage, state, stream, recipe.rounds)
     stream.write(RunEnded(recipe.rounds, time.monotonic() - started))

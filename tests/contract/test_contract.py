@@ -377,18 +377,16 @@ def test_survives_a_lost_client(name: str, lost: str) -> None:
     assert ends[0].state == ends[1].state
 
 
-def belongings(run: Run, client: str) -> tuple[bytes, bytes, Any]:
+def belongings(run: Run, client: str) -> tuple[bytes, bytes]:
     """A client's memory and tenancy, as bytes."""
     memory = run.engine.memories[client]
     slots = run.engine.tenants[client].slots
     return (
         encode(Parcel(memory.slots, facts=memory.facts)),
         encode(Parcel(slots.values)),
-        dict(slots.steps),
     )
 
 
-@pytest.mark.xfail(strict=True, reason="the server counts rows that nobody trained on")
 @pytest.mark.parametrize("late", [True, False], ids=["after", "before"])
 def test_rows_are_counted_alike_whole_and_cut(late: bool) -> None:
     """A loss that is looked at, and never differentiated, is no training."""
@@ -420,7 +418,6 @@ def test_goes_on_from_what_was_saved(name: str, tmp_path: Path) -> None:
             second.engine.tenants.join(client, second.placed[client], {})
             kept = decode(encode(Parcel(slots.values))).adapters
             second.engine.tenants[client].slots.values = {s: dict(v) for s, v in kept.items()}
-            second.engine.tenants[client].slots.steps = dict(slots.steps)
     first.engine.close()
     second.round(2)
     end = second.finish()

@@ -92,7 +92,6 @@ def test_a_commit_drops_the_answers_but_not_what_is_over() -> None:
         table.once(key(2), "digest", work)
 
 
-@pytest.mark.xfail(strict=True, reason="a commit forgets the keys of the latest step too")
 def test_what_was_committed_does_not_run_again() -> None:
     table, work = StepTable(), Count()
     table.once(key(3), "digest", work)

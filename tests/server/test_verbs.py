@@ -381,7 +381,6 @@ def test_steps_are_those_of_torch(name: Literal["adamw", "sgd"]) -> None:
         assert gap(desk.whole("w"), {k: p.detach() for k, p in params.items()}) < 1e-6
 
 
-@pytest.mark.xfail(strict=True, reason="a slot has one count of steps, torch one per tensor")
 def test_parts_that_step_in_turn_step_as_in_torch() -> None:
     slots, offer = offering(body(), ("w", "g"))
     params = {k: torch.nn.Parameter(v.clone()) for k, v in offer.adapters["w"].items()}
@@ -560,7 +559,6 @@ def test_rows_that_wear_different_slots_equal_each_group_alone() -> None:
                 assert gap(desk.whole("alone"), desk.whole(f"g{slot}")) < 1e-5
 
 
-@pytest.mark.xfail(strict=True, reason="kinds that are not worn this way are left out silently")
 @pytest.mark.parametrize(
     ("kind", "wear"),
     [
@@ -578,7 +576,6 @@ def test_what_a_kind_cannot_wear_is_refused(kind: Kind, wear: Wear) -> None:
         desk.model.logits(batches_for(body(), 1)[0], wear)
 
 
-@pytest.mark.xfail(strict=True, reason="torch fails first, in words of its own")
 def test_every_row_must_wear_something() -> None:
     with (
         at_desk(body(), whole(4)) as (desk, _),

@@ -178,10 +178,9 @@ class Desk:
 
     def grad(self, loss: Tensor, of: Sequence[str], into: Sequence[str]) -> None:
         """Differentiates a loss into slots, without a step; other slots' gradients are dropped."""
-        self.rows += self.model.rows
-        self.model.rows = 0
         if loss.requires_grad:
             loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        self.rows, self.model.rows = self.rows + self.model.rows, 0
         for slot, held in self.model.leaves.grads().items():
             self.model.near.gather(slot, held)
         self.model.leaves = type(self.model.leaves)()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 
 from torch import Tensor
@@ -24,7 +25,7 @@ class Memory:
         parcel = parcel or Parcel()
         self.slots: dict[str, Tensors] = {s: dict(v) for s, v in parcel.adapters.items()}
         self.facts: dict[str, JSON] = dict(parcel.facts)
-        self._before = (dict(self.slots), dict(self.facts))
+        self._before = (dict(self.slots), deepcopy(self.facts))
 
     def get(self, slot: str) -> Tensors | None:
         """The tensors kept under that name, or None."""
@@ -36,11 +37,11 @@ class Memory:
 
     def commit(self) -> None:
         """Makes the changes of this turn count."""
-        self._before = (dict(self.slots), dict(self.facts))
+        self._before = (dict(self.slots), deepcopy(self.facts))
 
     def rollback(self) -> None:
         """Takes back the changes of a turn that failed."""
-        self.slots, self.facts = dict(self._before[0]), dict(self._before[1])
+        self.slots, self.facts = dict(self._before[0]), deepcopy(self._before[1])
 
     def save(self, path: Path) -> None:
         """Writes what has been committed."""

@@ -93,9 +93,6 @@ class Client:
             kept = self.memory.get(f"slot/{slot}")
             if kept is not None:
                 near.put(slot, kept)
-        for fact, count in self.memory.facts.items():
-            if fact.startswith("steps/") and isinstance(count, int):
-                near.steps[fact.removeprefix("steps/")] = count
         return near
 
     def _on_first_use(
@@ -149,6 +146,3 @@ def _put_away(desk: Desk) -> None:
     for slot in near.lasting(desk.specs):
         if slot in near.values or slot in desk.specs:
             desk.memory.put(f"slot/{slot}", near[slot])
-    for slot, spec in desk.specs.items():
-        if spec.moments == "keep" and slot in near.steps:
-            desk.memory.facts[f"steps/{slot}"] = near.steps[slot]

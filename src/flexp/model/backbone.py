@@ -64,6 +64,7 @@ class Backbone:
             leaf = not list(module.children()) and list(module.parameters(recurse=False))
             if path in self.head or (inside and leaf):
                 module.forward = Wearing(module, path, _worn_now)
+        self._layouts: dict[tuple[Kind, int | None], Layout] = {}
         self._check()
 
     @classmethod
@@ -110,7 +111,10 @@ class Backbone:
 
     def layout(self, kind: Kind, rank: int | None = None) -> Layout:
         """Names and shapes of an adapter of that kind on this model."""
-        return layout(bare(self.config, self.task).model, kind, self.blocks_path, self.head, rank)
+        if (kind, rank) not in self._layouts:
+            net = bare(self.config, self.task).model
+            self._layouts[kind, rank] = layout(net, kind, self.blocks_path, self.head, rank)
+        return self._layouts[kind, rank]
 
     def initial(self, kind: Kind, dice: Dice, rank: int | None = None) -> Tensors:
         """The adapter that everybody begins with."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexp.dice import Dice
+from flexp.errors import AdapterError
 from flexp.model.slots import Slots
 from flexp.model.worn import Coef, Worn, read, stacked
 from flexp.tensors import ALL, PerRow, Stacked, Tensors, Wear, Where, mixed, slots_of, terms
@@ -75,6 +76,8 @@ def dress(
             (read(views[s], slots.alpha), torch.nonzero(rows == n)[:, 0])
             for n, s in enumerate(wear.slots)
         ]
+        if any(worn.prompt is not None for worn, _ in groups):
+            raise AdapterError("A prompt cannot be worn per row: rows would differ in length.")
         return Worn(groups=tuple(g for g in groups if len(g[1])))
     if isinstance(wear, Stacked):
         return stacked(_summands(slots, wear, views, coefs))
@@ -90,7 +93,10 @@ def _summands(
         value = mixed((replace(term, coef=1.0),), views, slots.place)
         given = coefs[n] if n < len(coefs) else None
         coef = _everywhere(float(term.coef)) if given is None else _per_block(slots, given)
-        out.append((read(value, slots.alpha), coef))
+        worn = read(value, slots.alpha)
+        if worn.prompt is not None or worn.scales:
+            raise AdapterError("Only LoRA, dense and head tensors can be stacked.")
+        out.append((worn, coef))
     return out
 
 

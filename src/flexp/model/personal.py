@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flexp.dice import Dice
-from flexp.errors import CutError
+from flexp.errors import AdapterError, CutError
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
 from flexp.model.dress import Leaves, Train, dress, dropping, spread
@@ -106,7 +107,7 @@ class PersonalModel:
         self.dropout_rate = dropout
         self.dropout: Dice | None = None
         self.calls = 0
-        self.rows = 0  # of the first forward with a gradient since the last step
+        self.rows = 0  # of the largest forward that was differentiated since the last step
         if far is None and not seat.near_only(backbone.depth):
             raise CutError(f"A seat with cut {seat.cut} needs a server for the blocks between.")
 
@@ -175,8 +176,9 @@ class PersonalModel:
 
     def _forward(self, batch: Inputs, wear: Wear, until: Until, near: Tensors | None) -> Tensor:
         worn, inputs, coefs, dice = self._begin(batch, wear, near)
-        if torch.is_grad_enabled() and not self.rows:
-            self.rows = len(next(iter(inputs.values())))
+        rows = len(next(iter(inputs.values())))
+        if isinstance(wear, PerRow) and len(wear.row) != rows:
+            raise AdapterError(f"{len(wear.row)} rows wear something, but the batch has {rows}.")
         depth, cut = self.backbone.depth, self.seat.cut
         stop = depth if until == "hidden" else None
         if self.seat.near_only(depth):
@@ -198,7 +200,14 @@ class PersonalModel:
                 out = self.backbone.run(inputs, worn, first=depth - cut.back, last=stop, feed=out)
         if worn.prompt is not None and until == "logits" and out.dim() == 3:
             out = out[:, len(worn.prompt) :]
+        if out.requires_grad:
+            count = partial(self._count, rows)
+            out.register_hook(count)  # pyright: ignore[reportUnknownMemberType]
         return out
+
+    def _count(self, rows: int, grad: Tensor) -> None:
+        del grad
+        self.rows = max(self.rows, rows)
 
     def _cross(self, ask: Ask, hidden: Tensor, coefs: list[Tensor]) -> Tensor:
         far = self.far

@@ -30,7 +30,6 @@ class Slots:
     values: dict[str, Tensors] = field(default_factory=dict[str, Tensors])
     grads: dict[str, Tensors] = field(default_factory=dict[str, Tensors])
     optims: dict[str, Optim] = field(default_factory=dict[str, Optim])
-    steps: dict[str, int] = field(default_factory=dict[str, int])
     missing: Callable[[str], Tensors | None] = field(default=lambda slot: None)
 
     def __getitem__(self, slot: str) -> Tensors:
@@ -101,7 +100,7 @@ class Slots:
         self.values[op.slot] = out
 
     def _pull(self, op: Pull) -> None:
-        mine, to, grad = self[op.slot], self[op.to], self[op.grad]
+        mine, to, grad = self[op.slot], self[op.to], dict(self[op.grad])
         names = [k for k in self._chosen(op.slot, op.where) if k in to]
         pairs = lora_pairs(names) if op.form == "product" else {}
         done: set[str] = set()
@@ -113,6 +112,7 @@ class Slots:
         for k in names:
             if k not in done:
                 grad[k] = grad[k] + op.weight * (mine[k] - to[k])
+        self.values[op.grad] = grad
 
     def _step(self, op: Step) -> None:
         optim = self.optims.get(op.slot)
@@ -124,9 +124,8 @@ class Slots:
             fresh = {k: value[k].clone() for k in group}
             scaled = [grad[k] * op.scale for k in group]
             self._update(op.slot, replace(optim, lr=lr), fresh, scaled)
-            value.update(fresh)
-        # Also where nothing was selected: both sides of a cut must count alike.
-        self.steps[op.slot] = self.steps.get(op.slot, 0) + 1
+            value = {**value, **fresh}
+        self.values[op.slot] = value
 
     def _groups(self, optim: Optim, names: list[str]) -> dict[float, list[str]]:
         out: dict[float, list[str]] = {}
@@ -155,14 +154,13 @@ class Slots:
                 maximize=False,
             )
             return
-        count = torch.tensor(float(self.steps.get(slot, 0)))
         adamw(
             params,
             grads,
             self._moments(f"{slot}@m", fresh),
             self._moments(f"{slot}@v", fresh),
             [],
-            [count.clone() for _ in params],
+            self._moments(f"{slot}@t", {k: torch.zeros(()) for k in fresh}),
             foreach=False,
             amsgrad=False,
             beta1=optim.betas[0],
@@ -174,31 +172,34 @@ class Slots:
         )
 
     def _moments(self, slot: str, like: Mapping[str, Tensor]) -> list[Tensor]:
-        held = self.values.setdefault(slot, {})
-        for k, p in like.items():
-            # A copy, so that a kept snapshot of the slot does not move with the next step.
-            held[k] = held[k].clone() if k in held else torch.zeros_like(p)
-        return [held[k] for k in like]
+        """Copies to be moved in place; no operation ever moves a tensor that somebody holds."""
+        held = self.values.get(slot, {})
+        fresh = {k: held[k].clone() if k in held else torch.zeros_like(p) for k, p in like.items()}
+        self.values[slot] = {**held, **fresh}
+        return list(fresh.values())
 
     def _dot(self, op: Dot) -> BlockScalars:
         a = {k: self[op.a][k] for k in self._chosen(op.a, op.where)}
         return block_dots(a, {k: self[op.b][k] for k in a}, self.place, self.depth)
 
     def forget(self, slot: str) -> None:
-        """Drops a slot with its moments and step count."""
-        for name in (slot, f"{slot}@m", f"{slot}@v", f"{slot}@g"):
+        """Drops a slot with its gradient and moments."""
+        for name in (slot, f"{slot}@g", *moments(slot)):
             self.values.pop(name, None)
-        self.steps.pop(slot, None)
 
     def lasting(self, specs: Mapping[str, SlotSpec]) -> set[str]:
         """Names of the slots that live on after a turn: those of the run, and kept moments."""
         kept = {s for s, spec in specs.items() if spec.lasts == "run"}
         owners = [s for s, spec in specs.items() if spec.moments == "keep"]
-        return kept | {name for s in owners for name in (f"{s}@m", f"{s}@v")}
+        return kept | {name for s in owners for name in moments(s)}
 
     def end_turn(self, specs: Mapping[str, SlotSpec]) -> None:
         """Drops what does not outlive the turn."""
         kept = self.lasting(specs)
         self.values = {s: v for s, v in self.values.items() if s in kept}
-        self.steps = {s: n for s, n in self.steps.items() if f"{s}@m" in kept}
         self.grads = {}
+
+
+def moments(slot: str) -> tuple[str, str, str]:
+    """The slots of an optimizer's state: first and second moment, and steps taken per tensor."""
+    return f"{slot}@m", f"{slot}@v", f"{slot}@t"

@@ -21,6 +21,7 @@ class StepTable:
         default_factory=dict[StepKey, tuple[str, Answer]]
     )
     latest: tuple[int, int, int] = (-1, 0, 0)
+    committed: tuple[int, int, int] = (-1, 0, 0)
 
     def once(self, key: StepKey, digest: str, run: Callable[[], Answer]) -> Answer:
         """The answer to a message, computed at most once."""
@@ -30,7 +31,7 @@ class StepTable:
                 raise StepError(f"A second, different message came under {key}. It was refused.")
             return answer
         at = (key.round, key.wave, key.step)
-        if at < self.latest:
+        if at < self.latest or at <= self.committed:
             raise StepError(
                 f"Step {at} (round, wave, step) is over: the client is at {self.latest}. "
                 "Resume from the last common commit."
@@ -45,4 +46,4 @@ class StepTable:
 
     def commit(self) -> None:
         """Drops all rows: both sides have everything up to here on disk."""
-        self.rows = {}
+        self.rows, self.committed = {}, self.latest

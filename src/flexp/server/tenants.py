@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from flexp.errors import AdapterError, LinkError
+from flexp.errors import AdapterError, CutError, LinkError
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
 from flexp.model.ops import Initial, Op, Optim, SlotSpec
-from flexp.model.slots import Slots
+from flexp.model.slots import Slots, moments
 from flexp.parcel import JSON, Facts, Parcel
 from flexp.tensors import ALL, BlockScalars, Place, Tensors, Where, select
+
+Held = dict[str, Tensors]
 
 
 @dataclass
@@ -33,7 +35,8 @@ class Tenancy:
     rows: int = 0
     counted: int = -1
     reply: Parcel | None = None
-    before: tuple[dict[str, Tensors], dict[str, int]] | None = None
+    counted_rows: int = 0
+    before: tuple[Held, Held] | None = None
 
 
 class Tenants:
@@ -64,11 +67,15 @@ class Tenants:
             held = Slots(self._placer(seat), self.backbone.depth, alpha)
             home = self.homes[client] = Tenancy(client, seat, slots, held)
         elif home.seat != seat:
+            if home.slots.lasting(slots) & home.slots.values.keys():
+                raise CutError(
+                    f'Client "{client}" moved from cut {home.seat.cut} to {seat.cut} between '
+                    "turns, and adapters that last would be lost. Recut it within a turn first."
+                )
             self.recut(client, seat)
         home.specs, home.rows, home.counted, home.reply = slots, 0, -1, None
-        # Slots are copied one level deep: a step puts new tensors into the same mapping.
-        kept = {slot: dict(held) for slot, held in home.slots.values.items()}
-        home.before = (kept, dict(home.slots.steps))
+        home.counted_rows = 0
+        home.before = (dict(home.slots.values), dict(self.shared.values))
         home.slots.alpha = alpha
         home.slots.end_turn(slots)
         offer = offer or Parcel()
@@ -99,6 +106,8 @@ class Tenants:
     def put(self, client: str, slot: str, tensors: Mapping[str, Tensor]) -> None:
         """Replaces far tensors of a slot. AdapterError unless names and shapes are the tenant's."""
         home = self[client]
+        if slot.partition("@")[0] not in home.specs:
+            raise AdapterError(f'Client "{client}" has no slot "{slot}" at this server.')
         held = home.slots.values.get(slot, {})
         for name, value in tensors.items():
             if home.slots.place(name).side != "far":
@@ -142,7 +151,7 @@ class Tenants:
         """Takes the tenancy back to what it was before the turn that failed."""
         home = self.homes.get(client)
         if home is not None and home.before is not None:
-            home.slots.values, home.slots.steps = dict(home.before[0]), dict(home.before[1])
+            home.slots.values, self.shared.values = dict(home.before[0]), dict(home.before[1])
             home.slots.grads = {}
 
     def leave(self, client: str) -> None:
@@ -157,24 +166,20 @@ class Tenants:
         """Lets a tenancy see the present value of slots that live at the server."""
         for slot, spec in home.specs.items():
             if spec.home == "server":
-                for name in (slot, f"{slot}@m", f"{slot}@v"):
+                for name in (slot, *moments(slot)):
                     if name in self.shared.values:
                         home.slots.values[name] = select(
                             self.shared.values[name], Where(side="far"), home.slots.place
                         )
-                if slot in self.shared.steps:
-                    home.slots.steps[slot] = self.shared.steps[slot]
 
     def return_shared(self, home: Tenancy) -> None:
         """Writes what a tenancy changed in such slots back to the one copy."""
         for slot, spec in home.specs.items():
             if spec.home == "server":
-                for name in (slot, f"{slot}@m", f"{slot}@v"):
+                for name in (slot, *moments(slot)):
                     if name in home.slots.values:
                         held = self.shared.values.get(name, {})
                         self.shared.values[name] = {**held, **home.slots.values[name]}
-                if slot in home.slots.steps:
-                    self.shared.steps[slot] = home.slots.steps[slot]
 
     def _placer(self, seat: Seat) -> Callable[[str], Place]:
         return lambda name: self.backbone.place(name, seat)

@@ -31,7 +31,7 @@ from flexp.model.worn import Worn
 from flexp.parcel import Parcel
 from flexp.server.steps import StepTable
 from flexp.server.tenants import Tenancy, Tenants
-from flexp.tensors import select, terms
+from flexp.tensors import PerRow, select, terms
 
 MAX_PENDING = 16  # forwards of one client that wait for their backward
 
@@ -77,6 +77,16 @@ class Trunk:
 
     def _answer(self, client: str, message: Message) -> Answer:
         home = self.tenants[client]
+        before = dict(home.slots.values), dict(home.slots.grads), dict(self.tenants.shared.values)
+        try:
+            return self._carried_out(home, message)
+        except BaseException:
+            # A message counts wholly or not at all: it may come again.
+            home.slots.values, home.slots.grads, self.tenants.shared.values = before
+            raise
+
+    def _carried_out(self, home: Tenancy, message: Message) -> Answer:
+        client = home.client
         if isinstance(message, Forward):
             return self._forward(home, message)
         if isinstance(message, Backward):
@@ -148,35 +158,51 @@ class Trunk:
             worn = dropping(worn, self.dropout, m.dropout)
             out = self._through(home.seat, m, worn, hidden)
         if m.keep:
-            self._count(home, m.key.step, int(hidden.shape[0]))
             kept = [c for c in coefs if c is not None]
             self._keep(home.client, m.key.call, Pending(m.key.step, out, hidden, kept, leaves))
         return Answer({m.until: out.detach()})
 
     def _count(self, home: Tenancy, step: int, rows: int) -> None:
+        """Rows of a step: those of the largest forward that was differentiated in it."""
         if home.counted != step:
-            home.counted, home.rows = step, home.rows + rows
+            home.counted, home.counted_rows = step, 0
+        home.rows += max(0, rows - home.counted_rows)
+        home.counted_rows = max(rows, home.counted_rows)
 
     def _through(self, seat: Seat, m: Forward, worn: Worn, hidden: Tensor) -> Tensor:
         depth = self.backbone.depth
         blanks = self.backbone.blanks(m.shapes, m.mask)
         last = depth - seat.cut.back if m.until == "hidden" else None
         out = self.backbone.run(blanks, worn, first=seat.cut.front, last=last, feed=hidden)
-        if m.until != "loss":
-            return out
-        if m.labels is None:
-            raise LinkError("A far loss needs labels, but the message carries none.")
-        return self.task.loss(out, m.labels)
+        return out if m.labels is None or m.until != "loss" else self.task.loss(out, m.labels)
 
     def _check(self, seat: Seat, m: Forward) -> None:
         width = self.backbone.width
         if m.hidden.dim() != 3 or m.hidden.shape[-1] != width:
             shape = list(m.hidden.shape)
             raise LinkError(f"A hidden state is [rows, length, {width}]; this one is {shape}.")
-        if not bool(torch.isfinite(m.hidden).all()):
-            raise LinkError("A hidden state with NaN or infinity was refused.")
         if seat.labels == "keep" and m.until != "hidden":
             raise LinkError(f'A seat with labels "keep" cannot ask for {m.until}.')
+        rows, length = m.hidden.shape[:2]
+        for name, shape in m.shapes.items():
+            size = (rows, length) if name != "pixel_values" else (rows,)
+            if tuple(shape[: len(size)]) != size:
+                raise LinkError(f'"{name}" of shape {list(shape)} does not fit [{rows}, {length}].')
+        if m.mask is not None and m.mask.shape != (rows, length):
+            raise LinkError(f"A mask of {list(m.mask.shape)} does not fit [{rows}, {length}].")
+        wanted = sum(isinstance(t.coef, float) and math.isnan(t.coef) for t in terms(m.wear))
+        fit = [tuple(c.shape) == (self.backbone.depth + 2,) for c in m.coefs]
+        if len(m.coefs) != wanted or not all(fit):
+            raise LinkError(
+                f"The wear has {wanted} learned coefficients, of {self.backbone.depth + 2} numbers "
+                f"each; the message carries {[list(c.shape) for c in m.coefs]}."
+            )
+        if isinstance(m.wear, PerRow) and len(m.wear.row) != rows:
+            raise LinkError(f"{len(m.wear.row)} rows wear something, but {rows} came.")
+        if m.until == "loss" and m.labels is None:
+            raise LinkError("A far loss needs labels, but the message carries none.")
+        if not bool(torch.isfinite(m.hidden).all()):
+            raise LinkError("A hidden state with NaN or infinity was refused.")
 
     def _keep(self, client: str, call: int, pending: Pending) -> None:
         held = self.pending.setdefault(client, {})
@@ -187,7 +213,7 @@ class Trunk:
         held[call] = pending
 
     def _backward(self, home: Tenancy, m: Backward) -> Answer:
-        pending = self.pending.get(home.client, {}).pop(m.key.call, None)
+        pending = self.pending.get(home.client, {}).get(m.key.call)
         if pending is None or pending.step != m.key.step:
             raise StepError(f"There is no forward that waits for the backward of {m.key}.")
         if m.grad.shape != pending.out.shape:
@@ -195,6 +221,8 @@ class Trunk:
                 f"The gradient has shape {list(m.grad.shape)}, the result "
                 f"{list(pending.out.shape)}."
             )
+        del self.pending[home.client][m.key.call]
+        self._count(home, m.key.step, int(pending.hidden.shape[0]))
         hidden = [pending.hidden] if m.hidden else []
         leaves = [leaf for *_, leaf in pending.leaves.held]
         grads = iter(_grads(pending.out, [*hidden, *pending.coefs, *leaves], m.grad))
