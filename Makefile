@@ -47,7 +47,7 @@ test-slow: $(STAMP)  ## Tests of over five seconds each
 	$(PYTEST) --timeout 900 -m slow
 
 test-families: $(STAMP)  ## Split against whole, for every model family and every cut
-	$(PYTEST) --timeout 900 -m families
+	$(PYTEST) --timeout 1800 -m families --result tests/families.json
 
 check: $(STAMP)  ## Format, lint, types, layers, dependencies, spelling, then `make test`
 	$(BIN)/ruff format --check .

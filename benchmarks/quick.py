@@ -32,8 +32,8 @@ from flexp.recipe import Recipe
 from flexp.stage import Stage, prepare, with_method
 
 HERE = Path(__file__).parent
-LRS = (1e-3, 2e-3, 4e-3)
-ALIGN = (0.1, 1.0)
+LRS = (1e-3, 2e-3)
+ALIGN = (0.1,)
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
 SIZES = ("data.rows=160", "data.split=[0.4, 0.2, 0.4]", "evaluate.global_rows=16")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Read when a library is imported, so set before any is.
@@ -55,3 +58,26 @@ def loopback_only() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", guarded)
         yield
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--result", help="write what passed and failed to this JSON file")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Heavy suites leave their last result in the repository."""
+    path = config.getoption("--result")
+    if not path:
+        return
+    stats = {
+        kind: sorted(report.nodeid for report in terminalreporter.stats.get(kind, ()))
+        for kind in ("passed", "failed", "error")
+    }
+    names = ("torch", "transformers", "peft")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    reports = [r for found in terminalreporter.stats.values() for r in found]
+    noted = [pair for r in reports for pair in getattr(r, "user_properties", ())]
+    for name, value in noted:
+        terminalreporter.write_line(f"{name}: {value}")
+    document = {"versions": versions, "noted": noted, **stats}
+    Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -220,7 +220,7 @@ def test_encoder_decoder(flexp: Flexp, recipe_of: Recipe, tmp_path: Path) -> Non
 def test_no_such_method_and_no_such_option(flexp: Flexp, recipe_of: Recipe) -> None:
     err = refused(flexp, recipe_of(), "strategy.name=fedavgg")
     assert 'Did you mean "fedavg"?' in err
-    err = refused(flexp, recipe_of(), "strategy.allign=0.5")
+    err = refused(flexp, recipe_of(), "strategy.aligm=0.5")
     assert 'Did you mean "align"?' in err
     assert "strategy.align" in refused(flexp, recipe_of(), "strategy.align=lots")
 

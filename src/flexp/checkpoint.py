@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from flexp.engine.local import LocalEngine
 from flexp.errors import CheckpointError, ParcelError
 from flexp.model.cut import Cut, Seat
 from flexp.model.slots import Slots
-from flexp.parcel import JSON, Parcel, load, save, write_atomic
+from flexp.parcel import JSON, Parcel, file_name, load, save, write_atomic
 from flexp.recipe import Recipe
 from flexp.strategies.base import Strategy
 from flexp.tensors import Tensors
@@ -42,9 +42,9 @@ def write(folder: Path, round: int, recipe: Recipe, state: Any, engine: LocalEng
     (work / "tenants").mkdir()
     save(work / "state.parcel", encode_state(state))
     for client, memory in engine.memories.items():
-        memory.save(work / "clients" / f"{quote(client, safe='')}.parcel")
+        memory.save(work / "clients" / f"{file_name(client)}.parcel")
     for client, home in engine.tenants.homes.items():
-        save(work / "tenants" / f"{quote(client, safe='')}.parcel", _tenancy(home.slots, home.seat))
+        save(work / "tenants" / f"{file_name(client)}.parcel", _tenancy(home.slots, home.seat))
     save(work / "shared.parcel", _tenancy(engine.tenants.shared, None))
     digests = {p.relative_to(work).as_posix(): _digest(p) for p in _files(work)}
     note = {

@@ -138,6 +138,8 @@ def predict(folder: Path, texts: Sequence[str], cache: assets.Cache) -> dict[str
     )
     with torch.no_grad():
         logits: torch.Tensor = worn(**batch).logits
+        if card.prior is not None:
+            logits = logits + torch.tensor(card.prior)
         chances = torch.softmax(logits.float(), dim=-1)
     return {
         "adapter": str(folder),

@@ -116,8 +116,10 @@ def _says(stage: Stage) -> list[str]:
     return [
         f"Every method: {steps} steps of {recipe.train.batch} texts per client, each with its own "
         "tuned learning rate. Memory and bytes are those of flexp.",
-        "flexp: raw texts, labels, heads and the adapters of each device's own blocks never left "
-        "it. local: nobody learns from others. fedavg: every device uploads its whole adapter.",
+        "In this run the server computes the tail and the head, so it sees logits; texts, labels "
+        "and the loss stay on the devices.",
+        "flexp: the adapters of a device's own blocks never left it. local: nobody learns from "
+        "others. fedavg: every device uploads the adapters of its own blocks.",
         f"Personal adapters of flexp: {OUT / 'adapters'}. Try: "
         f'flexp predict {OUT / "adapters" / "client-0"} "what a lovely day"',
     ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flexp.data.examples import Examples, Shard, Split
 from flexp.data.tasks import Batch, Task
@@ -66,7 +67,8 @@ def evaluate(
         work = Assignment(client, turn.seats[client], strategy.offer(state, client, turn))
         with engine.visit(strategy, work, turn, Ledger()) as (desk, offer):
             served = strategy.personal(desk, offer)
-            own = measure(served, engine.task, engine.shards[client].split(split))
+            mine = engine.shards[client].split(split)
+            own = measure(served, engine.task, mine, prior=desk.prior)
             # Who serves the same adapter says the same, wherever the cut is.
             worn = served.adapter
             same = digest(desk.whole(worn)) if isinstance(worn, str | tuple) else client
@@ -78,15 +80,22 @@ def evaluate(
     return out + means(out)
 
 
-def measure(served: Served, task: Task, examples: Examples) -> dict[str, float]:
-    """The task's metrics of a predictor on examples, the main one first."""
+def measure(
+    served: Served, task: Task, examples: Examples, *, prior: Tensor | None = None
+) -> dict[str, float]:
+    """The task's metrics of a predictor on examples, the main one first.
+
+    ``prior`` is added to the logits: a client's own log label frequencies, on its own rows.
+    """
     sums: dict[str, tuple[float, float]] = {}
     # Rows of like length share a batch: padding is computed for nothing.
     order = sorted(range(len(examples)), key=lambda n: len(examples.ids[n]))
     with torch.no_grad():
         for at in range(0, len(order), 64):
             batch: Batch = task.collate(examples, order[at : at + 64])
-            for metric, (value, count) in task.measure(served.predict(batch), batch.labels).items():
+            logits = served.predict(batch)
+            logits = logits if prior is None else logits + prior
+            for metric, (value, count) in task.measure(logits, batch.labels).items():
                 held = sums.get(metric, (0.0, 0.0))
                 sums[metric] = (held[0] + value, held[1] + count)
     found = task.finish(sums)

@@ -24,13 +24,18 @@ from flexp.tensors import Tensors
 
 @dataclass(frozen=True)
 class Card:
-    """What an adapter needs beside its tensors to be used: its backbone and its labels."""
+    """What an adapter needs beside its tensors to be used: its backbone and its labels.
+
+    ``prior`` holds the client's log label frequencies if it was trained relative to them: add them
+    to the logits for the client's own texts, not for others.
+    """
 
     base: str
     task: str
     labels: tuple[str, ...] = ()
     max_length: int = 128
     revision: str | None = None
+    prior: tuple[float, ...] | None = None
 
 
 def write(
@@ -63,6 +68,7 @@ def write(
         "task": card.task,
         "labels": list(card.labels),
         "max_length": card.max_length,
+        "prior": list(card.prior) if card.prior is not None else None,
     }
     write_atomic(folder / "flexp.json", json.dumps(note, indent=1).encode())
 
@@ -71,8 +77,14 @@ def card_of(folder: Path) -> Card:
     """The card of an exported adapter; ExportError if the folder has none."""
     try:
         note = json.loads((folder / "flexp.json").read_text(encoding="utf-8"))
+        prior = note["prior"]
         return Card(
-            note["base"], note["task"], tuple(note["labels"]), note["max_length"], note["revision"]
+            base=note["base"],
+            task=note["task"],
+            labels=tuple(note["labels"]),
+            max_length=note["max_length"],
+            revision=note["revision"],
+            prior=tuple(prior) if prior is not None else None,
         )
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise ExportError(

@@ -112,6 +112,16 @@ def load(path: str | Path, *, limit: int = safe.MAX_BYTES) -> Parcel:
         raise ParcelError(f'"{path}" is not a usable parcel: {error}') from error
 
 
+def file_name(client: str) -> str:
+    """A client's id as the name of a file or folder, on any system.
+
+    >>> file_name("carl dee"), file_name("../up"), file_name("..")
+    ('carl dee', '..%2Fup', '%2E.')
+    """
+    name = quote(client, safe=" ()'&,+=@")
+    return f"%2E{name[1:]}" if name.startswith(".") and not name.strip(".") else name
+
+
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Replace the file by ``data`` in one step that survives a crash and a power cut."""
     path = Path(path)

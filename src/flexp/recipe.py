@@ -76,7 +76,11 @@ class AdapterRecipe(_Part):
 
 
 class TrainRecipe(_Part):
-    """How clients train: steps of a turn (or epochs), optimizer, clipping."""
+    """How clients train: steps of a turn (or epochs), optimizer, clipping.
+
+    ``label_prior`` trains a classifier relative to each client's own label frequencies and serves
+    it on the client's own rows with them added (logit adjustment).
+    """
 
     steps: Annotated[int, Field(ge=1)] | None = None
     epochs: Annotated[int, Field(ge=1)] | None = None
@@ -87,6 +91,7 @@ class TrainRecipe(_Part):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    label_prior: bool = False
 
     @model_validator(mode="after")
     def _one(self) -> TrainRecipe:

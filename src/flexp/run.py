@@ -30,6 +30,7 @@ from flexp.events import (
     TurnFailed,
 )
 from flexp.link.metered import Ledger
+from flexp.parcel import file_name
 from flexp.stage import Stage
 from flexp.strategies.base import ClientId, Scene, Turn
 
@@ -184,9 +185,11 @@ def save_adapters(stage: Stage, result: Result, folder: Path) -> list[Path]:
             if served.adapter is None:
                 continue
             adapter = desk.whole(served.adapter)
-            path = folder / client
+            path = folder / file_name(client)
             kind = stage.engine.kind
-            export.write(path, adapter, stage.backbone, kind, card, rank=desk.seat.rank)
+            prior = None if desk.prior is None else tuple(map(float, desk.prior))
+            mine = replace(card, prior=prior)
+            export.write(path, adapter, stage.backbone, kind, mine, rank=desk.seat.rank)
             written.append(path)
     return written
 

@@ -17,7 +17,7 @@ from flexp.data.sources import Row
 from flexp.data.tasks import open_tokenizer, padding_of
 from flexp.dice import Dice
 from flexp.engine.local import LocalEngine
-from flexp.errors import DataError, ModelError, PlanError, StrategyError
+from flexp.errors import DataError, ModelError, PlanError, RecipeError, StrategyError
 from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, layout
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
@@ -68,6 +68,11 @@ def prepare(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None
     """Opens everything that a recipe names; raises a FlexpError before anything is trained."""
     strategy = build(recipe.strategy.name, recipe.strategy.options)
     task = recipe.task.kind
+    if recipe.train.label_prior and (task != "classification" or recipe.plan.labels == "loss"):
+        raise RecipeError(
+            "train.label_prior needs a classification whose loss is at the client. Switch it off, "
+            'or set task.kind to "classification" and plan.labels to "keep" or "logits".'
+        )
     check_labels(recipe.plan.labels, recipe.privacy.profile, text=task == "causal-lm")
     rows = read_rows(recipe, cache, say)
     source = assets.resolve(recipe.model.source, cache, revision=recipe.model.revision, say=say)
@@ -145,7 +150,7 @@ def training(recipe: Recipe) -> Training:
     """The recipe's training as the engine takes it."""
     t = recipe.train
     optim = Optim(t.optimizer, t.lr, t.head_lr, weight_decay=t.weight_decay, momentum=t.momentum)
-    return Training(optim, t.batch, t.steps, t.epochs, t.clip_norm)
+    return Training(optim, t.batch, t.steps, t.epochs, t.clip_norm, t.label_prior)
 
 
 def has_bfloat16() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from toys import (
     wrap,
 )
 
+from flexp.data.examples import Batch
 from flexp.dice import Dice
 from flexp.errors import ModelError
 from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt
@@ -45,10 +47,15 @@ Known = dict[str, tuple[Tensor, Tensors, Tensors]]
 
 
 def trained(
-    body: Backbone, seat: Seat, *, side: str = "right", kind: Kind | None = None, steps: int = 10
+    body: Backbone,
+    seat: Seat,
+    *,
+    side: str = "right",
+    kind: Kind | None = None,
+    batches: list[Batch] | None = None,
 ) -> tuple[Tensor, Tensors, Tensors]:
     """Logits before, the gradient of the first step, and the adapter after ten clipped steps."""
-    task, batches = toy_task(body, side), batches_for(body, steps, side)
+    task, batches = toy_task(body, side), batches or batches_for(body, 10, side)
     with at_desk(body, seat, kind=kind, task=task) as (desk, _):
         with torch.no_grad():
             logits = desk.model.logits(batches[0])
@@ -59,11 +66,17 @@ def trained(
         return logits, first, desk.whole("personal")
 
 
-def agree(body: Backbone, seat: Seat, side: str = "right", known: Known | None = None) -> None:
-    logits, first, after = trained(body, seat, side=side)
+def agree(
+    body: Backbone,
+    seat: Seat,
+    side: str = "right",
+    known: Known | None = None,
+    batches: list[Batch] | None = None,
+) -> None:
+    logits, first, after = trained(body, seat, side=side, batches=batches)
     known = {} if known is None else known
     if side not in known:
-        known[side] = trained(body, whole(body.depth), side=side)
+        known[side] = trained(body, whole(body.depth), side=side, batches=batches)
     logits_w, first_w, after_w = known[side]
     assert torch.equal(logits, logits_w), "outputs"
     assert same(first, first_w), "gradients"
@@ -142,10 +155,11 @@ def _meta(model_class: Any, config: Any) -> Any:
 
 @pytest.mark.families
 @pytest.mark.filterwarnings("ignore")
-def test_three_further_families_drawn_at_random(capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_further_families_drawn_at_random(
+    record_property: Callable[[str, object], None],
+) -> None:
     found = drawn(SEED, 3)
-    with capsys.disabled():
-        print(f"\nfamilies drawn by seed {SEED}: {', '.join(name for name, *_ in found)}")
+    record_property(f"families drawn by seed {SEED}", ", ".join(name for name, *_ in found))
     assert len(found) == 3
     for _, model_class, config in found:
         body, known = wrap(model_class, config), Known()

@@ -47,6 +47,7 @@ class Training:
     steps: int | None = None
     epochs: int | None = None
     clip_norm: float | None = None
+    label_prior: bool = False
 
     def specs(self, slots: Mapping[str, SlotSpec]) -> dict[str, SlotSpec]:
         """A strategy's slots, with this optimizer where they name none."""
@@ -82,6 +83,7 @@ class Desk:
     training: Training
     counter: int = 0
     rows: int = 0
+    prior: Tensor | None = None
 
     def batches(
         self,
@@ -227,7 +229,9 @@ class Desk:
             for at in range(0, len(data), 64):
                 rows = range(at, min(at + 64, len(data)))
                 batch = self.task.collate(data, list(rows))
-                found = self.task.measure(self.model.logits(batch, wear), batch.labels)
+                logits = self.model.logits(batch, wear)
+                logits = logits if self.prior is None else logits + self.prior
+                found = self.task.measure(logits, batch.labels)
                 for metric, (value, count) in found.items():
                     held = sums.get(metric, (0.0, 0.0))
                     sums[metric] = (held[0] + value, held[1] + count)

@@ -10,12 +10,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from torch import Tensor
+
 from flexp.client.desk import Desk, Training
 from flexp.client.memory import Memory
 from flexp.client.session import Session
 from flexp.data.examples import Shard
-from flexp.data.tasks import Task
+from flexp.data.tasks import Balanced, Classification, Task, log_prior
 from flexp.dice import Dice
+from flexp.errors import CutError
 from flexp.link.messages import Link
 from flexp.model.adapter import Kind, alpha_of, dropout_of
 from flexp.model.backbone import Backbone
@@ -80,6 +83,7 @@ class Client:
             session=session,
             specs=specs,
             training=self.training,
+            prior=self._prior(seat),
         )
         loose = {k.removeprefix("tensor/"): v for k, v in answer.tensors.items()}
         return desk, Parcel(tensors=loose, facts=facts["facts"])
@@ -117,13 +121,26 @@ class Client:
 
         return missing
 
+    def _prior(self, seat: Seat) -> Tensor | None:
+        """This client's own label frequencies, if the recipe trains relative to them."""
+        task = self.task
+        if not self.training.label_prior:
+            return None
+        if not isinstance(task, Classification) or seat.labels == "loss":
+            raise CutError(
+                "train.label_prior needs a classification whose loss is at the client. Switch it "
+                'off, or set plan.labels to "keep" or "logits".'
+            )
+        return log_prior(len(task.labels), self.shard.train)
+
     def _model(self, seat: Seat, near: Slots, session: Session, specs: Specs) -> PersonalModel:
         layout = {k for spec in specs.values() for k in self.initial(spec, seat.rank)}
+        prior = self._prior(seat)
         return PersonalModel(
             self.backbone,
             seat,
             near,
-            task=self.task,
+            task=self.task if prior is None else Balanced(self.task, prior),
             far=None if seat.near_only(self.backbone.depth) else session,
             layout=sorted(layout),
             dropout=dropout_of(self.kind),

@@ -22,6 +22,7 @@ Sums = Mapping[str, tuple[float, float]]  # metric -> sum, count; added over bat
 
 __all__ = [
     "IGNORED",
+    "Balanced",
     "Batch",
     "CausalLM",
     "Classification",
@@ -32,6 +33,7 @@ __all__ = [
     "Sums",
     "Task",
     "label_names",
+    "log_prior",
 ]
 
 
@@ -115,6 +117,32 @@ class Classification:
             f"{len(self.labels)} labels. {nearest(value, self.labels)} "
             "Correct the row, or name the label in the recipe."
         )
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """A classification learned relative to a client's own label frequencies.
+
+    Logit adjustment (Menon et al. 2021, arXiv 2007.07314, eq. 10): the loss sees logits + log p(y),
+    so the model itself need not learn which labels this client has often. On the client's own rows
+    it is served with log p(y) added, anywhere else without. ``log_prior``: [labels], add-one.
+    """
+
+    task: Task
+    log_prior: Tensor
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The task's loss of the adjusted logits, in nats."""
+        return self.task.loss(logits + self.log_prior, labels)
+
+
+def log_prior(labels: int, train: Examples) -> Tensor:
+    """Log frequencies of the labels in training rows, each counted once more than it occurs."""
+    counts = torch.ones(labels)
+    for label in train.labels:
+        if isinstance(label, int):
+            counts[label] += 1
+    return (counts / counts.sum()).log()
 
 
 @dataclass(frozen=True)
