@@ -32,10 +32,10 @@ from flexp.recipe import Recipe
 from flexp.stage import Stage, prepare, with_method
 
 HERE = Path(__file__).parent
-LRS = (1e-3, 2e-3)
+LRS = (5e-4, 1e-3, 2e-3)
 ALIGN = (0.1,)
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
-SIZES = ("data.rows=160", "data.split=[0.4, 0.2, 0.4]", "evaluate.global_rows=16")
+SIZES = ("data.rows=160", "data.split=[0.375, 0.25, 0.375]", "evaluate.global_rows=12")
 
 
 def main() -> None:
