@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_split import Known, agree
+from agreement import Known, agree
 from toys import cuts
 
 from flexp.data.examples import Batch
