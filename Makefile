@@ -37,7 +37,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(PIP) check
 	@touch $@
 
-demo: $(STAMP)  ## A first run: a few clients fine-tune one model together, in about a minute
+demo: $(STAMP)  ## A first run: a few clients fine-tune one model together
 	$(BIN)/flexp demo --quick
 
 test: $(STAMP)  ## The fast tests, with the coverage gate

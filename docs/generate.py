@@ -29,8 +29,8 @@ from flexp.tensors import Place
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py; change the code or docs/keys.yaml, then run it. -->\n"
-SENT = """Whatever the method. In the V-shape `grad` is also the gradient of the logits. Beside tensors,
-shapes and the facts that a method reports go along (mean loss, steps, skipped steps, rows).
+SENT = """Whatever the method. In the V-shape `grad` is also the gradient of the logits. Beside
+tensors, shapes and a method's facts go along (mean loss, steps, skipped steps, rows).
 """
 WORDS: dict[Any, str] = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 

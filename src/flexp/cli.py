@@ -111,7 +111,7 @@ def run(
 
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Shows what would run on each device and how much memory it takes; loads no weights."""
+    """Shows what would run on each device and how much memory it takes, before any training."""
     from flexp import recipe_file as recipes
 
     found = recipes.read(recipe, overrides or [])

@@ -116,8 +116,8 @@ def _says(stage: Stage) -> list[str]:
     return [
         f"Every method: {steps} steps of {recipe.train.batch} texts per client, each with its own "
         "tuned learning rate. Memory and bytes are those of flexp.",
-        "In this run the server computes the tail and the head, so it sees logits; texts, labels "
-        "and the loss stay on the devices.",
+        "In this run the server computes the tail and the head: texts, labels and the loss stay on "
+        "the devices, but from logits and their gradient the server can work the labels out.",
         "flexp: the adapters of a device's own blocks never left it. local: nobody learns from "
         "others. fedavg: every device uploads the adapters of its own blocks.",
         f"Personal adapters of flexp: {OUT / 'adapters'}. Try: "

@@ -1,8 +1,8 @@
 """Named cells of evaluation: who, which model, on whose data, when.
 
-A cell is ``model/data/when``: the model a client would deploy (``personal``) or the pretrained one
-(``base``), on the client's own test rows (``own``) or on the pooled test rows of all (``global``),
-before or after training. What cannot be measured is absent, never 0.
+A cell is ``model/data/when``: the model a client would deploy (``personal``), on the client's own
+test rows (``own``) or on the pooled test rows of all (``global``), ``after`` training or after a
+round (``round-3``). What cannot be measured is absent, never 0.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # so that a report can read events without loading torch
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Once, before anything else; ``facts`` holds versions, processor and derived choices."""
+    """Once, before anything else; ``facts`` holds the model, its blocks and the dtype."""
 
     name: str
     method: str

@@ -26,6 +26,8 @@ from flexp.tensors import Tensors
 class Card:
     """What an adapter needs beside its tensors to be used: its backbone and its labels.
 
+    ``base`` is an asset's name, a hub id or a path; ``folder`` is where it lies on this machine,
+    for PEFT.
     ``prior`` holds the client's log label frequencies if it was trained relative to them: add them
     to the logits for the client's own texts, not for others.
     """
@@ -36,6 +38,7 @@ class Card:
     max_length: int = 128
     revision: str | None = None
     prior: tuple[float, ...] | None = None
+    folder: str | None = None
 
 
 def write(
@@ -55,7 +58,7 @@ def write(
         backbone.head,
         rank=rank,
     )
-    config.base_model_name_or_path = card.base
+    config.base_model_name_or_path = card.folder or card.base
     config.revision = card.revision
     config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ class ModelRecipe(_Part):
 
 
 class AdapterRecipe(_Part):
-    """What is trained; fields that a kind does not use must stay at their defaults."""
+    """What is trained; a kind reads its own fields and ignores the others."""
 
     kind: Literal["lora", "ia3", "prompt", "dense", "head"] = "lora"
     rank: Annotated[int, Field(ge=1)] = 8
@@ -145,7 +145,7 @@ class EvaluateRecipe(_Part):
 class PrivacyRecipe(_Part):
     """The profile: what the run may let the server see."""
 
-    profile: Literal["u-shape", "open", "dp-local"] = "u-shape"
+    profile: Literal["u-shape", "open"] = "u-shape"
 
 
 class Recipe(_Part):

@@ -170,11 +170,14 @@ def score(stage: Stage, state: Any, stream: Stream, done: int) -> list[Score]:
 def save_adapters(stage: Stage, result: Result, folder: Path) -> list[Path]:
     """Writes every client's personal adapter that is one as a PEFT folder."""
     recipe, task = stage.recipe, stage.federation.task
+    local = Path(recipe.model.source).expanduser()
     card = export.Card(
-        str(stage.source),
-        recipe.task.kind,
-        tuple(getattr(task, "labels", ())),
-        recipe.task.max_length,
+        base=str(local.resolve()) if local.exists() else recipe.model.source,
+        task=recipe.task.kind,
+        labels=tuple(getattr(task, "labels", ())),
+        max_length=recipe.task.max_length,
+        revision=recipe.model.revision,
+        folder=str(stage.source.resolve()),
     )
     written: list[Path] = []
     for client in sorted(stage.placed):

@@ -129,7 +129,10 @@ def read_rows(recipe: Recipe, cache: assets.Cache, say: Say) -> list[Row]:
         return sources.shipped(name, assets.resolve(name, cache, kind="data", say=say))
     path = Path(name).expanduser()
     if not path.exists() and name in cache.catalogue:
-        raise DataError(f'data.path: "{name}" is a packaged model, not a data set.')
+        raise DataError(
+            f'data.path: the asset "{name}" cannot be read as rows. Packaged sets that can: '
+            f"{', '.join(sources.SHIPPED)}."
+        )
     return sources.read(path)
 
 
@@ -213,13 +216,15 @@ def place(recipe: Recipe, clients: list[ClientId], sized: BlockCosts) -> dict[Cl
     fixed = {c: asked.cuts.get(c, asked.cut) for c in clients}
     open_ = {c: d for c, d in devices.items() if fixed[c] is None}
     stream = Dice(recipe.seed)("plan").generator()
-    goal = asked.goal if asked.devices else "static"
+    goal = "static" if not asked.devices and asked.goal == "memory_only" else asked.goal
     chosen = plan(sized, open_, limits, goal, stream) if open_ else {}
     out: dict[ClientId, Placed] = {}
     for client in clients:
         cut = fixed[client]
         if cut is None:
             choice = chosen[client]
+            if not asked.devices:
+                choice = replace(choice, reason="no plan.devices were given to fit it to")
         else:
             head_near = asked.labels == "keep"
             Seat(Cut(*cut), asked.labels).check(

@@ -59,7 +59,7 @@ class Seat:
         if a == 0 and not open_profile:
             raise CutError(
                 f"{name} asked for 0 front blocks: bare embeddings would leave the device. "
-                'Run at least 1 block there, or set privacy.profile to "open" or "dp-local".'
+                'Run at least 1 block there, or set privacy.profile to "open".'
             )
         if self.labels != "keep" and b:
             raise CutError(

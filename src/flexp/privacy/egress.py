@@ -13,7 +13,7 @@ from flexp.errors import CutError, EgressError
 from flexp.model.cut import Labels
 from flexp.tensors import ALL, Place, Where
 
-Profile = Literal["open", "u-shape", "dp-local"]
+Profile = Literal["open", "u-shape"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Local-only: every client fine-tunes alone (algorithms 16.1), the floor of every comparison."""
+"""Local-only: every client fine-tunes alone, the floor of every comparison."""
 
 from __future__ import annotations
 
