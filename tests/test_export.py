@@ -34,6 +34,7 @@ print(json.dumps(logits.tolist()))
 """
 
 
+@pytest.mark.slow
 def test_a_split_trained_adapter_opens_with_plain_peft(recipe_of: Recipe, tmp_path: Path) -> None:
     recipe = recipe_file.read(recipe_of(rounds=2), [])
     ready = stage.prepare(recipe, assets.Cache(tmp_path / "no-assets"))

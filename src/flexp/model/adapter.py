@@ -106,14 +106,18 @@ def peft_config(
     ``task`` is PEFT's task type, ``blocks`` the path of the block list, ``head`` module paths.
     Raises AdapterError if a target is not in the blocks.
     """
-    saved = list(head) if getattr(kind, "head", True) and head else None
+    saved = _wholes(net, head) if getattr(kind, "head", True) and head else None
     if isinstance(kind, Prompt):
         return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=kind.tokens)
     if isinstance(kind, Dense | Head):
+        path, module = carrier(net, blocks, kind)
         paths = kind.targets if isinstance(kind, Dense) else ()
-        # PEFT has no method without an adapter: a pair on nothing beside the saved modules.
         return peft.LoraConfig(
-            task_type=task, r=1, target_modules=[], modules_to_save=[*paths, *(saved or ())]
+            task_type=task,
+            r=1,
+            target_modules=re.escape(path),
+            fan_in_fan_out=isinstance(module, Conv1D),
+            modules_to_save=[*paths, *(saved or ())],
         )
     table = _LORA_TABLE if isinstance(kind, Lora) else _IA3_TABLE
     targets, transposed = _targets(net, blocks, kind.targets, table)
@@ -125,6 +129,38 @@ def peft_config(
         fan_in_fan_out=transposed,
         **_options(kind, _type_of(net), rank),
     )
+
+
+def carrier(net: nn.Module, blocks: str, kind: Dense | Head) -> tuple[str, nn.Module]:
+    """Path and module of the linear map that carries a pair of zeros in an export.
+
+    PEFT has no method without an adapter, so what trains whole modules alone needs one that adds 0.
+    """
+    trained = kind.targets if isinstance(kind, Dense) else ()
+    named = cast("list[tuple[str, nn.Module]]", list(net.named_modules()))
+    for path, module in named:
+        inside = path.startswith(f"{blocks}.") and path not in trained
+        if inside and isinstance(module, nn.Linear | Conv1D):
+            return path, module
+    raise AdapterError("PEFT needs a linear map in the blocks that is not trained itself.")
+
+
+def _wholes(net: nn.Module, head: tuple[str, ...]) -> list[str]:
+    """The head's leaves, or the module that holds nothing but them: PEFT saves modules whole."""
+    out: dict[str, None] = {}
+    for leaf in head:
+        path = leaf
+        while "." in path:
+            parent = path.rpartition(".")[0]
+            held = {
+                f"{parent}.{name}".rpartition(".")[0]
+                for name, _ in net.get_submodule(parent).named_parameters()
+            }
+            if not held <= set(head):
+                break
+            path = parent
+        out[path] = None
+    return list(out)
 
 
 def _options(kind: Lora | Ia3, type_of: str, rank: int | None) -> dict[str, Any]:
