@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -137,7 +137,7 @@ def carrier(net: nn.Module, blocks: str, kind: Dense | Head) -> tuple[str, nn.Mo
     PEFT has no method without an adapter, so what trains whole modules alone needs one that adds 0.
     """
     trained = kind.targets if isinstance(kind, Dense) else ()
-    named = cast("list[tuple[str, nn.Module]]", list(net.named_modules()))
+    named = cast("Iterable[tuple[str, nn.Module]]", net.named_modules())
     for path, module in named:
         inside = path.startswith(f"{blocks}.") and path not in trained
         if inside and isinstance(module, nn.Linear | Conv1D):
