@@ -71,6 +71,7 @@ def play(cache: assets.Cache, show: Show, *, say: Say, seed: int = 0) -> dict[st
     rows = [row for name, r in results.items() for row in running.rows(r.scores, name, seed)]
     return {
         "methods": list(recipes),
+        "metric": opened.federation.task.metric,
         "seed": seed,
         "seats": _seats(opened, traffic["flexp"]),
         "bytes": {name: dict(count) for name, count in traffic.items()},

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -91,8 +94,9 @@ class Bar:
 
 
 def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A plain table; columns of numbers are right-aligned."""
-    out = Table(title=title, title_justify="left")
+    """A plain table that stays readable at 80 columns; columns of numbers are right-aligned."""
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    out.padding = (0, 0)
     for n, column in enumerate(columns):
         numeric = any(row[n] for row in rows) and all(_numeric(row[n]) for row in rows)
         out.add_column(column, justify="right" if numeric else "left")
@@ -209,24 +213,23 @@ def show_doctor(document: Row, console: Console) -> None:
 
 
 def show_methods(document: Sequence[Row], console: Console) -> None:
-    """One line per method."""
-    lines = [
-        [
-            m["method"],
-            m["paper"],
-            m["split"],
-            ", ".join(f"{k}={v}" for k, v in m["options"].items()),
-            "; ".join(leave["what"] for leave in m["leaves"]) or "nothing but the cut's own",
-            m["reconstruction"],
-        ]
-        for m in document
-    ]
-    columns = ["method", "paper", "on a cut", "options", "leaves a client", "reconstruction"]
-    console.print(grid("Methods", columns, lines))
+    """A line per method, and under it what a person asks before choosing one."""
+    for m in document:
+        console.print(f"[bold]{m['method']}[/bold]  {escape(m['paper'])}", highlight=False)
+        leaves = "; ".join(leave["what"] for leave in m["leaves"])
+        options = ", ".join(f"{k}={v}" for k, v in m["options"].items())
+        for title, text in (
+            ("on a cut", m["split"]),
+            ("options", options),
+            ("leaves a client", leaves or "nothing but what the cut itself sends"),
+            ("reconstruction", m["reconstruction"]),
+        ):
+            if text:
+                console.print(Padding(escape(f"{title}: {text}"), (0, 0, 0, 4)), highlight=False)
 
 
 def show_assets(document: Row, console: Console) -> None:
-    """One line per asset, then what `verify` found."""
+    """One line per asset, then where it comes from, then what `verify` found."""
     lines = [
         [
             row["name"],
@@ -234,12 +237,13 @@ def show_assets(document: Row, console: Console) -> None:
             "yes" if row["present"] else "no",
             format_bytes(row["download"]),
             row["licence"],
-            row["source"],
         ]
         for row in document["assets"]
     ]
-    columns = ["asset", "kind", "here", "download", "licence", "source"]
+    columns = ["asset", "kind", "here", "download", "licence"]
     console.print(grid(f"Assets in {document['cache']}", columns, lines))
+    for row in document["assets"]:
+        console.print(f"{row['name']}: {row['source']}", highlight=False)
     for name, problems in document["problems"].items():
         for problem in problems:
             console.print(f"{name}: {problem}", highlight=False)
@@ -248,33 +252,38 @@ def show_assets(document: Row, console: Console) -> None:
 
 
 def show_demo(document: Row, console: Console) -> None:
-    """Devices, cuts, memory, bytes, and own and global accuracy of every method."""
+    """Devices, cuts, memory, bytes, and own and global scores of every method."""
     methods: list[str] = document["methods"]
     rows: list[Row] = document["rows"]
+    metric: str = document["metric"]
+    wide = console.width >= 100
     lines: list[list[str]] = []
     for seat in document["seats"]:
         line = [
             seat["client"],
-            seat["about"],
-            f"{seat['device']}",
-            f"{seat['front']} | {seat['server_blocks']} | {seat['back']}",
+            *([seat["about"]] if wide else []),
+            seat["device"],
+            f"{seat['front']}|{seat['server_blocks']}|{seat['back']}",
             format_bytes(seat["bytes"]),
             format_bytes(seat["sent"] + seat["received"]),
         ]
-        lines.append(line + _pairs(rows, methods, seat["client"]))
-    lines.append(["mean", "", "", "", "", "", *_pairs(rows, methods, "all")])
-    columns = ["client", "data", "device", "front|server|back", "memory", "bytes"]
-    columns += [f"{m}\nown / global" for m in methods]
-    title = "Accuracy of each client's model on its own test texts / on everybody's"
+        lines.append(line + _pairs(rows, methods, seat["client"], metric))
+    lines.append(["mean", *[""] * (5 if wide else 4), *_pairs(rows, methods, "all", metric)])
+    columns = ["client", *(["data"] if wide else []), "device", "cut", "memory", "bytes", *methods]
+    title = (
+        f"{metric.capitalize()} of each client's model: own test texts / everybody's. "
+        "Cut: blocks at the device's front | at the server | at its back"
+    )
     console.print(grid(title, columns, lines))
     for line in document["says"]:
         console.print(line, highlight=False)
 
 
-def _pairs(rows: Sequence[Row], methods: Sequence[str], client: str) -> list[str]:
+def _pairs(rows: Sequence[Row], methods: Sequence[str], client: str, metric: str) -> list[str]:
     out: list[str] = []
     for method in methods:
         mine = [row for row in rows if row["method"] == method]
-        pair = [value_of(mine, client, data, "accuracy") for data in ("own", "global")]
-        out.append(" / ".join(f"{100 * v:.1f}" if v is not None else "–" for v in pair))
+        pair = [value_of(mine, client, data, metric) for data in ("own", "global")]
+        scale = 100 if metric == "accuracy" else 1
+        out.append("/".join(f"{scale * v:.1f}" if v is not None else "–" for v in pair))
     return out
