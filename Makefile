@@ -38,7 +38,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 demo: $(STAMP)  ## A first run: a few clients fine-tune one model together
-	$(BIN)/flexp demo --quick
+	$(BIN)/flexp demo
 
 test: $(STAMP)  ## The fast tests, with the coverage gate
 	$(PYTEST) --timeout 120 -m "not slow and not families" --durations 10 --durations-min 5 --cov --cov-report term
@@ -63,7 +63,8 @@ format: $(STAMP)  ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)  ## Run the benchmarks; results go to benchmarks/results
-	$(BIN)/python benchmarks/quick.py
+	$(BIN)/python benchmarks/demos.py quick
+	$(BIN)/python benchmarks/demos.py shakespeare
 
 docs: $(STAMP)  ## Build the documentation into build/site
 	$(PIP) install -q -e ".[docs]"

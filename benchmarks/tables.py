@@ -12,40 +12,44 @@ from typing import Any
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- quick:begin -->\n", "<!-- quick:end -->"
+NAMES = ("quick", "shakespeare")
 
 
-def quick() -> str:
-    """Own and global accuracy of every method, as a Markdown table."""
-    found: dict[str, Any] = json.loads((HERE / "results" / "quick.json").read_text("utf-8"))
+def table(name: str) -> str:
+    """Own and global score of every method of a demo, as a Markdown table."""
+    found: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text("utf-8"))
+    accuracy = found["rows"][0]["metric"] == "accuracy"
     seeds = [str(seed) for seed in found["seeds"]]
     lines = [
         "| method | settings | own data | everybody's data | per seed: own / everybody's |",
         "| --- | --- | --- | --- | --- |",
     ]
     for method, row in found["summary"].items():
-        each = ", ".join(_pair(row["seeds"][seed]) for seed in seeds)
+        each = ", ".join(
+            f"{_shown(row['seeds'][s]['own'], accuracy)} / "
+            f"{_shown(row['seeds'][s]['global'], accuracy)}"
+            for s in seeds
+        )
         chosen = found["chosen"].get(method, {})
         settings = ", ".join(f"{k.split('.')[1]} {v:g}" for k, v in chosen.items()) or "–"
-        lines.append(
-            f"| {method} | {settings} | {_cent(row['own'])} | {_cent(row['global'])} | {each} |"
-        )
+        unit = " %" if accuracy else ""
+        own, pooled = (_shown(row[data], accuracy) + unit for data in ("own", "global"))
+        lines.append(f"| {method} | {settings} | {own} | {pooled} | {each} |")
     return "\n".join(lines) + "\n"
 
 
-def _cent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _pair(row: dict[str, float]) -> str:
-    return f"{100 * row['own']:.1f} / {100 * row['global']:.1f}"
+def _shown(value: float, accuracy: bool) -> str:
+    return f"{100 * value:.1f}" if accuracy else f"{value:.1f}"
 
 
 def rendered(text: str) -> str:
-    """The README with its table made anew."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{quick()}{END}{after}"
+    """The README with its tables made anew."""
+    for name in NAMES:
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}{table(name)}{end}{after}"
+    return text
 
 
 def main() -> None:

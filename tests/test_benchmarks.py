@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,8 +22,8 @@ def tables() -> ModuleType:
     return module
 
 
-def quick() -> dict[str, Any]:
-    return json.loads((ROOT / "benchmarks" / "results" / "quick.json").read_text("utf-8"))
+def quick(name: str = "quick") -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
 
 
 def test_the_readme_shows_the_committed_results() -> None:
@@ -38,8 +40,19 @@ def test_flexp_beats_local_on_everybodys_data_at_equal_own_accuracy() -> None:
     assert sum(better) >= 2
 
 
-def test_every_method_was_searched_alike_and_took_the_same_steps() -> None:
-    found = quick()
+def test_flexp_beats_local_on_everybodys_text_at_no_cost_of_its_own() -> None:
+    found = quick("shakespeare")
+    flexp, local = (found["summary"][name] for name in ("flexp", "local"))
+    assert flexp["global"] <= 0.98 * local["global"]
+    assert flexp["own"] <= 1.01 * local["own"]
+    seeds = [str(seed) for seed in found["seeds"]]
+    better = [flexp["seeds"][s]["global"] <= 0.98 * local["seeds"][s]["global"] for s in seeds]
+    assert sum(better) >= 2
+
+
+@pytest.mark.parametrize("name", ["quick", "shakespeare"])
+def test_every_method_was_searched_alike_and_took_the_same_steps(name: str) -> None:
+    found = quick(name)
     tried = {
         method: sorted({t["train.lr"] for t in found["search"]["trials"] if t["method"] == method})
         for method in ("local", "fedavg", "flexp")
@@ -48,11 +61,12 @@ def test_every_method_was_searched_alike_and_took_the_same_steps() -> None:
     assert found["recipe"]["train"]["steps"] * found["recipe"]["rounds"] > 0
 
 
-def test_the_demo_runs_what_was_tuned() -> None:
+@pytest.mark.parametrize("name", ["quick", "shakespeare"])
+def test_the_demo_runs_what_was_tuned(name: str) -> None:
     from flexp import demonstration
 
-    for method, chosen in quick()["chosen"].items():
-        recipe = demonstration.variants(0)[method]
+    for method, chosen in quick(name)["chosen"].items():
+        recipe = demonstration.variants(name, 0)[method]
         assert recipe.train.lr == chosen["train.lr"]
         if "strategy.align" in chosen:
             assert recipe.strategy.options["align"] == chosen["strategy.align"]

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from flexp.client.desk import Desk, Training
 from flexp.data.examples import Batch, Examples, Shard
+from flexp.data.loss import chunked_loss
 from flexp.dice import Dice
 from flexp.engine.base import Arrival, Assignment, replies
 from flexp.engine.local import LocalEngine
@@ -39,6 +40,7 @@ class ToyTask:
     name: str = "classification"
     metric: str = "accuracy"
     higher_is_better: bool = True
+    rows_at_once: int = 64
     side: str = "right"
 
     def encode(self, rows: Any) -> Examples:
@@ -63,6 +65,10 @@ class ToyTask:
             flat = logits[:, :-1].flatten(0, 1)
             return functional.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100)
         return functional.cross_entropy(logits, labels)
+
+    def fused(self, hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tensor:
+        flat, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return chunked_loss(flat[targets != -100], output, targets[targets != -100])
 
     def measure(self, logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
         right = float((logits.argmax(-1) == labels).sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,18 +67,21 @@ def cache() -> Any:
 @app.command()
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="The quick demo: MiniLM on VADER.")
+        bool, typer.Option("--quick", help="MiniLM on VADER, in about two minutes.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of data, heads and batches.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Eight clients on devices of four sizes fine-tune their own MiniLM through one server."""
-    del quick  # the only one so far
-    console = begin(as_json, "exact")  # two methods side by side, one thread each
-    from flexp import demonstration, terminal
+    """Eight Shakespeare roles fine-tune their own SmolLM2, each on a device of its own size."""
+    # The quick one runs two methods side by side, on one thread each.
+    console = begin(as_json, "exact" if quick else "fast")
+    from flexp import demonstration, live, terminal
 
-    with terminal.Live(console) as live:
-        document = demonstration.play(cache(), live, say=live.say, seed=seed)
+    which = demonstration.QUICK if quick else demonstration.SHAKESPEARE
+    with live.Live(console) as shown:
+        document = demonstration.play(
+            which, cache(), shown, say=shown.say, clock=time.time, seed=seed
+        )
     if as_json:
         emit(document)
     else:
@@ -98,11 +102,11 @@ def run(
 
     found = recipes.read(recipe, overrides or [])
     console = begin(as_json, found.mode)
-    from flexp import commands, terminal
+    from flexp import commands, live, terminal
 
-    with terminal.Live(console) as live:
-        bar = live.begin(found.strategy.name, found.rounds)
-        document = commands.run(found, cache(), [bar], resume=resume, say=live.say)
+    with live.Live(console) as shown:
+        bar = shown.begin(found.strategy.name, found.rounds)
+        document = commands.run(found, cache(), [bar], resume=resume, say=shown.say)
     if as_json:
         emit(document)
     else:
@@ -128,10 +132,10 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False)
 @app.command()
 def predict(
     adapter: Annotated[Path, typer.Argument(help="An adapter folder, as runs/NAME/adapters/ME.")],
-    texts: Annotated[list[str], typer.Argument(help="Texts to label.")],
+    texts: Annotated[list[str], typer.Argument(help="Texts to label or to continue.")],
     as_json: Json = False,
 ) -> None:
-    """Labels texts with one client's exported adapter."""
+    """Labels or continues texts with one client's adapter, beside the pretrained model."""
     console = begin(as_json)
     from flexp import commands, terminal
 
@@ -140,6 +144,53 @@ def predict(
         emit(document)
     else:
         terminal.show_predictions(document, console)
+
+
+@app.command()
+def chat(
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders of one base model.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="Answer this and end; else read lines until the end.")
+    ] = None,
+    frame: Annotated[
+        str, typer.Option(help='What is put around a text, as "Horatio: {text}\\nHamlet:".')
+    ] = "{text}",
+    tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 40,
+    as_json: Json = False,
+) -> None:
+    """Continues what you say with the base model and with clients' adapters, side by side."""
+    console = begin(as_json)
+    from flexp import commands, terminal
+
+    answer = commands.chat(adapters, cache(), frame=frame.replace("\\n", "\n"), tokens=tokens)
+    texts = iter(lambda: sys.stdin.readline().strip(), "") if prompt is None else [prompt]
+    said: list[dict[str, str]] = []
+    for text in texts:
+        said.append(answer(text))
+        if not as_json:
+            terminal.show_voices(said[-1], console)
+    if as_json:
+        emit({"adapters": [str(path) for path in adapters], "answers": said})
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder, as runs/NAME/adapters/ME.")],
+    out: Annotated[Path, typer.Argument(help="A new folder to write.")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="The whole model with the adapter in its weights.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Writes a client's adapter as a PEFT folder, or merged into the model's weights."""
+    console = begin(as_json)
+    from flexp import commands, terminal
+
+    document = commands.export_adapter(adapter, out, cache(), merged=merged)
+    if as_json:
+        emit(document)
+    else:
+        terminal.show_export(document, console)
 
 
 @app.command()

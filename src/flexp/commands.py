@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -14,29 +15,24 @@ from typing import Any, cast
 import torch
 import yaml
 
-from flexp import assets, checkpoint, export
+from flexp import assets, checkpoint, export, voices
 from flexp import run as running
-from flexp.data.federation import federate, label_table
+from flexp.data.federation import label_table
 from flexp.data.tasks import open_tokenizer
 from flexp.dice import Dice
 from flexp.errors import AssetError, ExportError
 from flexp.events import Checkpointed, Recorder, Sink, Stream
-from flexp.model.skeleton import AUTO, skeleton
+from flexp.model.skeleton import AUTO
 from flexp.model.weights import fill
 from flexp.parcel import write_atomic
 from flexp.plan.devices import measure
 from flexp.plan.planner import near_bytes
 from flexp.recipe import Recipe
-from flexp.stage import (
-    Say,
-    adapter_kind,
-    costs,
-    has_bfloat16,
-    place,
-    prepare,
-    read_rows,
-)
+from flexp.seating import dtype_of, has_bfloat16
+from flexp.stage import Say, Survey, prepare, survey
 from flexp.strategies import methods, options_of
+
+Chat = Callable[[str], dict[str, str]]
 
 
 def run(
@@ -93,39 +89,58 @@ def _rewind(out: Path, recipe: Recipe, recorder: Recorder, say: Say) -> None:
 
 def plan(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None) -> dict[str, Any]:
     """Where every client would be cut and what it needs there, by part; no weights are loaded."""
-    source = assets.resolve(recipe.model.source, cache, revision=recipe.model.revision, say=say)
-    tokenizer = open_tokenizer(source)
-    rows = read_rows(recipe, cache, say)
-    found = federate(rows, recipe.data, recipe.task, tokenizer, Dice(recipe.seed))
-    labels = len(getattr(found.task, "labels", ())) or 2
-    blocks_at = recipe.model.blocks_at
-    bones = skeleton(source, recipe.task.kind, classes=labels, blocks_at=blocks_at)
-    sized = costs(recipe, bones, adapter_kind(recipe.adapter))
-    head_near = recipe.plan.labels == "keep"
+    return fleet(survey(recipe, cache, say=say))
+
+
+def fleet(found: Survey) -> dict[str, Any]:
+    """The seats of a survey: device, blocks and bytes by part."""
+    head_near = found.recipe.plan.labels == "keep"
     seats: list[dict[str, Any]] = []
-    for client, placed in place(recipe, list(found.shards), sized).items():
+    for client, placed in found.placed.items():
         cut = placed.seat.cut
-        parts = near_bytes(sized, cut.front, cut.back, head_near=head_near)
+        parts = near_bytes(found.costs, cut.front, cut.back, head_near=head_near)
         seats.append(
             {
                 "client": client,
                 "device": placed.device,
                 "front": cut.front,
                 "back": cut.back,
-                "server_blocks": bones.depth - cut.front - cut.back,
+                "server_blocks": found.bones.depth - cut.front - cut.back,
                 "labels": placed.seat.labels,
                 "bytes": dict(parts),
                 "reason": placed.reason,
             }
         )
-    return {"model": recipe.model.source, "blocks": bones.depth, "seats": seats}
+    return {
+        "model": found.recipe.model.source,
+        "blocks": found.bones.depth,
+        "dtype": str(dtype_of(found.recipe)).removeprefix("torch."),
+        "seats": seats,
+    }
 
 
 def predict(folder: Path, texts: Sequence[str], cache: assets.Cache) -> dict[str, Any]:
-    """What an exported adapter says to texts, and what the pretrained model says; by PEFT alone."""
+    """What an exported adapter says to texts, beside the pretrained model; by PEFT alone.
+
+    A classifier's head is not pretrained, so there the adapter answers alone.
+    """
     card = export.card_of(folder)
-    if card.task != "classification":
-        raise ExportError(f'{folder} is a "{card.task}" adapter; `predict` is for classification.')
+    if card.task == "classification":
+        return {"adapter": str(folder), "predictions": _labelled(folder, card, texts, cache)}
+    spoken = voices.open_voices([folder], cache)
+    said = [spoken.speak(text) for text in texts]
+    return {
+        "adapter": str(folder),
+        "predictions": [
+            {"text": text, "base": each[voices.BASE], "adapter": each[spoken.names[0]]}
+            for text, each in zip(texts, said, strict=True)
+        ],
+    }
+
+
+def _labelled(
+    folder: Path, card: export.Card, texts: Sequence[str], cache: assets.Cache
+) -> list[dict[str, Any]]:
     source = assets.resolve(card.base, cache, revision=card.revision)
     tokenizer = open_tokenizer(source)
     model, info = AUTO["classification"].from_pretrained(
@@ -141,16 +156,43 @@ def predict(folder: Path, texts: Sequence[str], cache: assets.Cache) -> dict[str
         if card.prior is not None:
             logits = logits + torch.tensor(card.prior)
         chances = torch.softmax(logits.float(), dim=-1)
+    return [
+        {
+            "text": text,
+            "label": card.labels[int(row.argmax())],
+            "probabilities": dict(zip(card.labels, map(float, row), strict=True)),
+        }
+        for text, row in zip(texts, chances, strict=True)
+    ]
+
+
+def chat(folders: Sequence[Path], cache: assets.Cache, *, frame: str, tokens: int) -> Chat:
+    """Opens adapters for a conversation; ``frame`` is what is put around every text."""
+    if "{text}" not in frame:
+        raise ExportError('The frame has no "{text}". Give one like "Friend: {text}\\nMe:".')
+    spoken = voices.open_voices(folders, cache)
+    return lambda text: spoken.speak(frame.replace("{text}", text), tokens=tokens)
+
+
+def export_adapter(
+    adapter: Path, out: Path, cache: assets.Cache, *, merged: bool = False
+) -> dict[str, Any]:
+    """Copies a client's adapter as a PEFT folder, or writes the model with the adapter merged."""
+    card = export.card_of(adapter)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out} is there already. Choose another folder.")
+    if merged:
+        source = assets.resolve(card.base, cache, revision=card.revision)
+        export.merge(adapter, source, out, labels=len(card.labels) or None)
+    else:
+        shutil.copytree(adapter, out, dirs_exist_ok=True)
+    files = sorted(path for path in out.iterdir() if path.is_file())
     return {
-        "adapter": str(folder),
-        "predictions": [
-            {
-                "text": text,
-                "label": card.labels[int(row.argmax())],
-                "probabilities": dict(zip(card.labels, map(float, row), strict=True)),
-            }
-            for text, row in zip(texts, chances, strict=True)
-        ],
+        "adapter": str(adapter),
+        "base": card.base,
+        "merged": merged,
+        "out": str(out),
+        "files": {path.name: path.stat().st_size for path in files},
     }
 
 
@@ -167,10 +209,7 @@ def doctor(recipe: Recipe | None, cache: assets.Cache) -> dict[str, Any]:
     }
     if recipe is None:
         return document
-    source = assets.resolve(recipe.model.source, cache, revision=recipe.model.revision)
-    tokenizer = open_tokenizer(source)
-    rows = read_rows(recipe, cache, lambda text: None)
-    found = federate(rows, recipe.data, recipe.task, tokenizer, Dice(recipe.seed))
+    found = survey(recipe, cache).federation
     document["skew"] = found.skew
     document["findings"] = list(found.findings)
     document["clients"] = [

@@ -91,8 +91,8 @@ def measure(
     # Rows of like length share a batch: padding is computed for nothing.
     order = sorted(range(len(examples)), key=lambda n: len(examples.ids[n]))
     with torch.no_grad():
-        for at in range(0, len(order), 64):
-            batch: Batch = task.collate(examples, order[at : at + 64])
+        for at in range(0, len(order), task.rows_at_once):
+            batch: Batch = task.collate(examples, order[at : at + task.rows_at_once])
             logits = served.predict(batch)
             logits = logits if prior is None else logits + prior
             for metric, (value, count) in task.measure(logits, batch.labels).items():

@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,7 +52,10 @@ class RoundStarted:
 
 @dataclass(frozen=True)
 class TurnEnded:
-    """When a client's reply has arrived; bytes and seconds are those of the whole turn."""
+    """When a client's reply has arrived; bytes and seconds are those of the whole turn.
+
+    ``kinds`` are the bytes by way and kind of tensor, as "up hidden".
+    """
 
     round: int
     wave: int
@@ -62,6 +65,7 @@ class TurnEnded:
     seconds: float
     sent_bytes: int
     received_bytes: int
+    kinds: Facts = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,18 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from flexp.data.tasks import open_tokenizer
 from flexp.errors import ExportError
 from flexp.model.adapter import Dense, Head, Kind, Prompt, carrier, peft_config
 from flexp.model.backbone import Backbone
-from flexp.model.skeleton import PEFT_TASK, bare
+from flexp.model.skeleton import AUTO, PEFT_TASK, bare
 from flexp.model.worn import PREFIX
 from flexp.parcel import write_atomic
 from flexp.tensors import Tensors
@@ -104,12 +105,40 @@ def card_of(folder: Path) -> Card:
         ) from problem
 
 
-def open_with_peft(model: nn.Module, folder: Path) -> nn.Module:
-    """The model wearing an exported adapter, by PEFT alone; safetensors only."""
+def open_with_peft(model: nn.Module, folder: Path, *, name: str = "default") -> nn.Module:
+    """The model wearing an exported adapter under a name, by PEFT alone; safetensors only.
+
+    A model that wears adapters already gets one more.
+    """
     if not (folder / "adapter_model.safetensors").is_file():
         # PEFT would fall back to a pickle here.
         raise ExportError(f"{folder} has no adapter_model.safetensors.")
     with torch.no_grad(), warnings.catch_warnings():
         # PEFT asks for a property that transformers renamed; both versions are what we pin.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return peft.PeftModel.from_pretrained(model, str(folder)).eval()  # pyright: ignore[reportUnknownMemberType]
+        if isinstance(model, peft.PeftModel):
+            cast("Any", model).load_adapter(str(folder), name)
+            return model.eval()
+        return peft.PeftModel.from_pretrained(model, str(folder), name).eval()  # pyright: ignore[reportUnknownMemberType]
+
+
+def merge(adapter: Path, source: Path, out: Path, *, labels: int | None = None) -> None:
+    """The pretrained model with the adapter worked into its weights, as a plain model folder.
+
+    ``labels`` is the number of classes of a classifier. fp32, safetensors; raises ExportError if
+    the folder is in use.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ExportError(f"{out} is not empty. Choose another folder.")
+    card = card_of(adapter)
+    more = {} if labels is None else {"num_labels": labels}
+    kind: Any = card.task
+    plain = AUTO[kind].from_pretrained(source, use_safetensors=True, dtype=torch.float32, **more)
+    worn: Any = open_with_peft(plain, adapter)
+    merged = worn.merge_and_unload()
+    if card.labels:
+        merged.config.id2label = dict(enumerate(card.labels))
+        merged.config.label2id = {label: n for n, label in enumerate(card.labels)}
+    merged.save_pretrained(str(out))
+    tokenizer: Any = open_tokenizer(source)
+    tokenizer.save_pretrained(str(out))

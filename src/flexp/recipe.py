@@ -29,6 +29,7 @@ class DataRecipe(_Part):
     alpha: Annotated[float, Field(gt=0)] = 0.5
     per_client: Annotated[int, Field(ge=1)] = 2
     group: str | None = None
+    biggest: Annotated[int, Field(ge=1)] | None = None
     rows: Annotated[int, Field(ge=1)] | None = None
     minimum: Annotated[int, Field(ge=1)] = 1
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)

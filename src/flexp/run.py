@@ -145,6 +145,7 @@ def tell(stream: Stream, turn: Turn, arrival: Arrival) -> Arrival:
             arrival.seconds,
             ledger.sent,
             ledger.received,
+            {f"{way} {kind}": size for (way, kind), size in sorted(ledger.kinds.items())},
         )
     )
     return arrival

@@ -1,108 +1,32 @@
-"""What a person sees in a terminal: live progress and tables, from events and documents alone."""
+"""What a person reads in a terminal when a command is done: tables, from documents alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from flexp.events import (
-    Event,
-    Noted,
-    RoundStarted,
-    RunEnded,
-    Scored,
-    TurnEnded,
-    TurnFailed,
-)
 from flexp.plan.devices import format_bytes
 
 Row = Mapping[str, Any]
 BLANK = ""
 
 
-class Live:
-    """A progress bar per run, fed by its events; without a terminal it prints only what is said."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description:<8}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> Self:
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.progress.stop()
-
-    def say(self, text: str) -> None:
-        """One line of plain text above the bars."""
-        self.console.print(text, highlight=False)
-
-    def begin(self, title: str, rounds: int) -> Bar:
-        """The bar of a run."""
-        return Bar(self, self.progress.add_task(title, total=rounds, note="starting"), rounds)
-
-
-@dataclass
-class Bar:
-    """The sink of one run's events."""
-
-    live: Live
-    task: TaskID
-    rounds: int
-    losses: list[float] = field(default_factory=list[float])
-
-    def __call__(self, event: Event) -> None:
-        move = self.live.progress.update
-        if isinstance(event, TurnFailed):
-            self.live.say(f"round {event.round + 1}: {event.client} failed: {event.error}")
-        elif isinstance(event, Noted):
-            self.live.say(f"{event.level}: {event.text}")
-        elif isinstance(event, RoundStarted):
-            self.losses = []
-            move(self.task, completed=event.round)
-        elif isinstance(event, TurnEnded):
-            self.losses.append(event.loss)
-            mean = sum(self.losses) / len(self.losses)
-            note = f"round {event.round + 1} of {self.rounds}, {event.client}, loss {mean:.3f}"
-            move(self.task, note=note)
-        elif isinstance(event, Scored):
-            move(self.task, note="scoring")
-        elif isinstance(event, RunEnded):
-            move(self.task, completed=event.rounds, note="done")
-
-
-def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A plain table that stays readable at 80 columns; columns of numbers are right-aligned."""
-    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Group:
+    """A title and a plain table, readable at 80 columns; columns of numbers are right-aligned."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     out.padding = (0, 0)
     for n, column in enumerate(columns):
         numeric = any(row[n] for row in rows) and all(_numeric(row[n]) for row in rows)
         out.add_column(column, justify="right" if numeric else "left")
     for row in rows:
         out.add_row(*row)
-    return out
+    return Group(escape(title), out)
 
 
 def _numeric(text: str) -> bool:
@@ -171,13 +95,71 @@ def show_plan(document: Row, console: Console) -> None:
         console.print(reason, highlight=False)
 
 
+BAR = 30  # columns of a bar of blocks
+
+
+def bar(front: int, server: int, back: int) -> str:
+    """Blocks as a bar: full at the device, light at the server, half-tone at the device's back."""
+    scale = max(1.0, (front + server + back) / BAR)
+    f, b = (round(n / scale) if n > scale else min(n, 1) for n in (front, back))
+    return "█" * f + "░" * max(0, round((front + server + back) / scale) - f - b) + "▓" * b
+
+
+def show_fleet(document: Row, console: Console) -> None:
+    """Every client's device, its blocks as a bar, and the memory that they take there."""
+    lines = [
+        [
+            short(seat["client"]),
+            seat["device"],
+            bar(seat["front"], seat["server_blocks"], seat["back"]),
+            format_bytes(seat["bytes"]["total"]),
+        ]
+        for seat in document["seats"]
+    ]
+    title = (
+        f"{document['model']}, {document['blocks']} blocks, {document['dtype']}: "
+        "█ front and ▓ back on the device, ░ at the server"
+    )
+    console.print(grid(title, ["client", "device", "blocks", "memory"], lines))
+
+
+def short(client: str) -> str:
+    """A client's name without what stands in brackets behind it."""
+    return client.partition(" (")[0] or client
+
+
+def show_voices(said: Mapping[str, str], console: Console) -> None:
+    """What everybody says to one text, side by side."""
+    table = Table(box=box.SIMPLE_HEAD, expand=True)
+    for name in said:
+        table.add_column(escape(short(name)), ratio=1)
+    table.add_row(*(escape(text) for text in said.values()))
+    console.print(table)
+
+
+def show_export(document: Row, console: Console) -> None:
+    """Which files were written, and how to open them."""
+    what = "the model with the adapter merged" if document["merged"] else "a PEFT adapter"
+    console.print(f"{document['out']}: {what}", highlight=False)
+    for name, size in document["files"].items():
+        console.print(f"  {name}  {format_bytes(size)}", highlight=False)
+
+
 def show_predictions(document: Row, console: Console) -> None:
-    """One line per text."""
+    """One line per text; what a language model says, under it."""
+    console.print(document["adapter"], highlight=False, markup=False)
+    found: list[Row] = document["predictions"]
+    for each in found:
+        if "label" not in each:
+            console.print(each["text"], highlight=False, markup=False)
+            show_voices({"base": each["base"], "adapter": each["adapter"]}, console)
     lines = [
         [p["text"], p["label"], f"{100 * max(p['probabilities'].values()):.1f} %"]
-        for p in document["predictions"]
+        for p in found
+        if "label" in p
     ]
-    console.print(grid(document["adapter"], ["text", "label", "probability"], lines))
+    if lines:
+        console.print(grid("", ["text", "label", "probability"], lines))
 
 
 def show_doctor(document: Row, console: Console) -> None:
@@ -260,23 +242,47 @@ def show_demo(document: Row, console: Console) -> None:
     lines: list[list[str]] = []
     for seat in document["seats"]:
         line = [
-            seat["client"],
-            *([seat["about"]] if wide else []),
-            seat["device"],
+            short(seat["client"]),
+            *([seat["about"], seat["device"]] if wide else []),
             f"{seat['front']}|{seat['server_blocks']}|{seat['back']}",
             format_bytes(seat["bytes"]),
             format_bytes(seat["sent"] + seat["received"]),
         ]
         lines.append(line + _pairs(rows, methods, seat["client"], metric))
-    lines.append(["mean", *[""] * (5 if wide else 4), *_pairs(rows, methods, "all", metric)])
-    columns = ["client", *(["data"] if wide else []), "device", "cut", "memory", "bytes", *methods]
+    lines.append(["mean", *[""] * (5 if wide else 3), *_pairs(rows, methods, "all", metric)])
+    columns = ["client", *(["data", "device"] if wide else []), "cut", "memory", "bytes", *methods]
     title = (
         f"{metric.capitalize()} of each client's model: own test texts / everybody's. "
         "Cut: blocks at the device's front | at the server | at its back"
     )
     console.print(grid(title, columns, lines))
+    if "prompt" in document:
+        console.print(document["prompt"], highlight=False, markup=False)
+        show_voices(document["voices"], console)
+        show_leak(document, console)
     for line in document["says"]:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
+
+
+def _three(value: float) -> str:
+    """Three or four digits, which is what a table has room for."""
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def show_leak(document: Row, console: Console) -> None:
+    """What left one client's device, and what the demo's attacker makes of it."""
+    leak: Row = document["leak"]
+    seat = next(seat for seat in document["seats"] if seat["client"] == leak["client"])
+    kinds = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in seat["left"].items())
+    name = short(leak["client"])
+    for line in (
+        f"What left {name}'s device under flexp: {kinds}.",
+        f"A server that attacks recovers {100 * leak['rate']:.0f} % of the tokens of a speech from "
+        f"the hidden states after block {leak['front']}:",
+        f"  spoken:    {' '.join(leak['said'].split())}",
+        f"  recovered: {' '.join(leak['recovered'].split())}",
+    ):
+        console.print(line, highlight=False, markup=False)
 
 
 def _pairs(rows: Sequence[Row], methods: Sequence[str], client: str, metric: str) -> list[str]:
@@ -285,5 +291,5 @@ def _pairs(rows: Sequence[Row], methods: Sequence[str], client: str, metric: str
         mine = [row for row in rows if row["method"] == method]
         pair = [value_of(mine, client, data, metric) for data in ("own", "global")]
         scale = 100 if metric == "accuracy" else 1
-        out.append("/".join(f"{scale * v:.1f}" if v is not None else "–" for v in pair))
+        out.append("/".join(_three(scale * v) if v is not None else "–" for v in pair))
     return out

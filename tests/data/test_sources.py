@@ -361,7 +361,14 @@ def test_shakespeare_speeches_without_directions(tmp_path: Path) -> None:
     write(tmp_path / "plays" / "measure-for-measure.md", "## ACT I\n\n**DUKE**  \nEscalus.\n")
     king, lord, duke = shipped("shakespeare", tmp_path)
     text = "Where is my gracious Lord?\nNot here in presence,'--so.\nSend for him."
-    assert king.fields == {"text": text, "role": "King Henry V (Henry V)", "play": "Henry V"}
+    assert king.fields == {
+        "text": text,
+        "role": "King Henry V (Henry V)",
+        "play": "Henry V",
+        "cue": "King Henry V: ",
+    }
+    # The Prince between them says nothing.
+    assert lord.fields["cue"] == f"King Henry V: {text}\nFirst Lord: "
     assert king.origin == "shakespeare/henry-v.md:8"
     assert (lord.fields["text"], lord.fields["role"]) == ("Aye.", "First Lord (Henry V)")
     assert duke.fields["role"] == "Duke (Measure for Measure)"

@@ -1,4 +1,7 @@
-"""The packaged models cut like the tiny ones: BERT-tiny here, MiniLM at all cuts with families."""
+"""The packaged models cut like the tiny ones: BERT-tiny here, MiniLM at all cuts with families.
+
+SmolLM2, a causal language model with tied embeddings and 30 blocks, at three cuts.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ from agreement import Known, agree
 from toys import cuts
 
 from flexp.data.examples import Batch
-from flexp.data.tasks import open_tokenizer, padding_of
+from flexp.data.sources import Row
+from flexp.data.tasks import CausalLM, open_tokenizer, padding_of
 from flexp.model.backbone import Backbone
+from flexp.model.cut import Cut, Seat
 
 TEXTS = ["a wonderful little film", "it broke", "the board met on tuesday and put off the vote"]
 
@@ -46,3 +51,24 @@ def test_bert_tiny_at_all_its_cuts(asset: Callable[[str], Path]) -> None:
 @pytest.mark.families
 def test_minilm_at_all_its_cuts(asset: Callable[[str], Path]) -> None:
     assert everywhere(asset("minilm")) == 15 + 6 + 6
+
+
+SPEECH = "Hamlet: To be, or not to be, that is the question.\nOphelia: Good my lord, how does he?"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("cut", [(1, 0), (10, 5), (29, 1)])
+def test_smollm2_bit_for_bit(
+    asset: Callable[[str], Path], cut: tuple[int, int], chunked: bool
+) -> None:
+    folder = asset("smollm2-135m")
+    tokenizer: Any = open_tokenizer(folder)
+    task = CausalLM(tokenizer, max_length=32)
+    rows = [Row({"text": text}, f"here:{n}") for n, text in enumerate(SPEECH.split("\n"))]
+    held = task.encode(rows)
+    batches = [task.collate(held, [n % 2, (n + 1) % 2]) for n in range(3)]
+    filler = padding_of(tokenizer)
+    body = Backbone.open(folder, task="causal-lm", pad=filler, chunked=chunked)
+    assert (body.output is not None) == chunked
+    agree(body, Seat(Cut(*cut)), batches=batches)

@@ -226,8 +226,8 @@ class Desk:
         data = self.shard.split(split)
         sums: dict[str, tuple[float, float]] = {}
         with torch.no_grad():
-            for at in range(0, len(data), 64):
-                rows = range(at, min(at + 64, len(data)))
+            for at in range(0, len(data), self.task.rows_at_once):
+                rows = range(at, min(at + self.task.rows_at_once, len(data)))
                 batch = self.task.collate(data, list(rows))
                 logits = self.model.logits(batch, wear)
                 logits = logits if self.prior is None else logits + self.prior

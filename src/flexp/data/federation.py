@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from flexp.data import partition
-from flexp.data.columns import label_names, label_of
+from flexp.data.columns import label_names, label_of, text_of
 from flexp.data.examples import Shard
 from flexp.data.shards import check
 from flexp.data.sources import SPLITS, Row
@@ -83,7 +83,10 @@ def divide(
     if kind == "column":
         if column is None:
             raise DataError('data.partition "column" needs data.client, the column of clients.')
-        return partition.by_column([_cell(row, column) for row in rows])
+        parts = partition.by_column([_cell(row, column) for row in rows])
+        return _biggest(parts, rows, data) if data.biggest else parts
+    if data.biggest:
+        raise DataError('data.biggest chooses among named clients: it needs partition "column".')
     if kind == "iid":
         return partition.iid(len(rows), data.clients, stream)
     if kind == "quantity":
@@ -118,6 +121,18 @@ def _cell(row: Row, column: str) -> str | int | float | bool | None:
         known = ", ".join(row.fields)
         raise DataError(f'{row.origin}: no column "{column}". Columns here: {known}.')
     return row.fields[column]
+
+
+def _biggest(
+    parts: dict[str, list[int]], rows: Sequence[Row], data: DataRecipe
+) -> dict[str, list[int]]:
+    """The clients with most text, in characters; of equals the first by name."""
+
+    def size(client: str) -> tuple[int, str]:
+        return -sum(len(text_of(rows[n], data.text)) for n in parts[client]), client
+
+    kept = sorted(parts, key=size)[: data.biggest]
+    return {client: parts[client] for client in sorted(kept)}
 
 
 def _capped(held: list[int], data: DataRecipe, dice: Dice, client: str) -> list[int]:

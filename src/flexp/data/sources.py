@@ -52,7 +52,8 @@ def shipped(name: str, folder: Path) -> list[Row]:
     """Rows of a packaged data set whose files are in this folder.
 
     ``vader``: text, label (negative below -0.5, positive above 0.5, else neutral), domain.
-    ``shakespeare``: text (one speech), role (with its play), play.
+    ``shakespeare``: text (one speech), role (with its play), play, cue (the speech before it in
+    the scene and the name of who speaks now, laid out as in a play).
     """
     if name == "vader":
         return [row for domain in _DOMAINS for row in _ratings(folder, domain)]
@@ -173,7 +174,7 @@ def _speeches(path: Path) -> Iterator[Row]:
     page = [line.rstrip() for line in _asset(path).split("\n")]
     # One play has no title of its own, only acts.
     title = next((line[2:] for line in page if line.startswith("# ")), _name(path.stem))
-    role, start, body = "", 0, list[str]()
+    role, start, body, before = "", 0, list[str](), ""
     for number, line in enumerate([*page, "#"], start=1):
         opens = _ROLE.fullmatch(line)
         if not opens and not line.startswith("#"):
@@ -182,8 +183,16 @@ def _speeches(path: Path) -> Iterator[Row]:
         text = _spoken(body)
         if role and text:
             fields: dict[str, Value] = {"text": text, "role": f"{role} ({title})", "play": title}
+            fields["cue"] = cue(before, role)
             yield Row(fields, f"shakespeare/{path.name}:{start}")
+            before = f"{role}: {text}\n"
+        before = before if opens else ""
         role, start, body = _name(opens[1]) if opens else "", number, []
+
+
+def cue(before: str, role: str) -> str:
+    """What stands before a speech: what was said, then who speaks now."""
+    return f"{before}{role}: "
 
 
 def _spoken(body: list[str]) -> str:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flexp.data.columns import is_integer, label_names, label_of, text_of
 from flexp.data.examples import IGNORED, Batch, Example, Examples, Shard, Side, Split, pad
+from flexp.data.loss import Sums, chunked_loss, counted, means, wide
 from flexp.data.sources import Row
 from flexp.errors import DataError, nearest
-
-Sums = Mapping[str, tuple[float, float]]  # metric -> sum, count; added over batches and clients
 
 __all__ = [
     "IGNORED",
@@ -43,7 +42,7 @@ class Task(Protocol):
     ``encode`` raises DataError with the origin of a bad row; ``collate`` pads the examples at these
     places to the longest of them; ``loss`` is a mean in nats; ``measure`` gives sum and count of
     every metric in a batch, and ``finish`` the metrics of added sums: what was never counted is
-    absent, not 0.
+    absent, not 0. Whoever only measures takes ``rows_at_once``, so that logits stay small.
     """
 
     @property
@@ -52,6 +51,8 @@ class Task(Protocol):
     def metric(self) -> str: ...
     @property
     def higher_is_better(self) -> bool: ...
+    @property
+    def rows_at_once(self) -> int: ...
     def encode(self, rows: Sequence[Row]) -> Examples: ...
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch: ...
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor: ...
@@ -72,6 +73,7 @@ class Classification:
     name: Literal["classification"] = field(default="classification", init=False)
     metric: Literal["accuracy"] = field(default="accuracy", init=False)
     higher_is_better: Literal[True] = field(default=True, init=False)
+    rows_at_once: Literal[64] = field(default=64, init=False)
 
     def __post_init__(self) -> None:
         _positive(self.max_length)
@@ -91,13 +93,13 @@ class Classification:
         return Batch(pad(picked.ids, _filler(self.tokenizer), self.side), labels)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return functional.cross_entropy(_wide(logits), labels)
+        return functional.cross_entropy(wide(logits), labels)
 
     def measure(self, logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
-        return _counted(_wide(logits), labels)
+        return counted(wide(logits), labels)
 
     def finish(self, sums: Sums) -> dict[str, float]:
-        return _means(sums)
+        return means(sums)
 
     def _index(self, row: Row) -> int:
         value = label_of(row, self.label)
@@ -157,6 +159,7 @@ class CausalLM:
     name: Literal["causal-lm"] = field(default="causal-lm", init=False)
     metric: Literal["perplexity"] = field(default="perplexity", init=False)
     higher_is_better: Literal[False] = field(default=False, init=False)
+    rows_at_once: Literal[8] = field(default=8, init=False)  # of logits as wide as the vocabulary
 
     def __post_init__(self) -> None:
         _positive(self.max_length)
@@ -187,19 +190,28 @@ class CausalLM:
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         flat, targets = _shifted(logits, labels)
-        return functional.cross_entropy(_wide(flat), targets, ignore_index=IGNORED)
+        return functional.cross_entropy(wide(flat), targets, ignore_index=IGNORED)
+
+    def fused(self, hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tensor:
+        """The same loss from what the output embedding reads, [B, T, d], a few tokens at a time.
+
+        Logits of all tokens are never there at once, and of a prompt or padding never at all.
+        """
+        flat, targets = _shifted(hidden, labels)
+        wanted = targets != IGNORED
+        return chunked_loss(flat[wanted], output, targets[wanted])
 
     def measure(self, logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
         flat, targets = _shifted(logits, labels)
         wanted = targets != IGNORED
-        return _counted(_wide(flat[wanted]), targets[wanted])
+        return counted(wide(flat[wanted]), targets[wanted])
 
     def finish(self, sums: Sums) -> dict[str, float]:
-        means = _means(sums)
-        if "loss" in means:
-            loss = means["loss"]
-            means["perplexity"] = math.exp(loss) if loss < 700 else math.inf
-        return means
+        found = means(sums)
+        if "loss" in found:
+            loss = found["loss"]
+            found["perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        return found
 
     def _joined(self, begin: Example, prompt: Example, text: Example) -> tuple[Example, Example]:
         room = self.max_length - len(begin)
@@ -270,23 +282,7 @@ def _positive(max_length: int) -> None:
         raise DataError(f"max_length is {max_length}. Set it to 4 or more.")
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """At least single precision: a softmax over a vocabulary is wrong in half."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def _shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [BT, V] against the token after each; moving the logits would copy them."""
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return logits.flatten(0, 1), targets.flatten()
-
-
-def _counted(logits: Tensor, targets: Tensor) -> dict[str, tuple[float, float]]:
-    loss = functional.cross_entropy(logits, targets, reduction="none").double().sum()
-    right = (logits.argmax(-1) == targets).sum()
-    count = float(targets.numel())
-    return {"loss": (loss.item(), count), "accuracy": (float(right.item()), count)}
-
-
-def _means(sums: Sums) -> dict[str, float]:
-    return {metric: total / count for metric, (total, count) in sums.items() if count > 0}

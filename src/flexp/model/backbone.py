@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flexp.dice import Dice
 from flexp.errors import ModelError
 from flexp.model.adapter import Kind, Layout, initial, layout
-from flexp.model.cut import PASS, Pass, Seat, Station, run
+from flexp.model.cut import PASS, Pass, Seat, Station, Tap, run
 from flexp.model.skeleton import (
     TaskKind,
     bare,
@@ -44,6 +44,7 @@ class Backbone:
         name: str = "",
         lacking: set[str] | None = None,
         blocks_at: str | None = None,
+        chunked: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.config: Any = model.config
@@ -66,6 +67,7 @@ class Backbone:
                 module.forward = Wearing(module, path, _worn_now)
         self._layouts: dict[tuple[Kind, int | None], Layout] = {}
         self._check()
+        self.output = self._tapped() if chunked and task == "causal-lm" else None
 
     @classmethod
     def open(
@@ -81,11 +83,13 @@ class Backbone:
         blocks_at: str | None = None,
         name: str = "",
         pad: int | None = None,
+        chunked: bool = False,
     ) -> Backbone:
         """Loads a folder or hub id (safetensors only), frozen and cuttable.
 
         Parameters that the checkpoint lacks begin the same everywhere, from ``seed``. ``pad`` is
-        the tokenizer's padding id. Raises ModelError.
+        the tokenizer's padding id. ``chunked`` lets a loss take the logits of a wide vocabulary a
+        few tokens at a time, which adds in another order than whole logits do. Raises ModelError.
         """
         config = read_config(source, task, classes, revision)
         if config.pad_token_id is None and pad is not None:
@@ -94,7 +98,9 @@ class Backbone:
         fill(model, lacking, Dice(seed)("head"))
         model = model.to(device)
         shown = name or str(source)
-        return cls(model, task=task, name=shown, lacking=lacking, blocks_at=blocks_at)
+        return cls(
+            model, task=task, name=shown, lacking=lacking, blocks_at=blocks_at, chunked=chunked
+        )
 
     # ---- names
 
@@ -130,14 +136,16 @@ class Backbone:
         first: int = 0,
         last: int | None = None,
         feed: Tensor | None = None,
+        tap: bool = False,
     ) -> Tensor:
         """Blocks ``first`` to ``last`` of one forward, from ``feed`` if given.
 
-        Returns the hidden state [rows, length, width] at ``last``, or the logits if it is None.
+        Returns the hidden state [rows, length, width] at ``last``, or the logits if it is None;
+        with ``tap`` what the output embedding would have read.
         """
         if feed is not None and first == last:
             return feed
-        return run(self.model, Pass(first, last, feed, worn or Worn()), inputs)
+        return run(self.model, Pass(first, last, feed, worn or Worn(), tap), inputs)
 
     def blanks(self, shapes: Mapping[str, tuple[int, ...]], mask: Tensor | None) -> dict[str, Any]:
         """Inputs that say nothing but shape and padding, for the side that has no real ones.
@@ -176,6 +184,24 @@ class Backbone:
         shape = (rows, self.config.num_channels, height, width)
         image = torch.linspace(-1, 1, rows * shape[1] * height * width).reshape(shape)
         return {"pixel_values": image.to(self.dtype)}
+
+    def _tapped(self) -> nn.Linear | None:
+        """The output embedding, if logits are just its product; families may scale them after."""
+        output: Any = cast(Any, self.model).get_output_embeddings()
+        if not isinstance(output, nn.Linear):
+            return None
+        module: Any = output
+        plain, module.forward = output.forward, Tap(output)
+        inputs = self._on_device(self._sample())
+        with torch.no_grad():
+            try:
+                same = torch.equal(plain(self.run(inputs, tap=True)), self.run(inputs))
+            except AttributeError:  # the model never calls it, and gives logits at the tap
+                same = False
+        if same:
+            return output
+        module.forward = plain
+        return None
 
     def _probe(self, blocks: nn.ModuleList) -> tuple[list[bool], int]:
         seen: list[Any] = []

@@ -96,6 +96,7 @@ class Pass:
     last: int | None = None
     feed: Tensor | None = None
     worn: Worn | None = None
+    tap: bool = False  # stop before the output embedding
 
 
 PASS: ContextVar[Pass | None] = ContextVar("flexp_pass", default=None)
@@ -140,8 +141,21 @@ class Station:
         return (hidden,) if self.in_tuple else hidden
 
 
+class Tap:
+    """Replaces the output embedding's forward on the instance: a loss can have what it reads."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.forward: Callable[..., Any] = module.forward
+
+    def __call__(self, hidden: Tensor) -> Any:
+        now = PASS.get()
+        if now is not None and now.tap:
+            raise Stopped(hidden)
+        return self.forward(hidden)
+
+
 def run(model: nn.Module, now: Pass, inputs: Mapping[str, Tensor]) -> Tensor:
-    """One forward under a pass: the hidden state at ``last``, or the logits."""
+    """One forward under a pass: the hidden state at ``last`` or at the tap, or the logits."""
     token = PASS.set(now)
     try:
         return model(**inputs).logits

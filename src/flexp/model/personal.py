@@ -6,10 +6,10 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flexp.dice import Dice
@@ -37,6 +37,13 @@ class Objective(Protocol):
     """The task's own loss, in nats, averaged over rows or tokens."""
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Fused(Protocol):
+    """An objective that takes what the output embedding reads, and never makes all logits."""
+
+    def fused(self, hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tensor: ...
 
 
 class Far(Protocol):
@@ -134,6 +141,9 @@ class PersonalModel:
         """The task's loss in nats, at the client or, with labels "loss", at the server."""
         if self.seat.labels == "loss":
             return self._forward(batch, wear, "loss", None)
+        output = self.backbone.output
+        if self.seat.labels == "keep" and output is not None and isinstance(self.task, Fused):
+            return self.task.fused(self._forward(batch, wear, "tap", None), output, batch.labels)
         return self.task.loss(self.logits(batch, wear), batch.labels)
 
     def hidden(
@@ -174,22 +184,25 @@ class PersonalModel:
             inputs["attention_mask"] = torch.cat([mask.new_ones(rows, tokens), mask], dim=1)
         return inputs
 
-    def _forward(self, batch: Inputs, wear: Wear, until: Until, near: Tensors | None) -> Tensor:
+    def _forward(
+        self, batch: Inputs, wear: Wear, until: Until | Literal["tap"], near: Tensors | None
+    ) -> Tensor:
         worn, inputs, coefs, dice = self._begin(batch, wear, near)
         rows = len(next(iter(inputs.values())))
         if isinstance(wear, PerRow) and len(wear.row) != rows:
             raise AdapterError(f"{len(wear.row)} rows wear something, but the batch has {rows}.")
         depth, cut = self.backbone.depth, self.seat.cut
         stop = depth if until == "hidden" else None
+        tap = until == "tap"
         if self.seat.near_only(depth):
-            out = self.backbone.run(inputs, worn, last=stop)
+            out = self.backbone.run(inputs, worn, last=stop, tap=tap)
         else:
             front = self.backbone.run(inputs, worn, last=cut.front)
             ends_far = self.seat.labels != "keep"
             ask = Ask(
                 wear=_bare(wear),
                 train=self.train,
-                until=until if ends_far else "hidden",
+                until=until if ends_far and until != "tap" else "hidden",
                 shapes={k: tuple(v.shape) for k, v in inputs.items()},
                 mask=inputs.get("attention_mask"),
                 labels=batch.labels if until == "loss" else None,
@@ -197,8 +210,9 @@ class PersonalModel:
             )
             out = self._cross(ask, front, [c for c in coefs if c is not None])
             if not ends_far:
-                out = self.backbone.run(inputs, worn, first=depth - cut.back, last=stop, feed=out)
-        if worn.prompt is not None and until == "logits" and out.dim() == 3:
+                first = depth - cut.back
+                out = self.backbone.run(inputs, worn, first=first, last=stop, feed=out, tap=tap)
+        if worn.prompt is not None and until in ("logits", "tap") and out.dim() == 3:
             out = out[:, len(worn.prompt) :]
         if out.requires_grad:
             count = partial(self._count, rows)

@@ -1,0 +1,64 @@
+"""Counts of a batch, and the next-token loss without all logits of a wide vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Sums = Mapping[str, tuple[float, float]]  # metric -> sum, count; added over batches and clients
+CHUNK = 64  # tokens: 13 MB of logits for a vocabulary of 49,152
+
+
+class _Chunked(torch.autograd.Function):
+    """The gradient is made in the forward, while a chunk's logits are there."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        count = max(1, len(targets))
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grads: list[Tensor] = []
+        for at in range(0, len(targets), CHUNK):
+            h, wanted = hidden[at : at + CHUNK], targets[at : at + CHUNK]
+            logits = functional.linear(h, weight, bias).float()
+            total += functional.cross_entropy(logits, wanted, reduction="sum")
+            if ctx.needs_input_grad[0]:
+                slope = torch.softmax(logits, dim=-1)
+                slope[torch.arange(len(wanted), device=slope.device), wanted] -= 1
+                grads.append((slope / count).to(weight.dtype) @ weight)
+        if grads:
+            ctx.save_for_backward(torch.cat(grads))
+        return total / count
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grads[0].to(slope.dtype), None, None, None
+
+
+def chunked_loss(hidden: Tensor, output: nn.Linear, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of hidden states [N, d] through a frozen output embedding."""
+    return cast(Tensor, _Chunked.apply(hidden, output.weight, output.bias, targets))  # pyright: ignore[reportUnknownMemberType]
+
+
+def wide(logits: Tensor) -> Tensor:
+    """At least single precision: a softmax over a vocabulary is wrong in half."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def counted(logits: Tensor, targets: Tensor) -> dict[str, tuple[float, float]]:
+    loss = functional.cross_entropy(logits, targets, reduction="none").double().sum()
+    right = (logits.argmax(-1) == targets).sum()
+    count = float(targets.numel())
+    return {"loss": (loss.item(), count), "accuracy": (float(right.item()), count)}
+
+
+def means(sums: Sums) -> dict[str, float]:
+    return {metric: total / count for metric, (total, count) in sums.items() if count > 0}
