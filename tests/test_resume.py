@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,3 +105,25 @@ def test_rounds_are_counted_once(recipe_of: Recipe) -> None:
     folder = run(recipe, resume=True)
     rounds = [e.round for e in events.read(folder / "events.jsonl") if isinstance(e, events.Merged)]
     assert rounds == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_language_model_killed_from_outside_and_resumed(recipe_of: Recipe, tiny_lm: Path) -> None:
+    recipe = recipe_of(task__kind="causal-lm", model__source=str(tiny_lm), rounds=4)
+    clean = run(recipe, "name=clean")
+    command = [sys.executable, "-m", "flexp.cli", "run", str(recipe), "name=killed"]
+    log = clean.parent / "killed" / "events.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (log.is_file() and "TurnEnded" in last(log, 2)):
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (clean.parent / "killed" / "adapters").exists()
+    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
+    assert outcome(clean.parent / "killed")[:2] == outcome(clean)[:2]
+
+
+def last(log: Path, round: int) -> str:
+    """The lines of a round of a log, or of later ones."""
+    found = log.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in found if f'"round": {round - 1}' in line)
