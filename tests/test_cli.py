@@ -33,6 +33,25 @@ def test_run_then_predict_with_the_adapter(flexp: Flexp, recipe_of: Recipe) -> N
     assert sum(predictions[0]["probabilities"].values()) == pytest.approx(1.0)
 
 
+def test_a_report_of_two_methods(flexp: Flexp, recipe_of: Recipe, tmp_path: Path) -> None:
+    recipe = str(recipe_of(rounds=1))
+    for method in ("local", "flexp"):
+        assert flexp("run", recipe, f"strategy.name={method}", f"name={method}")[0] == 0
+    folders = [str(tmp_path / "runs" / method) for method in ("local", "flexp")]
+    code, out, err = flexp("report", *folders, "--out", str(tmp_path / "two.html"), "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["metric"] == "accuracy"
+    assert len(document["runs"]) == 2
+    page = Path(document["out"]).read_text(encoding="utf-8")
+    for client in ("anna", "ben", "carl dee"):
+        assert client in page
+    code, out, err = flexp("report", str(tmp_path), "--out", str(tmp_path / "none.html"))
+    assert code == 2
+    assert "events.jsonl" in err
+    assert not (tmp_path / "none.html").exists()
+
+
 def test_people_see_a_table_and_where_things_are(flexp: Flexp, recipe_of: Recipe) -> None:
     code, out, _ = flexp("run", str(recipe_of()), "strategy.name=local")
     assert code == 0

@@ -194,6 +194,23 @@ def export(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Writes one HTML file: fleet, curves, own against global, bytes and memory."""
+    console = begin(as_json)
+    from flexp import commands
+
+    document = commands.write_report(runs, out)
+    if as_json:
+        emit(document)
+    else:
+        console.print(document["out"], highlight=False, markup=False)
+
+
+@app.command()
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe whose data to look at.")] = None,
     overrides: Overrides = None,

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 import yaml
 
-from flexp import assets, checkpoint, export, voices
+from flexp import assets, checkpoint, export, report, voices
 from flexp import run as running
 from flexp.data.federation import label_table
 from flexp.data.tasks import open_tokenizer
@@ -25,12 +25,13 @@ from flexp.events import Checkpointed, Recorder, Sink, Stream
 from flexp.model.skeleton import AUTO
 from flexp.model.weights import fill
 from flexp.parcel import write_atomic
-from flexp.plan.devices import measure
+from flexp.plan.devices import format_bytes, measure
 from flexp.plan.planner import near_bytes
 from flexp.recipe import Recipe
 from flexp.seating import dtype_of, has_bfloat16
 from flexp.stage import Say, Survey, prepare, survey
 from flexp.strategies import methods, options_of
+from flexp.terminal import shown
 
 Chat = Callable[[str], dict[str, str]]
 
@@ -194,6 +195,12 @@ def export_adapter(
         "out": str(out),
         "files": {path.name: path.stat().st_size for path in files},
     }
+
+
+def write_report(folders: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Writes one HTML file about these runs, and returns where, and the numbers in it."""
+    written = report.write(folders, out, report.Formats(format_bytes, shown))
+    return {"out": str(written), **report.summary(folders)}
 
 
 def doctor(recipe: Recipe | None, cache: assets.Cache) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+import yaml
 
 from flexp import assets, commands, recipe_file, voices
 from flexp import run as running
@@ -19,7 +20,7 @@ from flexp.engine.base import Assignment
 from flexp.errors import RecipeError
 from flexp.events import Event, Recorder, Sink, Stream, TurnEnded
 from flexp.link.metered import Ledger
-from flexp.parcel import file_name
+from flexp.parcel import file_name, write_atomic
 from flexp.privacy import attack
 from flexp.recipe import Recipe
 from flexp.stage import Say, Stage, opened, read_rows, survey, with_method
@@ -83,6 +84,8 @@ def play(
         stream = Stream()
         with Recorder(out / name / "events.jsonl", clock) as recorder:
             recorder.clear()
+            plain = yaml.safe_dump(recipes[name].plain(), sort_keys=False)
+            write_atomic(out / name / "recipe.yaml", plain.encode())
             for sink in (
                 recorder,
                 _counting(traffic[name]),
@@ -97,6 +100,7 @@ def play(
         with ThreadPoolExecutor(demo.side_by_side) as pool:
             results = dict(zip(recipes, pool.map(one, recipes), strict=True))
         running.save_adapters(stages["flexp"], results["flexp"], out / "adapters")
+        folders = [out / name for name in recipes]
         rows = [row for name, r in results.items() for row in running.rows(r.scores, name, seed)]
         return {
             "methods": list(recipes),
@@ -104,7 +108,7 @@ def play(
             "seed": seed,
             "seats": _seats(first, traffic["flexp"]),
             "bytes": {name: dict(count) for name, count in traffic.items()},
-            "out": str(out),
+            "report": commands.write_report(folders, out / "report.html")["out"],
             "rows": rows,
             **demo.closing(stages["flexp"], results["flexp"], out, cache),
         }
