@@ -65,6 +65,7 @@ format: $(STAMP)  ## Rewrite the code in the project's format
 bench: $(STAMP)  ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/demos.py quick
 	$(BIN)/python benchmarks/demos.py shakespeare
+	$(BIN)/python benchmarks/partial.py
 
 docs: $(STAMP)  ## Build the documentation into build/site
 	$(PIP) install -q -e ".[docs]"

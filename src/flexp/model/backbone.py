@@ -16,6 +16,7 @@ from flexp.dice import Dice
 from flexp.errors import ModelError
 from flexp.model.adapter import Kind, Layout, initial, layout
 from flexp.model.cut import PASS, Pass, Seat, Station, Tap, run
+from flexp.model.hollow import Absent, absent, beginnable, lent, part
 from flexp.model.skeleton import (
     TaskKind,
     bare,
@@ -54,10 +55,13 @@ class Backbone:
             raise ModelError(f"{self.name} is an encoder-decoder; these cannot be cut.")
         self.config.use_cache = False
         self.blocks_path, blocks = block_list(model, blocks_at)
-        self.depth = len(blocks)
+        self.depth, self.absent = len(blocks), absent(model)
+        every = range(self.depth)
+        self.held = frozenset(i for i in every if f"{self.blocks_path}.{i}" not in self.absent)
         self.head = () if task == "causal-lm" else head_leaves(model, lacking, self.blocks_path)
         self.dtype = next(model.parameters()).dtype
-        self.in_tuple, self.width = self._probe(blocks)
+        with lent(model, list(blocks), self.held):
+            self.in_tuple, self.width = self._probe(blocks)
         for index, block in enumerate(blocks):
             block.forward = Station(block, index, self.depth, self.in_tuple[index])
         for path, module in modules(model).items():
@@ -66,8 +70,9 @@ class Backbone:
             if path in self.head or (inside and leaf):
                 module.forward = Wearing(module, path, _worn_now)
         self._layouts: dict[tuple[Kind, int | None], Layout] = {}
-        self._check()
-        self.output = self._tapped() if chunked and task == "causal-lm" else None
+        with lent(model, [block.forward for block in blocks], self.held):
+            self._check()
+            self.output = self._tapped() if chunked and task == "causal-lm" else None
 
     @classmethod
     def open(
@@ -84,17 +89,27 @@ class Backbone:
         name: str = "",
         pad: int | None = None,
         chunked: bool = False,
+        blocks: frozenset[int] | None = None,
+        outside: bool = True,
     ) -> Backbone:
         """Loads a folder or hub id (safetensors only), frozen and cuttable.
+
+        Only ``blocks`` come into memory (None: all); a forward may pass the others by, not run
+        them. A server's trunk also does without what lies ``outside``: its embeddings are blank,
+        its output embedding absent (a classifier's small head stays).
 
         Parameters that the checkpoint lacks begin the same everywhere, from ``seed``. ``pad`` is
         the tokenizer's padding id. ``chunked`` lets a loss take the logits of a wide vocabulary a
         few tokens at a time, which adds in another order than whole logits do. Raises ModelError.
         """
         config = read_config(source, task, classes, revision)
-        if config.pad_token_id is None and pad is not None:
+        if pad is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = pad
-        model, lacking = load(source, config, task, dtype=dtype, revision=revision)
+        wanted = None
+        if blocks is not None or not outside:
+            bones = bare(config, task, blocks_at=blocks_at)
+            blocks_at, wanted = bones.blocks_path, part(bones, blocks, outside)
+        model, lacking = load(source, config, task, dtype=dtype, revision=revision, part=wanted)
         fill(model, lacking, Dice(seed)("head"))
         model = model.to(device)
         shown = name or str(source)
@@ -123,8 +138,12 @@ class Backbone:
         return self._layouts[kind, rank]
 
     def initial(self, kind: Kind, dice: Dice, rank: int | None = None) -> Tensors:
-        """The adapter that everybody begins with."""
-        return initial(self.layout(kind, rank), dice, dict(self.model.named_parameters()))
+        """The adapter that everybody begins with.
+
+        What begins as a copy of the backbone's own values is there for held modules only.
+        """
+        shapes = beginnable(self.layout(kind, rank), self.absent)
+        return initial(shapes, dice, dict(self.model.named_parameters()))
 
     # ---- forwards
 
@@ -188,7 +207,7 @@ class Backbone:
     def _tapped(self) -> nn.Linear | None:
         """The output embedding, if logits are just its product; families may scale them after."""
         output: Any = cast(Any, self.model).get_output_embeddings()
-        if not isinstance(output, nn.Linear):
+        if not isinstance(output, nn.Linear) or isinstance(output.forward, Absent):
             return None
         module: Any = output
         plain, module.forward = output.forward, Tap(output)

@@ -10,20 +10,28 @@ from torch import nn
 
 from flexp.dice import Dice
 from flexp.errors import ModelError
+from flexp.model.hollow import Part
 from flexp.model.skeleton import AUTO, TaskKind
 
 
 def load(
-    source: str | Path, config: Any, task: TaskKind, *, dtype: torch.dtype, revision: str | None
+    source: str | Path,
+    config: Any,
+    task: TaskKind,
+    *,
+    dtype: torch.dtype,
+    revision: str | None,
+    part: Part | None = None,
 ) -> tuple[nn.Module, set[str]]:
     """The model of a folder or hub id, and the names of the parameters that it lacks.
 
-    Raises ModelError.
+    Only the tensors of a ``part`` are read. Raises ModelError.
     """
+    loader = AUTO[task] if part is None else part.loader()
     try:
-        model, info = AUTO[task].from_pretrained(
+        model, info = loader.from_pretrained(
             source,
-            config=config,
+            config=config if part is None else part.config,
             revision=revision,
             dtype=dtype,
             use_safetensors=True,
@@ -34,6 +42,7 @@ def load(
         first = str(problem).strip().splitlines()[0]
         raise ModelError(f'The weights of "{source}" cannot be loaded: {first}') from problem
     mismatched = {row[0] for row in info.get("mismatched_keys", ())}
+    model = model if part is None else part.restore(model)
     return model, set(info["missing_keys"]) | mismatched
 
 
