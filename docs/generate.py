@@ -140,17 +140,24 @@ def methods() -> str:
     rows = [
         [
             f"[`{m['method']}`](#{m['method']})",
-            m["paper"],
+            m["kind"],
+            m["does"],
+            m["reference"],
             m["split"],
-            "; ".join(f"`{one['what']}`: {one['why']}" for one in m["leaves"]) or "–",
+            m["personal"],
+            "; ".join(f"`{one['what']}` ({one['part']}): {one['why']}" for one in m["leaves"])
+            or "–",
             m["reconstruction"] or "–",
         ]
         for m in found
     ]
     heads = [
         "method",
-        "paper",
+        "kind",
+        "what it does",
+        "reference",
         "on a cut",
+        "personal",
         "leaves a client, beyond the cut's own",
         "reconstruction",
     ]

@@ -74,6 +74,8 @@ def test_the_picture_names_every_module_in_order() -> None:
     for heads, what in rows:
         if heads.endswith("/`"):
             inside = {p.name for p in (source / heads.strip("`/")).glob("[!_]*.py")}
+            if heads == "`strategies/`":  # methods have a generated page of their own
+                inside = {"base.py"}
             assert set(re.findall(r"`([a-z0-9_]+\.py)`", what)) == inside, heads
 
 
@@ -175,7 +177,7 @@ def test_the_example_method_is_found_by_name(
     asked = recipe_file.make(recipe_file.parse(snippet, "page")).strategy
     built = strategies.build(asked.name, asked.options)
     assert built == fedprox.FedProx(mu=0.5)
-    assert "fedprox" in {row["method"] for row in commands.listing()}
+    assert "my_fedprox" in {row["method"] for row in commands.listing()}
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

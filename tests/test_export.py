@@ -49,7 +49,7 @@ def test_a_split_trained_adapter_opens_with_plain_peft(recipe_of: Recipe, tmp_pa
     ready.engine.close()
     folder = next(path for path in written if path.name == "anna")
     args = [
-        str(ready.source),
+        str(ready.survey.source),
         str(folder),
         batch.inputs["input_ids"].tolist(),
         batch.inputs["attention_mask"].tolist(),

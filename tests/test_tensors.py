@@ -123,6 +123,21 @@ def test_selections_are_sets(one: Where, two: Where) -> None:
     assert taken(~(one & two)) == taken(~one | ~two)
 
 
+def test_selections_in_words() -> None:
+    told = {
+        "everything": ALL,
+        "nothing": ~ALL,
+        "all but the head": ~HEAD,
+        "the near part": NEAR,
+        "the far part and the head": FAR | HEAD,
+        "the near part, only all but the head": NEAR & ~HEAD,
+        "the last 2 blocks and the head": Where(last=2),
+        "the trunk, only what is called *.lora_A.*": Where(part="trunk", names="*.lora_A.*"),
+    }
+    for words, where in told.items():
+        assert where.words() == words
+
+
 @given(wheres)
 def test_selections_are_plain_data(where: Where) -> None:
     back = Where.from_json(json.loads(json.dumps(where.to_json())))

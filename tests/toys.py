@@ -19,6 +19,7 @@ from flexp.data.loss import chunked_loss
 from flexp.dice import Dice
 from flexp.engine.base import Arrival, Assignment, replies
 from flexp.engine.local import LocalEngine
+from flexp.evaluate import pooled
 from flexp.link.metered import Ledger
 from flexp.model.adapter import Kind, Lora
 from flexp.model.backbone import Backbone
@@ -311,18 +312,23 @@ def play(
     keep_crossings: bool = False,
     wrap: Any = None,
     rows: int = 12,
+    shards: Mapping[str, Shard] | None = None,
+    measures: bool = False,
 ) -> Played:
     """A toy run of a few clients; each one's personal adapter at the end."""
     body = backbone(family)
-    names = [f"c{n}" for n in range(len(seeds))]
-    shards = {name: shard(seed, rows) for name, seed in zip(names, seeds, strict=True)}
+    drawn = {f"c{n}": shard(seed, rows) for n, seed in enumerate(seeds)}
+    shards = drawn if shards is None else shards
+    names = list(shards)
     given = [seats] * len(names) if isinstance(seats, Seat) else list(seats)
     placed = dict(zip(names, given, strict=True))
     more = {} if wrap is None else {"wrap": wrap}
+    central = strategy.kind == "centralised"
     engine = LocalEngine(
         body,
         toy_task(body),
         shards,
+        pool=pooled(shards, None, "train") if central else None,
         kind=kind or Lora(rank=3, alpha=6.0),
         training=training or Training(Optim(lr=1e-2), batch=4, steps=3, clip_norm=0.5),
         dice=Dice(0),
@@ -330,17 +336,23 @@ def play(
         keep_crossings=keep_crossings,
         **more,
     )
+    engine.measures = measures
     try:
         scene = Scene(tuple(names), placed, engine.initial, Dice(0)("strategy"))
         state, arrivals = strategy.start(scene), list[Arrival]()
         for r in range(rounds):
             chosen = [names[n] for n in order] if order else names
-            for w, wave in enumerate(strategy.waves(state, chosen, Dice(0)("waves", round=r))):
-                turn = Turn(r, rounds, w, True, placed, {}, body.block_of, body.depth)
+            waves = strategy.waves(state, chosen, Dice(0)("waves", round=r))
+            places = body.block_of, body.depth
+            arrivals.clear()
+            for w, wave in enumerate(waves):
+                last = w == len(waves) - 1
+                turn = Turn(r, rounds, w, last, placed, {}, *places, tuple(chosen))
                 work = [Assignment(c, placed[c], strategy.offer(state, c, turn)) for c in wave]
-                arrivals = list(engine.run(strategy, work, turn))
-                turn = replace(turn, rows={a.client: a.rows for a in arrivals})
-                state = strategy.merge(state, replies(arrivals), turn)
+                found = list(engine.run(strategy, work, turn))
+                arrivals += found
+                turn = replace(turn, rows={a.client: a.rows for a in found})
+                state = strategy.merge(state, replies(found), turn)
         return Played(personal(strategy, state, engine, placed, rounds), arrivals, state, engine)
     finally:
         engine.close()

@@ -30,7 +30,7 @@ from flexp.plan.planner import near_bytes
 from flexp.recipe import Recipe
 from flexp.seating import dtype_of, has_bfloat16
 from flexp.stage import Say, Survey, prepare, survey
-from flexp.strategies import methods, options_of
+from flexp.strategies import about, methods, options_of
 from flexp.terminal import shown
 
 Chat = Callable[[str], dict[str, str]]
@@ -247,18 +247,26 @@ def manage_assets(
 
 
 def listing() -> list[dict[str, Any]]:
-    """Every method with its paper, its options and what of it is reconstruction."""
+    """Every method: what it does, after whom, its options, what leaves and what is personal."""
     return [
         {
             "method": name,
-            "paper": method.paper,
+            "does": about(method),
+            "kind": method.kind,
+            "reference": method.paper,
             "split": method.split,
-            "reconstruction": method.reconstruction,
-            "options": options_of(method),
+            "personal": method.own.words(),
             "leaves": [
-                {"what": leave.what, "where": leave.where.to_json(), "why": leave.why}
+                {
+                    "what": leave.what,
+                    "part": leave.where.words(),
+                    "when": leave.when,
+                    "why": leave.why,
+                }
                 for leave in method.leaves
             ],
+            "reconstruction": method.reconstruction,
+            "options": options_of(method),
         }
         for name, method in methods().items()
     ]

@@ -211,7 +211,7 @@ def _shakespeare(
             "U-shape: text, labels, loss and head stayed on the devices. " + _WHO,
             "Open an adapter with plain PEFT:",
             "  from transformers import AutoModelForCausalLM; from peft import PeftModel",
-            f'  model = AutoModelForCausalLM.from_pretrained("{stage.source}")',
+            f'  model = AutoModelForCausalLM.from_pretrained("{stage.survey.source}")',
             f'  model = PeftModel.from_pretrained(model, "{folders[0]}")',
             f'Or talk to it: flexp chat "{folders[0]}" --frame "Horatio: {{text}}\\nHamlet:"',
         ],
@@ -241,7 +241,7 @@ def leak(stage: Stage, result: running.Result, client: str, cache: assets.Cache)
     public = torch.tensor(ids[: 2 * LENGTH * PUBLIC]).reshape(-1, 2 * LENGTH)
     front = stage.seats[client].cut.front
     found = attack.recover(stage.backbone, hidden[:LENGTH], front=front, public=public)
-    tokenizer: Any = open_tokenizer(stage.source)
+    tokenizer: Any = open_tokenizer(stage.survey.source)
     return {
         "client": client,
         "front": front,

@@ -54,7 +54,8 @@ class RoundStarted:
 class TurnEnded:
     """When a client's reply has arrived; bytes and seconds are those of the whole turn.
 
-    ``kinds`` are the bytes by way and kind of tensor, as "up hidden".
+    ``kinds`` are the bytes by way and kind of tensor, as "up hidden". ``measured`` holds
+    near_flops, far_flops and peak_bytes of the turn where they were measured, and its messages.
     """
 
     round: int
@@ -66,6 +67,7 @@ class TurnEnded:
     sent_bytes: int
     received_bytes: int
     kinds: Facts = field(default_factory=dict[str, Any])
+    measured: Facts = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)

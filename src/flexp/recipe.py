@@ -102,16 +102,21 @@ class TrainRecipe(_Part):
 
 
 class DeviceRecipe(_Part):
-    """A kind of device; ``memory`` like "600MB" or "1.5GiB"."""
+    """A kind of device; ``memory`` like "600MB" or "1.5GiB", speeds for the simulated clock."""
 
     name: str
     memory: int | str
+    gflops: Annotated[float, Field(gt=0)] | None = None
+    up_mbit: Annotated[float, Field(gt=0)] | None = None
+    down_mbit: Annotated[float, Field(gt=0)] | None = None
+    latency_ms: Annotated[float, Field(ge=0)] = 0.0
 
 
 class PlanRecipe(_Part):
     """Where models are cut. ``cut`` [front, back] for all, or per client in ``cuts``; else devices.
 
     Clients take the devices in turn, in order of their names, unless ``assign`` says otherwise.
+    ``ranks`` gives single clients another LoRA rank than the adapter's.
     """
 
     labels: Literal["keep", "logits", "loss"] = "keep"
@@ -119,7 +124,9 @@ class PlanRecipe(_Part):
     cuts: Mapping[str, tuple[int, int]] = {}
     devices: tuple[DeviceRecipe, ...] = ()
     assign: Mapping[str, str] = {}
+    ranks: Mapping[str, Annotated[int, Field(ge=1)]] = {}
     goal: Literal["memory_only", "static", "random"] = "memory_only"
+    server_gflops: Annotated[float, Field(gt=0)] | None = None
     min_back: Annotated[int, Field(ge=0)] = 0
     max_depth: Annotated[int, Field(ge=1)] | None = None
 

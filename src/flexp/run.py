@@ -7,6 +7,7 @@ their data lives, replies are merged, scores and checkpoints are written.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from flexp.events import (
     TurnFailed,
 )
 from flexp.link.metered import Ledger
-from flexp.parcel import file_name
+from flexp.parcel import Facts, file_name
 from flexp.stage import Stage
 from flexp.strategies.base import ClientId, Scene, Turn
 
@@ -54,13 +55,18 @@ def run(stage: Stage, stream: Stream, *, out: Path | None = None, resume: bool =
         chosen = sample(stage, r)
         stream.write(RoundStarted(r, tuple(chosen)))
         waves = strategy.waves(state, chosen, stage.dice("waves", round=r))
+        failed, had = list[Arrival](), Counter[ClientId]()
         for w, wave in enumerate(waves):
-            turn = turn_of(stage, r, w, last=w == len(waves) - 1)
-            work = [Assignment(c, turn.seats[c], strategy.offer(state, c, turn)) for c in wave]
+            turn = turn_of(stage, r, w, chosen, last=w == len(waves) - 1)
+            offers = {c: strategy.offer(state, c, turn) for c in wave}
+            work = [Assignment(c, turn.seats[c], offers[c], had[c]) for c in wave]
+            had.update(wave)
             arrivals = [tell(stream, turn, a) for a in engine.run(strategy, work, turn)]
-            turn = replace(turn, rows=rows_of(arrivals))
+            failed += [a for a in arrivals if a.failure is not None]
+            turn = replace(turn, rows={a.client: a.rows for a in arrivals})
             state = strategy.merge(state, replies(arrivals), turn)
             stream.write(Merged(r, w, tuple(replies(arrivals))))
+        check(failed, sum(map(len, waves)))
         done = r + 1
         if done == recipe.rounds or (recipe.evaluate.every and done % recipe.evaluate.every == 0):
             scores = score(stage, state, stream, done)
@@ -109,22 +115,30 @@ def round_half_up(x: float) -> int:
     return int(x + 0.5)
 
 
-def turn_of(stage: Stage, round: int, wave: int, *, last: bool) -> Turn:
+def turn_of(
+    stage: Stage, round: int, wave: int, chosen: Sequence[ClientId] = (), *, last: bool
+) -> Turn:
     """The turn of a wave, before anything is known of its rows."""
     backbone = stage.backbone
     return Turn(
-        round, stage.recipe.rounds, wave, last, stage.seats, {}, backbone.block_of, backbone.depth
+        round,
+        stage.recipe.rounds,
+        wave,
+        last,
+        stage.seats,
+        {},
+        backbone.block_of,
+        backbone.depth,
+        tuple(chosen),
     )
 
 
-def rows_of(arrivals: Sequence[Arrival]) -> dict[ClientId, int]:
-    """Rows that each client trained on; raises FlexpError if every client of a wave failed."""
-    failed = [a for a in arrivals if a.failure is not None]
-    if arrivals and len(failed) == len(arrivals):
+def check(failed: Sequence[Arrival], turns: int) -> None:
+    """Raises FlexpError if every turn of a round failed."""
+    if turns and len(failed) == turns:
         first = failed[0]
         error = first.failure.error if first.failure else ""
         raise FlexpError(f'Every client failed, the first one ("{first.client}") with: {error}')
-    return {a.client: a.rows for a in arrivals}
 
 
 def tell(stream: Stream, turn: Turn, arrival: Arrival) -> Arrival:
@@ -146,9 +160,23 @@ def tell(stream: Stream, turn: Turn, arrival: Arrival) -> Arrival:
             ledger.sent,
             ledger.received,
             {f"{way} {kind}": size for (way, kind), size in sorted(ledger.kinds.items())},
+            measured(arrival),
         )
     )
     return arrival
+
+
+def measured(arrival: Arrival) -> Facts:
+    """What a turn took, as far as it was measured."""
+    held = arrival.measured
+    if held is None:
+        return {"messages": arrival.ledger.messages}
+    return {
+        "messages": arrival.ledger.messages,
+        "near_flops": held.near_flops,
+        "far_flops": held.far_flops,
+        "peak_bytes": held.peak,
+    }
 
 
 def score(stage: Stage, state: Any, stream: Stream, done: int) -> list[Score]:
@@ -178,7 +206,7 @@ def save_adapters(stage: Stage, result: Result, folder: Path) -> list[Path]:
         labels=tuple(getattr(task, "labels", ())),
         max_length=recipe.task.max_length,
         revision=recipe.model.revision,
-        folder=str(stage.source.resolve()),
+        folder=str(stage.survey.source.resolve()),
     )
     written: list[Path] = []
     for client in sorted(stage.placed):

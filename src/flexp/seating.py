@@ -15,7 +15,7 @@ from flexp.model.skeleton import Skeleton, head_leaves
 from flexp.plan.costs import BlockCosts, measure_costs
 from flexp.plan.devices import Device, parse_bytes
 from flexp.plan.planner import Choice, Limits, near_bytes, plan
-from flexp.recipe import AdapterRecipe, PlanRecipe, Recipe
+from flexp.recipe import AdapterRecipe, DeviceRecipe, PlanRecipe, Recipe
 from flexp.strategies.base import ClientId
 
 HERE = "this machine"
@@ -100,7 +100,7 @@ def place(recipe: Recipe, clients: list[ClientId], sized: BlockCosts) -> dict[Cl
         static=(1, 1 if asked.labels == "keep" and sized.blocks > 2 else 0),
         head_near=asked.labels == "keep",
     )
-    devices = _devices(asked, clients)
+    devices = devices_of(asked, clients)
     fixed = {c: asked.cuts.get(c, asked.cut) for c in clients}
     open_ = {c: d for c, d in devices.items() if fixed[c] is None}
     stream = Dice(recipe.seed)("plan").generator()
@@ -120,22 +120,32 @@ def place(recipe: Recipe, clients: list[ClientId], sized: BlockCosts) -> dict[Cl
             )
             size = near_bytes(sized, *cut, head_near=head_near)["total"]
             choice = Choice(cut[0], cut[1], size, "as the recipe says")
-        seat = Seat(Cut(choice.front, choice.back), asked.labels)
+        rank = asked.ranks.get(client)
+        seat = Seat(Cut(choice.front, choice.back), asked.labels, rank=rank)
         seat.check(sized.blocks, open_profile=recipe.privacy.profile != "u-shape", who=client)
         out[client] = Placed(devices[client].name, seat, choice.bytes, choice.reason)
     return out
 
 
 def _known(asked: PlanRecipe, clients: list[ClientId]) -> None:
-    for field, names in (("cuts", asked.cuts), ("assign", asked.assign)):
+    for field, names in (("cuts", asked.cuts), ("assign", asked.assign), ("ranks", asked.ranks)):
         for client in names:
             if client not in clients:
                 known = ", ".join(clients[:8])
                 raise PlanError(f'plan.{field}: there is no client "{client}". Clients: {known}.')
 
 
-def _devices(asked: PlanRecipe, clients: list[ClientId]) -> dict[ClientId, Device]:
-    kinds = {d.name: Device(d.name, parse_bytes(d.memory)) for d in asked.devices}
+def _device(d: DeviceRecipe) -> Device:
+    flops, up, down = (
+        None if value is None else value * unit
+        for value, unit in ((d.gflops, 1e9), (d.up_mbit, 1e6 / 8), (d.down_mbit, 1e6 / 8))
+    )
+    return Device(d.name, parse_bytes(d.memory), flops, up, down, d.latency_ms / 1000)
+
+
+def devices_of(asked: PlanRecipe, clients: list[ClientId]) -> dict[ClientId, Device]:
+    """What every client runs on; PlanError if a device is named that the recipe does not have."""
+    kinds = {d.name: _device(d) for d in asked.devices}
     if not kinds:
         return {c: Device(HERE, 1 << 60) for c in clients}
     names = list(kinds)

@@ -16,9 +16,10 @@ from flexp.data.tasks import open_tokenizer, padding_of
 from flexp.dice import Dice
 from flexp.engine.local import LocalEngine
 from flexp.errors import DataError, RecipeError, StrategyError
+from flexp.evaluate import pooled
 from flexp.model.adapter import Kind
 from flexp.model.backbone import Backbone
-from flexp.model.cut import Seat
+from flexp.model.cut import Seat, uncut
 from flexp.model.ops import Optim, SlotSpec
 from flexp.model.skeleton import Skeleton, skeleton
 from flexp.plan.costs import BlockCosts
@@ -26,28 +27,9 @@ from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
 from flexp.seating import Placed, adapter_kind, costs, dtype_of, place
 from flexp.strategies import build
-from flexp.strategies.base import ClientId, Strategy
+from flexp.strategies.base import ClientId, Setting, Strategy
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Everything that a run needs."""
-
-    recipe: Recipe
-    strategy: Strategy[Any]
-    federation: Federation
-    backbone: Backbone
-    placed: Mapping[ClientId, Placed]
-    engine: LocalEngine
-    dice: Dice
-    source: Path
-
-    @property
-    def seats(self) -> dict[ClientId, Seat]:
-        """The seats by client."""
-        return {c: p.seat for c, p in self.placed.items()}
 
 
 @dataclass(frozen=True)
@@ -64,6 +46,33 @@ class Survey:
     costs: BlockCosts
     placed: Mapping[ClientId, Placed]
     dice: Dice
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Everything that a run needs; ``placed`` is where this method's clients sit."""
+
+    survey: Survey
+    recipe: Recipe
+    strategy: Strategy[Any]
+    backbone: Backbone
+    placed: Mapping[ClientId, Placed]
+    engine: LocalEngine
+
+    @property
+    def federation(self) -> Federation:
+        """Everybody's data and the task."""
+        return self.survey.federation
+
+    @property
+    def dice(self) -> Dice:
+        """The randomness of the run."""
+        return self.survey.dice
+
+    @property
+    def seats(self) -> dict[ClientId, Seat]:
+        """The seats by client."""
+        return {c: p.seat for c, p in self.placed.items()}
 
 
 def survey(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None) -> Survey:
@@ -98,7 +107,7 @@ def opened(found: Survey) -> Stage:
     """Loads the backbone of a survey and makes everything ready to train."""
     recipe = found.recipe
     strategy = build(recipe.strategy.name, recipe.strategy.options)
-    _check_split(strategy, found.placed, found.bones.depth)
+    placed = seats_for(strategy, found, recipe)
     backbone = Backbone.open(
         found.source,
         task=recipe.task.kind,
@@ -111,39 +120,35 @@ def opened(found: Survey) -> Stage:
         pad=padding_of(found.tokenizer),
         chunked=recipe.mode == "fast",
     )
-    engine = _engine(recipe, backbone, found.federation, found.dice)
-    return Stage(
-        recipe,
-        strategy,
-        found.federation,
-        backbone,
-        found.placed,
-        engine,
-        found.dice,
-        found.source,
-    )
+    engine = _engine(strategy, found, recipe, backbone)
+    return Stage(found, recipe, strategy, backbone, placed, engine)
 
 
 def with_method(stage: Stage, recipe: Recipe) -> Stage:
     """The same data, model and seats for another method and training; nothing is opened again."""
+    found = stage.survey
     strategy = build(recipe.strategy.name, recipe.strategy.options)
-    _check_split(strategy, stage.placed, stage.backbone.depth)
-    engine = _engine(recipe, stage.backbone, stage.federation, stage.dice)
+    placed = seats_for(strategy, found, recipe)
+    engine = _engine(strategy, found, recipe, stage.backbone)
     # Where adapters begin is worked out here: building skeletons is not safe on two threads.
     engine.initial(SlotSpec())
-    return replace(stage, recipe=recipe, strategy=strategy, engine=engine)
+    return replace(stage, recipe=recipe, strategy=strategy, placed=placed, engine=engine)
 
 
-def _engine(recipe: Recipe, backbone: Backbone, federation: Federation, dice: Dice) -> LocalEngine:
+def _engine(
+    strategy: Strategy[Any], found: Survey, recipe: Recipe, backbone: Backbone
+) -> LocalEngine:
+    shards = found.federation.shards
     return LocalEngine(
         backbone,
-        federation.task,
-        federation.shards,
+        found.federation.task,
+        shards,
         kind=adapter_kind(recipe.adapter),
         training=training(recipe),
-        dice=dice,
+        dice=found.dice,
         profile=recipe.privacy.profile,
         run=recipe.hash()[:12],
+        pool=pooled(shards, None, "train") if strategy.kind == "centralised" else None,
     )
 
 
@@ -168,11 +173,22 @@ def training(recipe: Recipe) -> Training:
     return Training(optim, t.batch, t.steps, t.epochs, t.clip_norm, t.label_prior)
 
 
-def _check_split(strategy: Strategy[Any], placed: Mapping[ClientId, Placed], depth: int) -> None:
-    cut = [c for c, p in placed.items() if not p.seat.near_only(depth)]
-    if cut and strategy.split.startswith("no"):
-        raise StrategyError(
-            f'Method "{strategy.name}" does not work on a cut model: '
-            f"{strategy.split.partition(':')[2].strip()} Give every client the whole model with "
-            f"plan.cut=[{depth},0]."
-        )
+def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Mapping[ClientId, Placed]:
+    """Where a method's clients sit: as placed, or all at one place with the whole model.
+
+    Raises StrategyError if the method cannot run with this task, adapter, cut or rank.
+    """
+    depth = found.bones.depth
+    if strategy.kind == "centralised":
+        reason = "one place has the whole model and all rows"
+        return {c: Placed("one place", uncut(depth), 0, reason) for c in found.placed}
+    seats = {c: p.seat for c, p in found.placed.items()}
+    kind = adapter_kind(recipe.adapter)
+    head = recipe.task.kind == "classification" and recipe.adapter.head
+    refusal = strategy.refuses(Setting(recipe.task.kind, kind, seats, depth, head))
+    if strategy.split.startswith("no") and any(not s.near_only(depth) for s in seats.values()):
+        reason = strategy.split.partition(":")[2].strip()
+        refusal = f"{reason} Give every client the whole model with plan.cut=[{depth},0]."
+    if refusal:
+        raise StrategyError(f'Method "{strategy.name}" cannot run here: {refusal}')
+    return found.placed

@@ -70,6 +70,19 @@ class Where:
             and (self.names == "*" or fnmatch.fnmatchcase(name, self.names))
         )
 
+    def words(self) -> str:
+        """This selection for people, as "all but the head"."""
+        if self.join == "not":
+            inner = self.of[0].words()
+            return "nothing" if inner == "everything" else f"all but {inner}"
+        if self.join:
+            return (" and " if self.join == "or" else ", only ").join(w.words() for w in self.of)
+        told = [f"the {self.side} part"] if self.side else []
+        told += [f"the {self.part}"] if self.part else []
+        told += [f"the last {self.last} blocks and the head"] if self.last is not None else []
+        told += [f"what is called {self.names}"] if self.names != "*" else []
+        return ", only ".join(told) or "everything"
+
     def to_json(self) -> dict[str, Any]:
         """This selection as plain data, without what is left at its default."""
         plain: dict[str, Any] = {

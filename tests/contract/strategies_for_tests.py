@@ -13,8 +13,8 @@ from flexp.client.desk import Desk
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
-from flexp.strategies.base import ClientId, Scene, Served, Strategy, Turn
-from flexp.tensors import Mix, Tensors, Term, mean, total
+from flexp.strategies.base import ClientId, MethodKind, Scene, Served, Strategy, Turn
+from flexp.tensors import ALL, Mix, Tensors, Term, Where, mean, total
 
 PEERS, BASES = 2, 3
 
@@ -25,6 +25,8 @@ class Fomo(Strategy[Mapping[ClientId, Tensors]]):
 
     name: ClassVar[str] = "test-fomo"
     paper: ClassVar[str] = "after Zhang et al. 2021, arXiv 2012.08565"
+    kind: ClassVar[MethodKind] = "personalised"
+    own: ClassVar[Where] = ALL
     leaves: ClassVar[tuple[Leave, ...]] = (Leave("personal", why="peers mix it in"),)
     slots: ClassVar[Mapping[str, SlotSpec]] = {
         "personal": SlotSpec(lasts="run", moments="keep"),
@@ -74,6 +76,8 @@ class Basis(Strategy[tuple[Tensors, ...]]):
 
     name: ClassVar[str] = "test-basis"
     paper: ClassVar[str] = "after Chen et al. 2023, arXiv 2304.07882"
+    kind: ClassVar[MethodKind] = "personalised"
+    own: ClassVar[Where] = ALL
     leaves: ClassVar[tuple[Leave, ...]] = (Leave("base/*", why="bases are averaged"),)
     slots: ClassVar[Mapping[str, SlotSpec]] = {f"base/{k}": SlotSpec() for k in range(BASES)}
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import peft
 import pytest
@@ -25,6 +26,7 @@ from flexp.dice import Dice
 from flexp.engine.base import Arrival, Assignment, replies
 from flexp.engine.local import LocalEngine
 from flexp.errors import LinkError
+from flexp.evaluate import pooled
 from flexp.link.messages import Answer, Link, Message
 from flexp.link.metered import Ledger
 from flexp.model.adapter import Lora
@@ -32,10 +34,13 @@ from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim
 from flexp.parcel import Parcel, decode, encode
-from flexp.strategies import BUILT_IN
-from flexp.strategies.base import Scene, Strategy, Turn
+from flexp.strategies import BUILT_IN, about
+from flexp.strategies.base import MethodKind, Scene, Strategy, Turn
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.flexp import FlexP
+from flexp.strategies.splitfed_v2 import SplitFedV2
+from flexp.strategies.splitfed_v3 import SplitFedV3
+from flexp.strategies.splitlora import SplitLora
 from flexp.tensors import Tensors
 
 KIND = Lora(rank=3, alpha=6.0)
@@ -48,19 +53,23 @@ class Row:
     """One method, and what is special about it."""
 
     strategy: Strategy[Any]
-    trains: bool = True
-    alone: Strategy[Any] | None = None  # near parts are personal: invariant for a single client
+    alone: Strategy[Any] | None = None  # near and far learn apart: invariant for a single client
 
 
 SPECIAL: dict[str, Any] = {
-    "base": {"trains": False},
     # What is merged depends on what is far, which is the point of it: only one client alone,
     # with nothing to align to, has the same model at any cut.
     "flexp": {"alone": FlexP(align=0.0)},
+    "splitfed_v2": {"alone": SplitFedV2()},
+    "splitfed_v3": {"alone": SplitFedV3()},
+    "splitlora": {"alone": SplitLora()},
 }
 TABLE = {m.name: Row(m(), **SPECIAL.get(m.name, {})) for m in (*BUILT_IN, Fomo, Basis)}
 rows = pytest.mark.parametrize("name", TABLE)
-learners = pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.trains])
+learners = pytest.mark.parametrize("name", [name for name in TABLE if name != "base"])
+federated = pytest.mark.parametrize(
+    "name", [name for name in TABLE if name not in ("base", "pooled")]
+)
 
 
 BEGUN: dict[Any, Tensors] = {}  # where everybody begins, the same in every run
@@ -85,11 +94,14 @@ class Run:
     arrivals: list[Arrival] = field(default_factory=list[Arrival])
 
     def __post_init__(self) -> None:
-        self.placed = {f"c{n}": seat for n, seat in enumerate(self.seats)}
+        central = self.strategy.kind == "centralised"
+        self.placed = {f"c{n}": whole(4) if central else seat for n, seat in enumerate(self.seats)}
+        shards = {client: shard(n + 1, 9) for n, client in enumerate(self.placed)}
         self.engine = LocalEngine(
             body(),
             toy_task(body()),
-            {client: shard(n + 1, 9) for n, client in enumerate(self.placed)},
+            shards,
+            pool=pooled(shards, None, "train") if central else None,
             kind=KIND,
             training=Training(Optim(lr=5e-2), batch=4, steps=2, clip_norm=1.0),
             dice=Dice(0),
@@ -104,18 +116,21 @@ class Run:
     def wrapped(self, client: str, link: Link) -> Link:
         return self.wrap(client, link)
 
-    def turn(self, r: int, wave: int = 0) -> Turn:
-        return Turn(r, 9, wave, True, self.placed, {}, body().block_of, body().depth)
+    def turn(self, r: int, wave: int = 0, chosen: Sequence[str] = (), last: bool = True) -> Turn:
+        places = body().block_of, body().depth
+        return Turn(r, 9, wave, last, self.placed, {}, *places, tuple(chosen))
 
     def round(self, r: int, chosen: Sequence[str] | None = None) -> list[Arrival]:
         out: list[Arrival] = []
         wanted = list(self.placed) if chosen is None else chosen
         waves = self.strategy.waves(self.state, wanted, Dice(0)("waves", round=r))
+        had = Counter[str]()
         for w, wave in enumerate(waves):
-            turn = self.turn(r, w)
+            turn = self.turn(r, w, wanted, last=w == len(waves) - 1)
             offers = {c: self.strategy.offer(self.state, c, turn) for c in wave}
             self.offers += offers.items()
-            work = [Assignment(c, self.placed[c], offer) for c, offer in offers.items()]
+            work = [Assignment(c, self.placed[c], offer, had[c]) for c, offer in offers.items()]
+            had.update(wave)
             arrivals = list(self.engine.run(self.strategy, work, turn))
             turn = replace(turn, rows={a.client: a.rows for a in arrivals})
             self.state = self.strategy.merge(self.state, replies(arrivals), turn)
@@ -187,7 +202,7 @@ def test_every_method_has_a_row() -> None:
 def test_trains_on_the_toy_task(name: str) -> None:
     base = played("base").losses
     found = played(name).losses
-    if TABLE[name].trains:
+    if name != "base":
         assert sum(found.values()) < 0.95 * sum(base.values())
         assert all(found[c] < base[c] for c in base)
     else:
@@ -222,11 +237,33 @@ def test_does_not_depend_on_the_order_of_clients(name: str) -> None:
 
 
 @rows
+def test_only_what_is_its_own_differs_between_clients(name: str) -> None:
+    strategy, seat = TABLE[name].strategy, Seat(Cut(1, 1))
+    one, two, three = play(strategy, [seat] * 3).adapters.values()
+    for k in one:
+        mine = strategy.own.holds(k, body().place(k, seat))
+        if name != "base" and "lora_A" not in k:
+            assert not torch.equal(one[k], BEGUN[KIND, None][k]), k  # it was trained
+        equal = torch.equal(one[k], two[k]) or torch.equal(two[k], three[k])
+        assert equal != mine, k
+
+
+@rows
+def test_its_row_in_the_listing_is_complete(name: str) -> None:
+    strategy = TABLE[name].strategy
+    assert strategy.kind in get_args(MethodKind)
+    assert about(type(strategy)).endswith(".")
+    assert strategy.paper
+    for leave in strategy.leaves:
+        assert leave.why, leave
+
+
+@rows
 def test_its_parcels_can_be_encoded(name: str) -> None:
     run = played(name).run
     parcels = [offer for _, offer in run.offers]
     parcels += [a.reply for a in run.arrivals if a.reply is not None]
-    assert parcels or not TABLE[name].trains
+    assert parcels or name == "base"
     for parcel in parcels:
         data = encode(parcel)
         back = decode(data)
@@ -295,7 +332,7 @@ def test_nothing_leaves_undeclared(name: str, seats: Sequence[Seat]) -> None:
                 if one.name == "hidden":  # never a row of ids
                     assert one.shape == (4, toys.LENGTH, toys.H) or one.shape[0] < 9
     trained = [a for a in end.run.arrivals if a.reply is not None]
-    assert bool(trained) == TABLE[name].trains
+    assert bool(trained) == (name != "base")
     if seats == MIXED:  # a client that hosts everything needs no server to train
         sent = {k for a in trained if a.client == "c2" for (_, k) in a.ledger.kinds}
         assert not sent & {"hidden", "mask", "grad", "labels"}
@@ -346,7 +383,7 @@ class Tearing:
         self.inner.close()
 
 
-@learners
+@federated
 @pytest.mark.parametrize("lost", ["c0", "c2"], ids=["cut", "whole"])
 def test_survives_a_lost_client(name: str, lost: str) -> None:
     without, run = Run(TABLE[name].strategy), Run(TABLE[name].strategy)
@@ -366,7 +403,7 @@ def test_survives_a_lost_client(name: str, lost: str) -> None:
             assert arrival.failure.error == "LinkError: the cable was cut"
             assert belongings(run, lost) == before, (phase, late)
     run.wrap = lambda c, link: Tearing(link, "submit") if c == lost else link
-    assert [a.client for a in run.round(1) if a.reply is not None] == rest
+    assert sorted(a.client for a in run.round(1) if a.reply is not None) == rest
     run.wrap = Run.wrap
     without.round(0)
     without.round(1, rest)
@@ -418,6 +455,8 @@ def test_goes_on_from_what_was_saved(name: str, tmp_path: Path) -> None:
             second.engine.tenants.join(client, second.placed[client], {})
             kept = decode(encode(Parcel(slots.values))).adapters
             second.engine.tenants[client].slots.values = {s: dict(v) for s, v in kept.items()}
+    shared = decode(encode(Parcel(first.engine.tenants.shared.values))).adapters
+    second.engine.tenants.shared.values = {s: dict(v) for s, v in shared.items()}
     first.engine.close()
     second.round(2)
     end = second.finish()

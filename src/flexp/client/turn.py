@@ -7,7 +7,7 @@ process and one on a device of its own open their desks the same way.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from flexp.client.desk import Desk, Training
 from flexp.client.memory import Memory
 from flexp.client.session import Session
-from flexp.data.examples import Shard
+from flexp.data.examples import Examples, Shard
 from flexp.data.tasks import Balanced, Classification, Task, log_prior
 from flexp.dice import Dice
 from flexp.errors import CutError
@@ -35,7 +35,10 @@ Specs = Mapping[str, SlotSpec]
 
 @dataclass(frozen=True)
 class Client:
-    """One client as it comes to every turn: what is its own, and the backbone of its process."""
+    """One client as it comes to every turn: what is its own, and the backbone of its process.
+
+    ``pool`` are training rows that stand in for its own, where a method is not federated.
+    """
 
     name: str
     backbone: Backbone
@@ -47,6 +50,7 @@ class Client:
     training: Training
     initial: Initial
     profile: Profile = "u-shape"
+    pool: Examples | None = None
 
     def open(
         self,
@@ -58,10 +62,12 @@ class Client:
         run: str,
         round: int,
         wave: int,
+        before: int = 0,
     ) -> tuple[Desk, Parcel]:
         """Takes the seat: the desk, and the loose tensors and facts of the offer.
 
-        Offered slots lie on the desk; their near parts cross the link on first use.
+        Offered slots lie on the desk; their near parts cross the link on first use. Randomness
+        does not depend on the wave, only on the client's turns ``before`` in this round.
         """
         near = self._near(seat, specs)
         egress = Egress(leaves, seat.labels, self.profile, near.place)
@@ -76,14 +82,14 @@ class Client:
             client=self.name,
             seat=seat,
             model=self._model(seat, near, session, specs),
-            shard=self.shard,
+            shard=self.shard if self.pool is None else replace(self.shard, train=self.pool),
             task=self.task,
             memory=self.memory,
-            dice=self.dice("turn", client=self.name, round=round, wave=wave),
+            dice=self.dice("turn", client=self.name, round=round, wave=before),
             session=session,
             specs=specs,
             training=self.training,
-            prior=self._prior(seat),
+            prior=self._prior(seat, self.shard.train),
         )
         loose = {k.removeprefix("tensor/"): v for k, v in answer.tensors.items()}
         return desk, Parcel(tensors=loose, facts=facts["facts"])
@@ -121,8 +127,8 @@ class Client:
 
         return missing
 
-    def _prior(self, seat: Seat) -> Tensor | None:
-        """This client's own label frequencies, if the recipe trains relative to them."""
+    def _prior(self, seat: Seat, rows: Examples) -> Tensor | None:
+        """The label frequencies of these rows, if the recipe trains relative to them."""
         task = self.task
         if not self.training.label_prior:
             return None
@@ -131,11 +137,11 @@ class Client:
                 "train.label_prior needs a classification whose loss is at the client. Switch it "
                 'off, or set plan.labels to "keep" or "logits".'
             )
-        return log_prior(len(task.labels), self.shard.train)
+        return log_prior(len(task.labels), rows)
 
     def _model(self, seat: Seat, near: Slots, session: Session, specs: Specs) -> PersonalModel:
         layout = {k for spec in specs.values() for k in self.initial(spec, seat.rank)}
-        prior = self._prior(seat)
+        prior = self._prior(seat, self.shard.train if self.pool is None else self.pool)
         return PersonalModel(
             self.backbone,
             seat,

@@ -14,11 +14,15 @@ from flexp.strategies.base import ClientId, Strategy, Turn
 
 @dataclass(frozen=True)
 class Assignment:
-    """One client's place in a wave: who, where it sits, and what it is offered."""
+    """One client's place in a wave: who, where it sits, and what it is offered.
+
+    ``before`` counts its turns in earlier waves of the round.
+    """
 
     client: ClientId
     seat: Seat
     offer: Parcel
+    before: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,19 @@ class Arrival:
     rows: int = 0
     seconds: float = 0.0
     ledger: Ledger = field(default_factory=Ledger)
+    measured: Measured | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a turn took: floating point operations near and far, and the client's memory in bytes.
+
+    ``peak`` counts tensors that the turn made, and those that the client keeps; not its weights.
+    """
+
+    near_flops: int
+    far_flops: int
+    peak: int
 
 
 class Engine(Protocol):

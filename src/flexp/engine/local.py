@@ -10,15 +10,16 @@ from typing import Any
 from flexp.client.desk import Desk, Training
 from flexp.client.memory import Memory
 from flexp.client.turn import Client, hand_in
-from flexp.data.examples import Shard
+from flexp.data.examples import Examples, Shard
 from flexp.data.tasks import Task
 from flexp.dice import Dice
-from flexp.engine.base import Arrival, Assignment, Failure
+from flexp.engine.base import Arrival, Assignment, Failure, Measured
 from flexp.link.local import LocalLink
 from flexp.link.messages import Link
 from flexp.link.metered import Ledger, MeteredLink
 from flexp.model.adapter import Kind, alpha_of, dropout_of
 from flexp.model.backbone import Backbone
+from flexp.model.meter import Meter
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Profile
@@ -44,11 +45,14 @@ class LocalEngine:
         run: str = "run",
         wrap: Callable[[ClientId, Link], Link] = lambda client, link: link,
         keep_crossings: bool = False,
+        pool: Examples | None = None,
     ) -> None:
         self.backbone, self.task, self.shards = backbone, task, shards
         self.kind, self.training, self.dice = kind, training, dice
         self.profile: Profile = profile
+        self.pool = pool  # everybody's training rows, for a method that is not federated
         self.name, self.wrap, self.keep_crossings = run, wrap, keep_crossings
+        self.measures = False  # whether turns are measured, which takes a little time
         self.memories: dict[ClientId, Memory] = {c: Memory() for c in shards}
         self.begun: dict[tuple[Kind, int | None], Tensors] = {}
         self.tenants = Tenants(backbone, self.initial)
@@ -77,7 +81,8 @@ class LocalEngine:
         ledger = Ledger(crossings=[] if self.keep_crossings else None)
         try:
             desk, offer = self._open(strategy, work, turn, ledger)
-            hand_in(desk, strategy.train(desk, offer))
+            with self._measuring(desk) as found:
+                hand_in(desk, strategy.train(desk, offer))
         except Exception as problem:  # noqa: BLE001 whatever a client does, the round goes on
             self._undo(work.client)
             failure = Failure(f"{type(problem).__name__}: {problem}")
@@ -86,7 +91,28 @@ class LocalEngine:
         home = self.tenants[work.client]
         rows = desk.rows if desk.model.far is None else home.rows
         seconds = time.monotonic() - started
-        return Arrival(work.client, home.reply, rows=rows, seconds=seconds, ledger=ledger)
+        return Arrival(
+            work.client,
+            home.reply,
+            rows=rows,
+            seconds=seconds,
+            ledger=ledger,
+            measured=found[0] if found else None,
+        )
+
+    @contextmanager
+    def _measuring(self, desk: Desk) -> Generator[list[Measured]]:
+        """Measures what happens within on both sides; the list has it at the end."""
+        found: list[Measured] = []
+        if not self.measures:
+            yield found
+            return
+        self.trunk.flops = {}
+        kept = size_of(desk.model.near.values.values())
+        with Meter() as meter:
+            yield found
+        far = self.trunk.flops.get(desk.client, 0)
+        found.append(Measured(meter.flops, far, kept + meter.peak))
 
     @contextmanager
     def visit(
@@ -114,6 +140,7 @@ class LocalEngine:
             run=self.name,
             round=turn.round,
             wave=turn.wave,
+            before=work.before,
         )
 
     def _client(self, name: ClientId) -> Client:
@@ -122,6 +149,7 @@ class LocalEngine:
             self.backbone,
             task=self.task,
             shard=self.shards[name],
+            pool=self.pool,
             memory=self.memories[name],
             dice=self.dice,
             kind=self.kind,
@@ -134,3 +162,8 @@ class LocalEngine:
         """Takes both sides back to before the turn."""
         self.memories[client].rollback()
         self.tenants.rollback(client)
+
+
+def size_of(slots: Iterable[Tensors]) -> int:
+    """Bytes of all tensors of some slots."""
+    return sum(v.numel() * v.element_size() for held in slots for v in held.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexp.link.messages import Answer, Message
 
@@ -16,8 +16,9 @@ class LocalLink:
     handle: Callable[[str, Message], Answer]
 
     def send(self, message: Message) -> Answer:
-        """Delivers one message and waits for its answer."""
-        return self.handle(self.client, message)
+        """Delivers one message and waits for its answer, whose tensors are the client's own."""
+        answer = self.handle(self.client, message)
+        return replace(answer, tensors={k: v.clone() for k, v in answer.tensors.items()})
 
     def close(self) -> None:
         """Nothing to give up."""

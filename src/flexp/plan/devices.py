@@ -18,17 +18,19 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b", re.IGNORECASE | re.ASCII
 class Device:
     """What a client runs on; None is not known.
 
-    ``memory`` is in bytes and means what training may use, ``flops`` is per second, ``uplink`` is
-    in bytes per second.
+    ``memory`` is in bytes and means what training may use, ``flops`` is per second, ``uplink`` and
+    ``downlink`` are in bytes per second, ``latency`` is in seconds, there and back.
     """
 
     name: str
     memory: int
     flops: float | None = None
     uplink: float | None = None
+    downlink: float | None = None
+    latency: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in ("memory", "flops", "uplink"):
+        for field in ("memory", "flops", "uplink", "downlink"):
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise PlanError(

@@ -26,6 +26,7 @@ from flexp.link.messages import (
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
 from flexp.model.dress import Leaves, dress, dropping
+from flexp.model.meter import Meter
 from flexp.model.personal import Objective
 from flexp.model.worn import Worn
 from flexp.parcel import Parcel
@@ -56,13 +57,14 @@ class Trunk:
         self.backbone, self.tenants, self.task, self.dropout = backbone, tenants, task, dropout
         self.tables: dict[str, StepTable] = {}
         self.pending: dict[str, dict[int, Pending]] = {}
+        self.flops: dict[str, int] | None = None  # of each client's messages, if they are counted
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="flexp-trunk")
 
     def handle(self, client: str, message: Message, digest: str = "") -> Answer:
         """The answer to a client's message, computed at most once per key."""
         table = self.tables.setdefault(client, StepTable())
         work = self.thread.submit(
-            table.once, message.key, digest, lambda: self._answer(client, message)
+            table.once, message.key, digest, lambda: self._counted(client, message)
         )
         return work.result()
 
@@ -74,6 +76,14 @@ class Trunk:
         """Forgets answers that both sides have on disk."""
         for table in self.tables.values():
             table.commit()
+
+    def _counted(self, client: str, message: Message) -> Answer:
+        if self.flops is None:
+            return self._answer(client, message)
+        with Meter() as meter:
+            answer = self._answer(client, message)
+        self.flops[client] = self.flops.get(client, 0) + meter.flops
+        return answer
 
     def _answer(self, client: str, message: Message) -> Answer:
         home = self.tenants[client]

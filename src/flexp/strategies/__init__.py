@@ -1,4 +1,4 @@
-"""The methods by name; each is one file. Plugins add theirs by the entry point group ``flexp``."""
+"""The methods by name; each is one file. Packages add theirs by the entry points of ``GROUP``."""
 
 from __future__ import annotations
 
@@ -11,20 +11,65 @@ from pydantic import TypeAdapter, ValidationError
 
 from flexp.errors import StrategyError, nearest
 from flexp.strategies.base import Strategy
+from flexp.strategies.ditto import Ditto
 from flexp.strategies.fedavg import FedAvg
+from flexp.strategies.fedper import FedPer
+from flexp.strategies.fedprox import FedProx
+from flexp.strategies.ffa_lora import FfaLora
 from flexp.strategies.flexp import FlexP
 from flexp.strategies.local import Local
+from flexp.strategies.pooled import Pooled
 from flexp.strategies.pretrained import Base
+from flexp.strategies.sl import Sl
+from flexp.strategies.splitfed_v1 import SplitFedV1
+from flexp.strategies.splitfed_v2 import SplitFedV2
+from flexp.strategies.splitfed_v3 import SplitFedV3
+from flexp.strategies.splitlora import SplitLora
 
-BUILT_IN: tuple[type[Strategy[Any]], ...] = (Base, Local, FedAvg, FlexP)
+GROUP = "flexp.strategies"
+BUILT_IN: tuple[type[Strategy[Any]], ...] = (
+    Base,
+    Pooled,
+    Local,
+    FedAvg,
+    FedProx,
+    Ditto,
+    FedPer,
+    FfaLora,
+    Sl,
+    SplitFedV1,
+    SplitFedV2,
+    SplitFedV3,
+    SplitLora,
+    FlexP,
+)
 
 
 def methods() -> dict[str, type[Strategy[Any]]]:
-    """Every method that can be named in a recipe: ours first, then plugins."""
+    """Every method that can be named in a recipe: ours first, then those of other packages."""
     out = {one.name: one for one in BUILT_IN}
-    for point in entry_points(group="flexp"):
-        out.setdefault(point.name, point.load())
+    for point in entry_points(group=GROUP):
+        if point.name not in out:
+            out[point.name] = _loaded(point.name, point.value, point.load)
     return out
+
+
+def _loaded(name: str, value: str, load: Any) -> type[Strategy[Any]]:
+    try:
+        found = load()
+    except Exception as problem:  # another package's code may fail in any way
+        raise StrategyError(
+            f'The method "{name}" ({value}) of another package cannot be loaded: '
+            f"{type(problem).__name__}: {problem}. Mend or uninstall that package."
+        ) from problem
+    missing = [a for a in ("name", "paper", "kind", "slots", "train") if not hasattr(found, a)]
+    if missing or found.name != name:
+        what = f"it has no {missing[0]}" if missing else f'it calls itself "{found.name}"'
+        raise StrategyError(
+            f'The method "{name}" ({value}) of another package is no strategy: {what}. '
+            "See docs/how-to/add-a-method.md."
+        )
+    return found
 
 
 def build(name: str, options: Mapping[str, Any]) -> Strategy[Any]:
@@ -39,14 +84,22 @@ def build(name: str, options: Mapping[str, Any]) -> Strategy[Any]:
     names = {f.name for f in fields(method) if f.init}
     for key in options:
         if key not in names:
-            hint = nearest(key, names) if names else "It has no options."
-            raise StrategyError(f'strategy.{key}: method "{name}" has no such option. {hint}')
+            has = f"{nearest(key, names)} Its options: {', '.join(sorted(names))}."
+            raise StrategyError(
+                f'strategy.{key}: method "{name}" has no such option. '
+                f"{has if names else 'It has none.'}"
+            )
     try:
         return TypeAdapter(method).validate_python(dict(options))
     except ValidationError as problem:
         first = problem.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise StrategyError(f"strategy.{where}: {first['msg']}.") from problem
+
+
+def about(method: type[Strategy[Any]]) -> str:
+    """What a method does, in one line: the first of its class's docstring."""
+    return (method.__doc__ or "").partition("\n")[0]
 
 
 def options_of(method: type[Strategy[Any]]) -> dict[str, Any]:

@@ -9,21 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from flexp.client.desk import Desk
 from flexp.data.tasks import Batch
 from flexp.dice import Dice
+from flexp.model.adapter import Kind
 from flexp.model.cut import Seat
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
-from flexp.tensors import Tensors, Wear, Where, select
+from flexp.tensors import NONE, Tensors, Wear, Where, select
 
 ClientId = str
 State = TypeVar("State")
+MethodKind = Literal[
+    "reference", "centralised", "federated", "personalised", "federated LoRA", "split"
+]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is asked to run in, known before any weight is read.
+
+    ``head`` is whether the adapter has tensors after the last block.
+    """
+
+    task: str
+    adapter: Kind
+    seats: Mapping[ClientId, Seat]
+    depth: int
+    head: bool
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,7 @@ class Turn:
     """Which round and wave it is. ``rows`` are training rows as the server saw them in this turn.
 
     Of a client without a server part the server sees none; then they are the client's claim.
+    ``chosen`` are the clients of the whole round.
     """
 
     round: int
@@ -51,6 +70,7 @@ class Turn:
     rows: Mapping[ClientId, int]
     block_of: Callable[[str], int]
     depth: int
+    chosen: tuple[ClientId, ...] = ()
 
     def select(self, client: ClientId, tensors: Tensors, where: Where) -> Tensors:
         """The part of an adapter that a selection takes at that client's cut."""
@@ -72,14 +92,31 @@ class Served:
 
 
 class Strategy(Protocol[State]):
-    """One algorithm. Only ``start``, ``offer``, ``train`` and ``merge`` must be written."""
+    """One algorithm. Only ``start``, ``offer``, ``train`` and ``merge`` must be written.
+
+    The first line of the class's docstring is what `flexp methods` says that it does. ``own`` is
+    the part of what it serves that may differ between clients; the rest is equal for all.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    kind: ClassVar[MethodKind]
+    own: ClassVar[Where] = NONE
     reconstruction: ClassVar[str] = ""
     split: ClassVar[str] = "yes"
     slots: ClassVar[Mapping[str, SlotSpec]]
     leaves: ClassVar[tuple[Leave, ...]] = ()
+
+    def refuses(self, setting: Setting) -> str:
+        """Why the method cannot run in this setting, and what to change; empty if it can."""
+        return self.unequal_ranks(setting)
+
+    def unequal_ranks(self, setting: Setting) -> str:
+        """The refusal of methods that average factors of all clients."""
+        ranks = {seat.rank for seat in setting.seats.values()}
+        if len(ranks) < 2:
+            return ""
+        return "it averages LoRA factors, so all clients need one rank. Remove plan.ranks."
 
     def start(self, scene: Scene) -> State:
         """The server's state before the first round."""

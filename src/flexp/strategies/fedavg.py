@@ -14,7 +14,7 @@ from flexp.client.desk import Desk
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
-from flexp.strategies.base import ClientId, Scene, Strategy, Turn
+from flexp.strategies.base import ClientId, MethodKind, Scene, Strategy, Turn
 from flexp.tensors import Tensors, mean
 
 
@@ -24,6 +24,7 @@ class FedAvg(Strategy[Tensors]):
 
     name: ClassVar[str] = "fedavg"
     paper: ClassVar[str] = "McMahan et al. 2017, arXiv 1602.05629"
+    kind: ClassVar[MethodKind] = "federated"
     slots: ClassVar[Mapping[str, SlotSpec]] = {"personal": SlotSpec()}
     leaves: ClassVar[tuple[Leave, ...]] = (Leave("personal", why="to be averaged"),)
 

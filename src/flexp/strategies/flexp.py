@@ -20,8 +20,8 @@ from typing import ClassVar, Literal
 from flexp.client.desk import Desk, Drag
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
-from flexp.strategies.base import ClientId, Scene, Strategy, Turn
-from flexp.tensors import FAR, HEAD, NEAR, Tensors, mean_by_name
+from flexp.strategies.base import ClientId, MethodKind, Scene, Strategy, Turn
+from flexp.tensors import FAR, HEAD, NEAR, Tensors, Where, mean_by_name
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class FlexP(Strategy[Tensors]):
 
     name: ClassVar[str] = "flexp"
     paper: ClassVar[str] = "Yuan, Geng et al. 2025, arXiv 2508.10349"
+    kind: ClassVar[MethodKind] = "split"
+    own: ClassVar[Where] = NEAR
     reconstruction: ClassVar[str] = "alignment, server merge and split choice are our reading"
     slots: ClassVar[Mapping[str, SlotSpec]] = {
         "personal": SlotSpec(lasts="run", moments="keep"),

@@ -9,7 +9,8 @@ from typing import ClassVar
 from flexp.client.desk import Desk
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
-from flexp.strategies.base import ClientId, Scene, Strategy, Turn
+from flexp.strategies.base import ClientId, MethodKind, Scene, Setting, Strategy, Turn
+from flexp.tensors import ALL, Where
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,12 @@ class Local(Strategy[None]):
 
     name: ClassVar[str] = "local"
     paper: ClassVar[str] = "no federation"
+    kind: ClassVar[MethodKind] = "reference"
+    own: ClassVar[Where] = ALL
     slots: ClassVar[Mapping[str, SlotSpec]] = {"personal": SlotSpec(lasts="run", moments="keep")}
+
+    def refuses(self, setting: Setting) -> str:
+        return ""  # nothing is averaged, so ranks may differ
 
     def start(self, scene: Scene) -> None:
         return None

@@ -10,7 +10,7 @@ from flexp.client.desk import Desk
 from flexp.dice import Dice
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
-from flexp.strategies.base import ClientId, Scene, Strategy, Turn
+from flexp.strategies.base import ClientId, MethodKind, Scene, Strategy, Turn
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Base(Strategy[None]):
 
     name: ClassVar[str] = "base"
     paper: ClassVar[str] = "the pretrained model"
+    kind: ClassVar[MethodKind] = "reference"
     slots: ClassVar[Mapping[str, SlotSpec]] = {"personal": SlotSpec()}
 
     def start(self, scene: Scene) -> None:

@@ -1,56 +1,17 @@
-"""What a person reads in a terminal when a command is done: tables, from documents alone."""
+"""What each command shows, but for scores of several methods."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
 from flexp.plan.devices import format_bytes
-
-Row = Mapping[str, Any]
-BLANK = ""
-
-
-def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Group:
-    """A title and a plain table, readable at 80 columns; columns of numbers are right-aligned."""
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    out.padding = (0, 0)
-    for n, column in enumerate(columns):
-        numeric = any(row[n] for row in rows) and all(_numeric(row[n]) for row in rows)
-        out.add_column(column, justify="right" if numeric else "left")
-    for row in rows:
-        out.add_row(*row)
-    return Group(escape(title), out)
-
-
-def _numeric(text: str) -> bool:
-    words = text.split(" ")
-    return not text or words[0].replace(".", "", 1).lstrip("+-").isdigit()
-
-
-def shown(metric: str, value: float | None) -> str:
-    """A metric as people read it; blank if it was not measured."""
-    if value is None:
-        return BLANK
-    return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.3f}"
-
-
-def value_of(rows: Sequence[Row], client: str, data: str, metric: str) -> float | None:
-    """A metric of a client's personal model after training, or None if it was not measured."""
-    for row in rows:
-        if (row["client"], row["cell"], row["metric"]) == (
-            client,
-            f"personal/{data}/after",
-            metric,
-        ):
-            return float(row["value"])
-    return None
+from flexp.terminal.grids import Row, grid, short, shown, value_of
 
 
 def show_run(document: Row, console: Console) -> None:
@@ -123,11 +84,6 @@ def show_fleet(document: Row, console: Console) -> None:
     console.print(grid(title, ["client", "device", "blocks", "memory"], lines))
 
 
-def short(client: str) -> str:
-    """A client's name without what stands in brackets behind it."""
-    return client.partition(" (")[0] or client
-
-
 def show_voices(said: Mapping[str, str], console: Console) -> None:
     """What everybody says to one text, side by side."""
     table = Table(box=box.SIMPLE_HEAD, expand=True)
@@ -195,19 +151,30 @@ def show_doctor(document: Row, console: Console) -> None:
 
 
 def show_methods(document: Sequence[Row], console: Console) -> None:
-    """A line per method, and under it what a person asks before choosing one."""
-    for m in document:
-        console.print(f"[bold]{m['method']}[/bold]  {escape(m['paper'])}", highlight=False)
-        leaves = "; ".join(leave["what"] for leave in m["leaves"])
-        options = ", ".join(f"{k}={v}" for k, v in m["options"].items())
-        for title, text in (
-            ("on a cut", m["split"]),
-            ("options", options),
-            ("leaves a client", leaves or "nothing but what the cut itself sends"),
-            ("reconstruction", m["reconstruction"]),
-        ):
-            if text:
-                console.print(Padding(escape(f"{title}: {text}"), (0, 0, 0, 4)), highlight=False)
+    """Methods by kind: what each does, and under it what a person asks before choosing."""
+    for kind in dict.fromkeys(m["kind"] for m in document):
+        console.print(f"[bold]{kind}[/bold]", highlight=False)
+        for m in document:
+            if m["kind"] == kind:
+                show_method(m, console)
+
+
+def show_method(m: Row, console: Console) -> None:
+    """One method."""
+    does = Padding(f"[bold]{m['method']}[/bold]  {escape(m['does'])}", (0, 0, 0, 2))
+    console.print(does, highlight=False)
+    leaves = "; ".join(f"{one['what']} ({one['part']}), {one['why']}" for one in m["leaves"])
+    options = ", ".join(f"{k}={v}" for k, v in m["options"].items())
+    for title, text in (
+        ("after", m["reference"]),
+        ("on a cut", m["split"]),
+        ("personal", m["personal"]),
+        ("leaves a client", leaves or "nothing but what the cut itself sends"),
+        ("options", options),
+        ("reconstruction", m["reconstruction"]),
+    ):
+        if text:
+            console.print(Padding(escape(f"{title}: {text}"), (0, 0, 0, 6)), highlight=False)
 
 
 def show_assets(document: Row, console: Console) -> None:
@@ -231,65 +198,3 @@ def show_assets(document: Row, console: Console) -> None:
             console.print(f"{name}: {problem}", highlight=False)
         if not problems:
             console.print(f"{name}: every byte as pinned", highlight=False)
-
-
-def show_demo(document: Row, console: Console) -> None:
-    """Devices, cuts, memory, bytes, and own and global scores of every method."""
-    methods: list[str] = document["methods"]
-    rows: list[Row] = document["rows"]
-    metric: str = document["metric"]
-    wide = console.width >= 100
-    lines: list[list[str]] = []
-    for seat in document["seats"]:
-        line = [
-            short(seat["client"]),
-            *([seat["about"], seat["device"]] if wide else []),
-            f"{seat['front']}|{seat['server_blocks']}|{seat['back']}",
-            format_bytes(seat["bytes"]),
-            format_bytes(seat["sent"] + seat["received"]),
-        ]
-        lines.append(line + _pairs(rows, methods, seat["client"], metric))
-    lines.append(["mean", *[""] * (5 if wide else 3), *_pairs(rows, methods, "all", metric)])
-    columns = ["client", *(["data", "device"] if wide else []), "cut", "memory", "bytes", *methods]
-    title = (
-        f"{metric.capitalize()} of each client's model: own test texts / everybody's. "
-        "Cut: blocks at the device's front | at the server | at its back"
-    )
-    console.print(grid(title, columns, lines))
-    if "prompt" in document:
-        console.print(document["prompt"], highlight=False, markup=False)
-        show_voices(document["voices"], console)
-        show_leak(document, console)
-    for line in document["says"]:
-        console.print(line, highlight=False, markup=False)
-
-
-def _three(value: float) -> str:
-    """Three or four digits, which is what a table has room for."""
-    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def show_leak(document: Row, console: Console) -> None:
-    """What left one client's device, and what the demo's attacker makes of it."""
-    leak: Row = document["leak"]
-    seat = next(seat for seat in document["seats"] if seat["client"] == leak["client"])
-    kinds = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in seat["left"].items())
-    name = short(leak["client"])
-    for line in (
-        f"What left {name}'s device under flexp: {kinds}.",
-        f"A server that attacks recovers {100 * leak['rate']:.0f} % of the tokens of a speech from "
-        f"the hidden states after block {leak['front']}:",
-        f"  spoken:    {' '.join(leak['said'].split())}",
-        f"  recovered: {' '.join(leak['recovered'].split())}",
-    ):
-        console.print(line, highlight=False, markup=False)
-
-
-def _pairs(rows: Sequence[Row], methods: Sequence[str], client: str, metric: str) -> list[str]:
-    out: list[str] = []
-    for method in methods:
-        mine = [row for row in rows if row["method"] == method]
-        pair = [value_of(mine, client, data, metric) for data in ("own", "global")]
-        scale = 100 if metric == "accuracy" else 1
-        out.append("/".join(_three(scale * v) if v is not None else "–" for v in pair))
-    return out

@@ -1,0 +1,49 @@
+"""FFA-LoRA (Sun et al., 2024, arXiv 2403.12313): A is random, common, frozen; B is averaged.
+
+Round: B_i <- E local epochs from B with A fixed;  B <- sum_i p_i B_i.  Then sum_i p_i (B_i A) =
+(sum_i p_i B_i) A: averaging factors is exact, and half of them need not travel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from flexp.client.desk import Desk
+from flexp.model.adapter import Lora
+from flexp.parcel import Parcel
+from flexp.privacy.egress import Leave
+from flexp.strategies.base import ClientId, MethodKind, Scene, Setting, Turn
+from flexp.strategies.fedavg import FedAvg
+from flexp.tensors import Tensors, Where
+
+MOVES = ~Where(names="*.lora_A.*")  # the head and what else is trained move along
+
+
+@dataclass(frozen=True)
+class FfaLora(FedAvg):
+    """FedAvg of LoRA's B alone; A stays as it began, the same for all.
+
+    The paper uses larger learning rates than for both factors.
+    """
+
+    name: ClassVar[str] = "ffa_lora"
+    paper: ClassVar[str] = "Sun et al. 2024, arXiv 2403.12313"
+    kind: ClassVar[MethodKind] = "federated LoRA"
+    leaves: ClassVar[tuple[Leave, ...]] = (Leave("personal", MOVES, why="to be averaged"),)
+
+    def refuses(self, setting: Setting) -> str:
+        if not isinstance(setting.adapter, Lora):
+            return "it freezes LoRA's A, and this adapter has none. Set adapter.kind=lora."
+        return self.unequal_ranks(setting)
+
+    def start(self, scene: Scene) -> Tensors:
+        begun = scene.initial(self.slots["personal"])
+        return {name: value for name, value in begun.items() if ".lora_A." not in name}
+
+    def offer(self, state: Tensors, client: ClientId, turn: Turn) -> Parcel:
+        return Parcel({"personal": state})
+
+    def train(self, desk: Desk, offer: Parcel) -> Parcel:
+        facts = desk.fit(train=MOVES)
+        return desk.reply("personal", where=MOVES, facts=facts)

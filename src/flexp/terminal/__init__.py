@@ -1,0 +1,29 @@
+"""What a person reads in a terminal when a command is done: tables, from documents alone."""
+
+from flexp.terminal.grids import shown
+from flexp.terminal.pages import (
+    show_assets,
+    show_doctor,
+    show_export,
+    show_fleet,
+    show_methods,
+    show_plan,
+    show_predictions,
+    show_run,
+    show_voices,
+)
+from flexp.terminal.scores import show_demo
+
+__all__ = [
+    "show_assets",
+    "show_demo",
+    "show_doctor",
+    "show_export",
+    "show_fleet",
+    "show_methods",
+    "show_plan",
+    "show_predictions",
+    "show_run",
+    "show_voices",
+    "shown",
+]
