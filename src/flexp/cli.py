@@ -130,6 +130,55 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False)
 
 
 @app.command()
+def compare(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help='As "local,fedavg,flexp", or "all", or a YAML file of labels with what each '
+            "changes. Without it: RECIPE.methods.yaml beside the recipe, else base, local, fedavg "
+            "and the recipe's own."
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of data, beginnings and batches.")] = "0,1,2",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes side by side; else what fits.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for all processes, as 8GB; else 70 % of what is free."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Do what is not done yet.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Runs several methods on the same clients, data and seats, over seeds, and shows one table."""
+    from flexp import recipe_file as recipes
+
+    found = recipes.read(recipe, overrides or [])
+    console = begin(as_json, found.mode)
+    from flexp import comparison, terminal
+
+    plan = comparison.Plan(
+        comparison.asked(found, recipe, methods),
+        comparison.seeds_of(seeds),
+        jobs,
+        comparison.bytes_of(memory),
+        resume,
+        lenient=methods == "all",
+    )
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    document = comparison.compare(found, cache(), plan, say=say)
+    if as_json:
+        emit(document)
+    else:
+        terminal.show_compare(document, console)
+
+
+@app.command()
 def predict(
     adapter: Annotated[Path, typer.Argument(help="An adapter folder, as runs/NAME/adapters/ME.")],
     texts: Annotated[list[str], typer.Argument(help="Texts to label or to continue.")],

@@ -29,7 +29,7 @@ from flexp.plan.devices import format_bytes, measure
 from flexp.plan.planner import near_bytes
 from flexp.recipe import Recipe
 from flexp.seating import dtype_of, has_bfloat16
-from flexp.stage import Say, Survey, prepare, survey
+from flexp.stage import Say, Stage, Survey, prepare, survey
 from flexp.strategies import about, methods, options_of
 from flexp.terminal import shown
 
@@ -48,6 +48,20 @@ def run(
     out = Path(recipe.out) / recipe.name
     running.fresh(out, resume)
     stage = prepare(recipe, cache, say=say)
+    return carry_out(stage, sinks, out=out, resume=resume, adapters=True, say=say)
+
+
+def carry_out(
+    stage: Stage,
+    sinks: Sequence[Sink],
+    *,
+    out: Path,
+    resume: bool,
+    adapters: bool,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Runs what has been prepared, in its folder; the result is written last."""
+    recipe = stage.recipe
     for client, placed in stage.placed.items():
         cut = placed.seat.cut
         say(f"{client} on {placed.device}: {cut.front} | {cut.back} blocks ({placed.reason})")
@@ -59,12 +73,14 @@ def run(
             stream.subscribe(sink)
         try:
             result = running.run(stage, stream, out=out, resume=resume)
-            written = running.save_adapters(stage, result, out / "adapters")
+            written = running.save_adapters(stage, result, out / "adapters") if adapters else []
         finally:
             stage.engine.close()
     document = {
         "name": recipe.name,
         "method": stage.strategy.name,
+        "kind": stage.strategy.kind,
+        "higher_is_better": stage.federation.task.higher_is_better,
         "recipe_hash": recipe.hash(),
         "mode": recipe.mode,
         "facts": facts(),

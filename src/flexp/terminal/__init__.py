@@ -12,10 +12,11 @@ from flexp.terminal.pages import (
     show_run,
     show_voices,
 )
-from flexp.terminal.scores import show_demo
+from flexp.terminal.scores import show_compare, show_demo
 
 __all__ = [
     "show_assets",
+    "show_compare",
     "show_demo",
     "show_doctor",
     "show_export",

@@ -10,6 +10,8 @@ from flexp.plan.devices import format_bytes
 from flexp.terminal.grids import Row, grid, short, value_of
 from flexp.terminal.pages import show_voices
 
+COSTS = ("sent_bytes", "received_bytes", "client_flops", "peak_bytes", "simulated_seconds")
+
 
 def show_demo(document: Row, console: Console) -> None:
     """Devices, cuts, memory, bytes, and own and global scores of every method."""
@@ -71,3 +73,74 @@ def _pairs(rows: Sequence[Row], methods: Sequence[str], client: str, metric: str
         scale = 100 if metric == "accuracy" else 1
         out.append("/".join(_three(scale * v) if v is not None else "–" for v in pair))
     return out
+
+
+def show_compare(document: Row, console: Console) -> None:
+    """Scores of every method, then what each costs: means over seeds, and their deviations."""
+    metric: str = document["metric"]
+    higher: bool = document["higher_is_better"]
+    found: Row = document["summary"]
+    scale = 100 if higher else 1
+    lines = [
+        [
+            label,
+            *(_spread(row[name], scale) for name in ("own", "global", "worst_decile")),
+        ]
+        for label, row in found.items()
+    ]
+    title = (
+        f"{metric.capitalize()} of each client's model on its own test rows, on everybody's, and "
+        "of the worst tenth of clients on their own: mean ± deviation over "
+        f"{len(document['seeds'])} seeds"
+    )
+    console.print(grid(title, ["method", "own", "everybody's", "worst tenth"], lines))
+    lines = [[label, _gain(row["gain"]), _gain(row["gain_global"])] for label, row in found.items()]
+    title = (
+        f"Gain over local, client by client, in {'points' if higher else '% lower'}, with its 95 % "
+        "interval over clients and seeds"
+    )
+    if "local" in found:
+        gains = [line for line in lines if line[0] != "local"]
+        console.print(grid(title, ["method", "own", "everybody's"], gains))
+    lines = [[label, *_costs(row)] for label, row in found.items()]
+    heads = ["method", "sent", "received", "client GFLOP", "peak memory", "time"]
+    title = (
+        "What a run costs: bytes and operations of all clients together, the largest client's "
+        "memory, and the simulated clock's seconds on the declared devices"
+    )
+    console.print(grid(title, heads, lines))
+    for label, why in document["refused"].items():
+        console.print(f"{label}: {why}", highlight=False, markup=False)
+    if any(row["sent_bytes"] is None for row in found.values()):
+        text = "Blank costs: not federated; all rows lie in one place."
+        console.print(text, highlight=False, markup=False)
+    if all(row["simulated_seconds"] is None for row in found.values()):
+        text = "No time: declare gflops, up_mbit and down_mbit of devices, and plan.server_gflops."
+        console.print(text, highlight=False, markup=False)
+    text = f"Rows of every client: {document['out']}/comparison.json"
+    console.print(text, highlight=False, markup=False)
+
+
+def _spread(held: Row | None, scale: float) -> str:
+    if held is None:
+        return ""
+    mean, deviation = scale * held["mean"], held["deviation"]
+    return _three(mean) if deviation is None else f"{_three(mean)} ±{scale * deviation:.1f}"
+
+
+def _gain(held: Row | None) -> str:
+    if held is None:
+        return ""
+    mean, low, high = (100 * held[name] for name in ("mean", "low", "high"))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _costs(row: Row) -> list[str]:
+    values = [None if row[k] is None else row[k]["mean"] for k in COSTS]
+    sent, received, flops, peak, seconds = values
+    return [
+        *("" if size is None else format_bytes(int(size)) for size in (sent, received)),
+        "" if flops is None else f"{flops / 1e9:,.1f}",
+        "" if peak is None else format_bytes(int(peak)),
+        "" if seconds is None else f"{seconds:,.0f} s",
+    ]

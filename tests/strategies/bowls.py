@@ -1,0 +1,218 @@
+"""A bench for arithmetic by hand: real strategies, slots and desks, and bowls for losses.
+
+A client's loss is half the squared distance from its model's few numbers to those it wants. So one
+step of plain SGD with rate 0.5 goes half of the way: from 0 towards 8 the steps are 4, 6, 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flexp.client.desk import Desk, Training
+from flexp.client.memory import Memory
+from flexp.client.session import Session
+from flexp.data.examples import Batch, Examples, Shard
+from flexp.dice import Dice
+from flexp.engine.base import Arrival, Failure, replies
+from flexp.model.cut import Cut, Seat, uncut
+from flexp.model.dress import Leaves, Train
+from flexp.model.ops import Optim, SlotSpec
+from flexp.model.slots import Slots, moments
+from flexp.parcel import Parcel
+from flexp.strategies.base import Scene, Strategy, Turn
+from flexp.tensors import ALL, FAR, NONE, Tensors, select
+
+FACTOR = "base_model.model.blocks.0.lora_A.weight"
+FRONT = "base_model.model.blocks.0.lora_B.weight"
+TRUNK = "base_model.model.blocks.1.lora_B.weight"
+HEAD = "base_model.model.head.weight"
+BLOCKS = {FACTOR: 0, FRONT: 0, TRUNK: 1, HEAD: 2}
+DEPTH = 2
+CUT, WHOLE = Seat(Cut(1)), uncut(DEPTH)  # cut, block 1 is far; the head never is
+
+Row = tuple[int, ...]  # what one example wants, a number per block
+A, B = (8, 16, 32), (16, 8, -16)
+ROWS = {"a": [A], "b": [B, B, B]}  # so a weighs 1/4 and b 3/4
+
+
+def numbers(**values: float) -> Tensors:
+    """An adapter of 1 x 1 tensors: FRONT=1.0, TRUNK=2.0 and so on."""
+    names = {"FACTOR": FACTOR, "FRONT": FRONT, "TRUNK": TRUNK, "HEAD": HEAD}
+    return {names[k]: torch.full((1, 1), v) for k, v in values.items()}
+
+
+ZERO = numbers(FRONT=0.0, TRUNK=0.0, HEAD=0.0)
+
+
+@dataclass
+class Bowl:
+    """Stands in for ``PersonalModel``. One ``Slots`` holds both sides, so there is no far.
+
+    The number of a block is the product of its tensors: one alone, or the A and B of a LoRA pair.
+    """
+
+    near: Slots
+    leaves: Leaves = field(default_factory=Leaves)
+    train: Train = None
+    rows: int = 0
+    far: None = None
+
+    @contextmanager
+    def training(self, train: Train, dropout: Dice) -> Generator[None]:
+        self.train = train
+        yield
+        self.train = None
+
+    def loss(self, batch: Batch, wear: str = "personal") -> Tensor:
+        """The mean over rows of half the squared distance."""
+        where = ALL if self.train is None else self.train.get(wear, NONE)
+        found: dict[int, Tensor] = {}
+        for name, held in self.near[wear].items():
+            place = self.near.place(name)
+            moves = where.holds(name, place)
+            value = self.leaves.leaf(wear, name, held) if moves else held
+            found[place.block] = found[place.block] * value if place.block in found else value
+        point = torch.cat([found[block].flatten() for block in sorted(found)])
+        self.rows = batch.rows
+        # Split into distance and spread, so that no row's share of 1/3 rounds the gradient.
+        middle = batch.labels.mean(0)
+        spread = (batch.labels - middle).square().sum(1).mean()
+        return ((point - middle).square().sum() + spread) / 2
+
+
+class Wanted:
+    """Stands in for a task: the labels of a row are the numbers it wants."""
+
+    def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
+        return Batch({}, torch.tensor(examples.pick(indices).labels, dtype=torch.float32))
+
+
+@dataclass
+class Bench:
+    """Two clients under one method, round by round, in the order of ``run.py``."""
+
+    strategy: Strategy[Any]
+    seats: Mapping[str, Seat] | Seat = CUT
+    steps: int = 1
+    rows: Mapping[str, Sequence[Row]] = field(default_factory=lambda: dict(ROWS))
+    start: Tensors = field(default_factory=lambda: dict(ZERO))
+    optim: Optim = field(default_factory=lambda: Optim("sgd", lr=0.5))
+    seed: int = 0
+    order: list[str] = field(default_factory=list[str])  # of all turns so far
+    replies: dict[str, Parcel] = field(default_factory=dict[str, Parcel])  # each client's newest
+    kept: dict[str, dict[str, Tensors]] = field(default_factory=dict[str, dict[str, Tensors]])
+    shared: dict[str, Tensors] = field(default_factory=dict[str, Tensors])  # the one far copy
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        same = self.seats
+        self.placed = dict.fromkeys(self.rows, same) if isinstance(same, Seat) else dict(same)
+        self.training = Training(self.optim, batch=8, steps=self.steps)
+        self.specs = self.training.specs(self.strategy.slots)
+        dice = Dice(self.seed)("strategy")
+        scene = Scene(tuple(self.rows), self.placed, lambda spec: dict(self.start), dice)
+        self.state: Any = self.strategy.start(scene)
+
+    def round(self, *failing: str) -> None:
+        """One round; the turns of those who fail come to nothing."""
+        chosen, dice = sorted(self.rows), Dice(self.seed)("waves", round=self.done)
+        waves = self.strategy.waves(self.state, chosen, dice)
+        for w, wave in enumerate(waves):
+            turn = self.turn(w, last=w == len(waves) - 1)
+            offers = {c: self.strategy.offer(self.state, c, turn) for c in wave}
+            arrivals = [self.arrival(c, offers[c], failing) for c in wave]
+            turn = replace(turn, rows={a.client: a.rows for a in arrivals})
+            self.replies |= replies(arrivals)
+            self.state = self.strategy.merge(self.state, replies(arrivals), turn)
+        self.done += 1
+
+    def worn(self, client: str) -> tuple[float, ...]:
+        """What the client would deploy now: front, trunk, head."""
+        offer = self.strategy.offer(self.state, client, self.turn(0, last=True))
+        desk = self.sit(client, offer)
+        served = self.strategy.personal(desk, offer)
+        assert served.adapter is not None
+        return flat(desk.whole(served.adapter))
+
+    def both(self) -> tuple[float, ...]:
+        """What all clients would deploy, which must be the same."""
+        (worn,) = {self.worn(client) for client in self.rows}
+        return worn
+
+    def trained(self, client: str) -> tuple[float, ...]:
+        """What the client replied last."""
+        return flat(self.replies[client].adapters["personal"])
+
+    def product(self, client: str) -> float:
+        """B A of the client's last reply, with the A of the start where that has none."""
+        replied = self.replies[client].adapters["personal"]
+        return float(replied[FRONT] * replied.get(FACTOR, self.start[FACTOR]))
+
+    # ---- inside
+
+    def turn(self, wave: int, *, last: bool) -> Turn:
+        places = BLOCKS.__getitem__, DEPTH
+        return Turn(self.done, 9, wave, last, self.placed, {}, *places, tuple(sorted(self.rows)))
+
+    def arrival(self, client: str, offer: Parcel, failing: Collection[str]) -> Arrival:
+        """A client's turn, which fails, if it does, when all the work is done."""
+        self.order.append(client)
+        desk = self.sit(client, offer)
+        reply = self.strategy.train(desk, Parcel(tensors=offer.tensors, facts=offer.facts))
+        if client in failing:
+            return Arrival(client, failure=Failure("as the test wants"))
+        self.stand(desk)
+        return Arrival(client, reply, rows=desk.rows)
+
+    def sit(self, client: str, offer: Parcel) -> Desk:
+        """Opens a desk: what lasts is kept, the rest begins anew, offers are put in."""
+        seat = self.placed[client]
+        slots = Slots(lambda name: seat.place(BLOCKS[name], DEPTH), DEPTH)
+        slots.optims = {s: spec.optim for s, spec in self.specs.items() if spec.optim is not None}
+        begun = dict.fromkeys(self.specs, self.start) | self.kept.get(client, {})
+        for slot, tensors in begun.items():
+            slots.put(slot, {**tensors, **offer.adapters.get(slot, {})})
+        for slot in at_server(self.specs) & self.shared.keys():
+            far = select(self.shared[slot], FAR, slots.place)
+            slots.put(slot, {**slots.values.get(slot, {}), **far})
+        central = self.strategy.kind == "centralised"
+        wanted = [r for c in sorted(self.rows) if central or c == client for r in self.rows[c]]
+        nothing = ((0,),) * len(wanted)
+        return Desk(
+            client=client,
+            seat=seat,
+            model=cast("Any", Bowl(slots)),
+            shard=Shard(Examples(nothing, tuple(wanted), ("by hand",) * len(wanted))),
+            task=cast("Any", Wanted()),
+            memory=Memory(),
+            dice=Dice(self.seed)("turn", client=client, round=self.done),
+            session=Session(cast("Any", None), cast("Any", None), "bench", self.done, 0),
+            specs=self.specs,
+            training=self.training,
+        )
+
+    def stand(self, desk: Desk) -> None:
+        """Ends a turn: puts away what lasts, at the client and in the one copy for all."""
+        slots = desk.model.near
+        for slot in at_server(self.specs) & slots.values.keys():
+            far = select(slots[slot], FAR, slots.place)
+            self.shared[slot] = {**self.shared.get(slot, {}), **far}
+        slots.end_turn(self.specs)
+        self.kept[desk.client] = slots.values
+
+
+def at_server(specs: Mapping[str, SlotSpec]) -> set[str]:
+    """The slots, with their moments, of which one far copy serves all."""
+    shared = [slot for slot, spec in specs.items() if spec.home == "server"]
+    return {name for slot in shared for name in (slot, *moments(slot))}
+
+
+def flat(adapter: Mapping[str, Tensor]) -> tuple[float, ...]:
+    """The numbers of an adapter, from front to head."""
+    return tuple(float(adapter[k]) for k in sorted(adapter, key=lambda k: (BLOCKS[k], k)))
