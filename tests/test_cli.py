@@ -257,3 +257,42 @@ def test_a_run_is_not_overwritten_nor_resumed_with_another_recipe(
     code, _, err = flexp("run", str(recipe), "--resume", "train.lr=0.5")
     assert code == 2
     assert "train.lr differs" in err
+
+
+def test_a_new_strategy_is_written_where_it_is_told(flexp: Flexp, tmp_path: Path) -> None:
+    code, out, _ = flexp("new-strategy", "my_method", "--folder", str(tmp_path))
+    assert code == 0
+    assert str(tmp_path / "my_method" / "my_method.py") in out
+    assert "flexp run RECIPE strategy.name=my_method" in out
+    code, out, _ = flexp("new-strategy", "other", "--folder", str(tmp_path), "--json")
+    assert json.loads(out)["method"] == "other"
+    code, _, err = flexp("new-strategy", "my_method", "--folder", str(tmp_path))
+    assert code == 2
+    assert "is there already" in err
+
+
+def test_methods_say_what_each_does(flexp: Flexp) -> None:
+    code, out, _ = flexp("methods")
+    assert code == 0
+    plain = " ".join(out.split())
+    for words in ("federated LoRA", "personal: the near part", "options: mu=0.1", "not federated"):
+        assert words in plain
+    code, out, _ = flexp("methods", "--json")
+    rows = {row["method"]: row for row in json.loads(out)}
+    assert rows["fedper"]["personal"] == "the head"
+    assert rows["fedper"]["leaves"][0]["part"] == "all but the head"
+    assert rows["splitlora"]["reconstruction"]
+    assert rows["pooled"]["kind"] == "centralised"
+
+
+def test_ranks_of_single_clients(flexp: Flexp, recipe_of: Recipe) -> None:
+    assert "all clients need one rank" in refused(
+        flexp, recipe_of(plan__ranks={"anna": 3}), "strategy.name=fedavg"
+    )
+    assert 'no client "nobody"' in refused(flexp, recipe_of(plan__ranks={"nobody": 3}))
+    code, out, err = flexp(
+        "run", str(recipe_of(plan__ranks={"anna": 3}, rounds=1)), "strategy.name=local", "--json"
+    )
+    assert code == 0, err
+    configs = [Path(p) / "adapter_config.json" for p in json.loads(out)["adapters"]]
+    assert [json.loads(c.read_text())["r"] for c in configs] == [3, 2, 2]

@@ -266,8 +266,13 @@ def test_a_summary_by_hand() -> None:
     def row(method: str, seed: int, client: str, own: float) -> dict[str, Any]:
         costs: dict[str, Any] = dict.fromkeys(table.COSTS, 1.0)
         return {
-            "method": method, "seed": seed, "client": client, "own": own, "global": own,
-            "worst_decile": own, **costs,
+            "method": method,
+            "seed": seed,
+            "client": client,
+            "own": own,
+            "global": own,
+            "worst_decile": own,
+            **costs,
         }
 
     rows = [

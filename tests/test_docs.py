@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import inspect
 import re
 import shlex
 import sys
@@ -11,14 +12,15 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import toys
 from typer.main import get_command
 
-from flexp import assets, cli, commands, recipe_file, strategies
+from flexp import assets, cli, commands, laws, recipe_file, strategies
 from flexp.model.cut import Cut, Seat
+from flexp.strategies.base import MethodKind, Strategy
 from flexp.strategies.fedavg import FedAvg
 
 ROOT = Path(__file__).parents[1]
@@ -136,34 +138,51 @@ def test_links_lead_to_a_heading(page: Path) -> None:
 
 # ---- programs
 
-METHOD = DOCS / "how-to" / "own-method.md"
+METHOD = DOCS / "how-to" / "add-a-method.md"
+EXAMPLE = ROOT / "examples" / "fedavgm"
 
 
 @pytest.fixture
-def fedprox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The example as the file that the page tells to write."""
-    (source,) = blocks(METHOD, "python")
-    path = tmp_path / "fedprox.py"
-    path.write_text(source, encoding="utf-8")
-    return loaded("fedprox", path, monkeypatch)
+def fedavgm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The example as the file that the page shows."""
+    path = tmp_path / "fedavgm.py"
+    path.write_text(blocks(METHOD, "python")[0], encoding="utf-8")
+    return loaded("fedavgm", path, monkeypatch)
 
 
-def test_the_example_method_without_its_pull_is_fedavg(fedprox: ModuleType) -> None:
-    mine = toys.play(fedprox.FedProx(mu=0.0), CUT)
+def test_the_page_shows_the_example_package() -> None:
+    shown = [*blocks(METHOD, "python"), *blocks(METHOD, "toml")]
+    files = ("fedavgm.py", "test_fedavgm.py", "pyproject.toml")
+    assert shown == [(EXAMPLE / file).read_text("utf-8") for file in files]
+    assert {p.name for p in EXAMPLE.iterdir() if p.is_file()} == set(files)
+
+
+def test_the_page_has_every_law_and_class_variable() -> None:
+    text = METHOD.read_text("utf-8")
+    rows = re.findall(r"^\| (.+?) \| .+ \|$", text, re.M)
+    assert [row for row in rows if row in laws.LAWS] == list(laws.LAWS)
+    told = {row.strip("`") for row in rows if row.startswith("`")}
+    assert told == set(inspect.get_annotations(Strategy))
+    assert all(f"`{kind}`" in text for kind in get_args(MethodKind))
+
+
+def test_the_example_method_without_momentum_is_fedavg(fedavgm: ModuleType) -> None:
+    """Bit for bit, by the order of its sums."""
+    mine = toys.play(fedavgm.FedAvgM(beta=0.0), CUT)
     fedavg = toys.play(FedAvg(), CUT)
-    assert toys.same(mine.state, fedavg.state)
+    assert toys.same(mine.state.adapter, fedavg.state)
     assert all(toys.same(mine.adapters[c], fedavg.adapters[c]) for c in fedavg.adapters)
 
 
-def test_the_example_method_does_not_see_the_cut(fedprox: ModuleType) -> None:
-    method = fedprox.FedProx(mu=5.0)
+def test_the_example_method_does_not_see_the_cut(fedavgm: ModuleType) -> None:
+    method = fedavgm.FedAvgM(beta=0.9)
     cut, whole = toys.play(method, CUT), toys.play(method, toys.whole())
-    assert toys.same(cut.state, whole.state)
-    assert not toys.same(cut.state, toys.play(FedAvg(), CUT).state)
+    assert toys.same(cut.state.adapter, whole.state.adapter)
+    assert not toys.same(cut.state.adapter, toys.play(FedAvg(), CUT).state)
 
 
-def test_the_example_method_is_found_by_name(
-    fedprox: ModuleType, monkeypatch: pytest.MonkeyPatch
+def test_the_recipe_of_the_page_builds_the_example(
+    fedavgm: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (text,) = blocks(METHOD, "toml")
     ((group, points),) = tomllib.loads(text)["project"]["entry-points"].items()
@@ -175,9 +194,8 @@ def test_the_example_method_is_found_by_name(
     monkeypatch.setattr(strategies, "entry_points", entry_points)
     (snippet,) = blocks(METHOD, "yaml")
     asked = recipe_file.make(recipe_file.parse(snippet, "page")).strategy
-    built = strategies.build(asked.name, asked.options)
-    assert built == fedprox.FedProx(mu=0.5)
-    assert "my_fedprox" in {row["method"] for row in commands.listing()}
+    assert strategies.build(asked.name, asked.options) == fedavgm.FedAvgM(beta=0.5)
+    assert "fedavgm" in {row["method"] for row in commands.listing()}
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -58,7 +58,8 @@ def tensors_in(data: bytes, *, limit: int = MAX_BYTES) -> tuple[Tensors, dict[st
     for name, tensor in tensors.items():
         if tensor.dtype is torch.bool and tensor.numel() and flat_bytes(tensor).max() > 1:
             raise ParcelError(f'Tensor "{name}" holds bytes that are neither true nor false.')
-    return tensors, cast("dict[str, str]", notes)
+    # The parser gives them in any order, and sums of tensors would depend on it.
+    return dict(sorted(tensors.items())), cast("dict[str, str]", notes)
 
 
 def flat_bytes(tensor: Tensor) -> Tensor:

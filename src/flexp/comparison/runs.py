@@ -18,6 +18,7 @@ from queue import Empty
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from flexp import assets, commands, recipe_file
 from flexp.comparison.table import Ground, of_run, summary
@@ -178,12 +179,21 @@ def carry_out(whole: Comparison, todo: Sequence[RunId], jobs: int, root: Path, s
     shares = [Share(whole, tuple(todo[a:b]), root, threads) for a, b in itertools.pairwise(cuts)]
     say(f"{len(todo)} runs, {jobs} at a time")
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+    with (
+        spawn.Manager() as manager,
+        ProcessPoolExecutor(jobs, mp_context=spawn, initializer=quiet) as pool,
+    ):
         told = manager.Queue()
         futures = [pool.submit(work, share, told.put) for share in shares]
         _listen(futures, told.get, say)
         for future in futures:
             future.result()
+
+
+def quiet() -> None:
+    """Keeps a library's notes of a process of ours off the terminal."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _listen(futures: Sequence[Future[None]], get: Callable[..., str], say: Say) -> None:

@@ -177,6 +177,15 @@ def show_method(m: Row, console: Console) -> None:
             console.print(Padding(escape(f"{title}: {text}"), (0, 0, 0, 6)), highlight=False)
 
 
+def show_new_strategy(document: Row, console: Console) -> None:
+    """The files of a new method, and what to call next."""
+    for path in document["files"]:
+        console.print(path, highlight=False, markup=False, soft_wrap=True)
+    console.print("Next:", highlight=False)
+    for line in document["next"]:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
 def show_assets(document: Row, console: Console) -> None:
     """One line per asset, then where it comes from, then what `verify` found."""
     lines = [

@@ -1,0 +1,5 @@
+"""``python -m flexp.cli``."""
+
+from flexp.cli import main
+
+main()

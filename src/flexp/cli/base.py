@@ -1,0 +1,63 @@
+"""The application, and what every command begins and ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from flexp.errors import FlexpError
+
+app = typer.Typer(
+    help="Personal split federated fine-tuning of foundation models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+RecipePath = Annotated[Path, typer.Argument(help="A recipe in YAML.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides, as train.lr=1e-4 or strategy.name=local.")
+]
+
+
+def main() -> None:
+    """Runs a command; an error that a person can act on is one message and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except FlexpError as problem:
+        typer.echo(f"{type(problem).__name__}: {problem}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. Continue a run with --resume.", err=True)
+        sys.exit(130)
+
+
+def begin(as_json: bool, mode: str = "fast") -> Console:
+    """Quiets libraries, sets threads, and gives people's console (not where the JSON goes)."""
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # One thread in exact mode: sums then have one order.
+    torch.set_num_threads(1 if mode == "exact" else os.cpu_count() or 1)
+    return Console(stderr=as_json)
+
+
+def emit(document: Any) -> None:
+    """Writes the one JSON document."""
+    typer.echo(json.dumps(document, indent=1))
+
+
+def cache() -> Any:
+    """The cache of assets that the environment names."""
+    from flexp import assets
+
+    return assets.Cache(assets.default_root(os.environ))

@@ -1,0 +1,162 @@
+"""Commands that read a recipe: demo, run, compare, plan, doctor; and report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexp.cli.base import Json, Overrides, RecipePath, app, begin, cache, emit
+
+
+@app.command()
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="MiniLM on VADER, in about two minutes.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of data, heads and batches.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Eight Shakespeare roles fine-tune their own SmolLM2, each on a device of its own size."""
+    # The quick one runs two methods side by side, on one thread each.
+    console = begin(as_json, "exact" if quick else "fast")
+    from flexp import demonstration, live, terminal
+
+    which = demonstration.QUICK if quick else demonstration.SHAKESPEARE
+    with live.Live(console) as shown:
+        document = demonstration.play(
+            which, cache(), shown, say=shown.say, clock=time.time, seed=seed
+        )
+    if as_json:
+        emit(document)
+    else:
+        terminal.show_demo(document, console)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the newest checkpoint.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Trains every client's personal model as a recipe says; ends with a PEFT adapter for each."""
+    from flexp import recipe_file as recipes
+
+    found = recipes.read(recipe, overrides or [])
+    console = begin(as_json, found.mode)
+    from flexp import commands, live, terminal
+
+    with live.Live(console) as shown:
+        bar = shown.begin(found.strategy.name, found.rounds)
+        document = commands.run(found, cache(), [bar], resume=resume, say=shown.say)
+    if as_json:
+        emit(document)
+    else:
+        terminal.show_run(document, console)
+
+
+@app.command()
+def compare(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help='As "local,fedavg,flexp", or "all", or a YAML file of labels with what each '
+            "changes. Without it: RECIPE.methods.yaml beside the recipe, else base, local, fedavg "
+            "and the recipe's own."
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of data, beginnings and batches.")] = "0,1,2",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes side by side; else what fits.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for all processes, as 8GB; else 70 % of what is free."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Do what is not done yet.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Runs several methods on the same clients, data and seats, over seeds, and shows one table."""
+    from flexp import recipe_file as recipes
+
+    found = recipes.read(recipe, overrides or [])
+    console = begin(as_json, found.mode)
+    from flexp import comparison, terminal
+
+    plan = comparison.Plan(
+        comparison.asked(found, recipe, methods),
+        comparison.seeds_of(seeds),
+        jobs,
+        comparison.bytes_of(memory),
+        resume,
+        lenient=methods == "all",
+    )
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    document = comparison.compare(found, cache(), plan, say=say)
+    if as_json:
+        emit(document)
+    else:
+        terminal.show_compare(document, console)
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Shows what would run on each device and how much memory it takes, before any training."""
+    from flexp import recipe_file as recipes
+
+    found = recipes.read(recipe, overrides or [])
+    console = begin(as_json)
+    from flexp import commands, terminal
+
+    document = commands.plan(found, cache())
+    if as_json:
+        emit(document)
+    else:
+        terminal.show_plan(document, console)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe whose data to look at.")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Tells what this machine has and, with a recipe, what each client's data looks like."""
+    from flexp import recipe_file as recipes
+
+    found = recipes.read(recipe, overrides or []) if recipe is not None else None
+    console = begin(as_json)
+    from flexp import commands, terminal
+
+    document = commands.doctor(found, cache())
+    if as_json:
+        emit(document)
+    else:
+        terminal.show_doctor(document, console)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Writes one HTML file: fleet, curves, own against global, bytes and memory."""
+    console = begin(as_json)
+    from flexp import commands
+
+    document = commands.write_report(runs, out)
+    if as_json:
+        emit(document)
+    else:
+        console.print(document["out"], highlight=False, markup=False)
