@@ -194,6 +194,7 @@ def test_options_of_the_recipe_are_those_of_its_own_method(recipe_of: Recipe) ->
     [
         ("fedavgg", 'Did you mean "fedavg"?'),
         ("local,fedper", "nobody trains one here. Set strategy.blocks"),
+        (",", "There is no method to compare"),
     ],
 )
 def test_nothing_starts_that_cannot_run(
@@ -215,6 +216,13 @@ def test_all_methods_leaves_out_what_cannot_run(recipe_of: Recipe, nowhere: asse
     assert "adapter.kind=lora" in refused["ffa_lora"]
     with pytest.raises(StrategyError, match="ffa_lora"):
         runs.refusals(Comparison(recipe, Plan(methods, (0,))), runs.survey(recipe, nowhere))
+
+
+def test_an_option_that_no_compared_method_has(flexp: Flexp, recipe_of: Recipe) -> None:
+    code, _, err = flexp("compare", str(recipe_of()), "--methods", "fedprox", "strategy.mux=1")
+    assert code == 2
+    assert 'strategy.mux: method "flexp" has no such option.' in err
+    assert "Its options: align, align_head, form." in err
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,-2", "1.5"])

@@ -122,7 +122,7 @@ def compare(
     for label, why in whole.refused.items():
         say(f"{label} is left out. {why}")
     if not whole.wanted:
-        raise FlexpError("No method is left to compare. Name some with --methods.")
+        raise FlexpError("None of these methods can run here. Name others with --methods.")
     todo = [run for run in whole.wanted if not whole.done(run)]
     if len(todo) < len(whole.wanted):
         say(f"{len(whole.wanted) - len(todo)} of {len(whole.wanted)} runs are done already")
@@ -139,9 +139,11 @@ def check_plan(whole: Comparison) -> None:
     plan = whole.plan
     if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds):
         raise FlexpError("A comparison needs at least one seed, and each only once.")
-    for label in plan.methods:
-        mine = whole.recipe((plan.seeds[0], label)).strategy
-        build(mine.name, mine.options)
+    if not plan.methods:
+        raise FlexpError("There is no method to compare. Name some with --methods.")
+    runs = [whole.recipe((plan.seeds[0], label)) for label in plan.methods]
+    for recipe in (whole.common, *runs):
+        build(recipe.strategy.name, recipe.strategy.options)
     if whole.folder.exists() and not plan.resume:
         raise FlexpError(
             f"{whole.folder} holds a comparison already. Continue it with --resume, or choose "
