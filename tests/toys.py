@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from flexp.client.desk import Desk, Training
 from flexp.data.examples import Batch, Examples, Shard
 from flexp.data.loss import chunked_loss
 from flexp.dice import Dice
-from flexp.engine.base import Arrival, Assignment, replies
+from flexp.engine.base import Arrival, Assignment
 from flexp.engine.local import LocalEngine
 from flexp.evaluate import pooled
 from flexp.link.metered import Ledger
@@ -27,6 +27,7 @@ from flexp.model.cut import Cut, Labels, Seat, uncut
 from flexp.model.ops import Optim, SlotSpec
 from flexp.model.skeleton import TaskKind
 from flexp.parcel import Parcel
+from flexp.run import waves_of
 from flexp.strategies.base import Scene, Strategy, Turn
 from flexp.strategies.local import Local
 from flexp.tensors import Tensors
@@ -342,17 +343,13 @@ def play(
         state, arrivals = strategy.start(scene), list[Arrival]()
         for r in range(rounds):
             chosen = [names[n] for n in order] if order else names
-            waves = strategy.waves(state, chosen, Dice(0)("waves", round=r))
             places = body.block_of, body.depth
+            begun = Turn(r, rounds, 0, True, placed, {}, *places, tuple(chosen))
             arrivals.clear()
-            for w, wave in enumerate(waves):
-                last = w == len(waves) - 1
-                turn = Turn(r, rounds, w, last, placed, {}, *places, tuple(chosen))
-                work = [Assignment(c, placed[c], strategy.offer(state, c, turn)) for c in wave]
-                found = list(engine.run(strategy, work, turn))
+            dice = Dice(0)("waves", round=r)
+            for _, found, merged in waves_of(strategy, engine, state, begun, dice):
+                state = merged
                 arrivals += found
-                turn = replace(turn, rows={a.client: a.rows for a in found})
-                state = strategy.merge(state, replies(found), turn)
         return Played(personal(strategy, state, engine, placed, rounds), arrivals, state, engine)
     finally:
         engine.close()

@@ -7,9 +7,8 @@ run. What should make no difference must make none, bit for bit. Nothing is read
 from __future__ import annotations
 
 import functools
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast, get_args
 
@@ -23,7 +22,7 @@ from flexp.client.memory import Memory
 from flexp.data.examples import Examples, Shard
 from flexp.data.tasks import Classification
 from flexp.dice import Dice
-from flexp.engine.base import Assignment, replies
+from flexp.engine.base import Arrival, Assignment
 from flexp.engine.local import LocalEngine
 from flexp.errors import CheckpointError, ParcelError, StrategyError
 from flexp.evaluate import pooled
@@ -34,6 +33,7 @@ from flexp.model.cut import Cut, Seat, uncut
 from flexp.model.ops import Optim
 from flexp.model.weights import fill
 from flexp.parcel import Parcel, decode, encode
+from flexp.run import waves_of
 from flexp.strategies import about
 from flexp.strategies.base import ClientId, MethodKind, Scene, Setting, Strategy, Turn
 
@@ -173,20 +173,9 @@ def _play(
         state = strategy.start(Scene(tuple(placed), placed, engine.initial, dice("strategy")))
         for r, everybody in enumerate(ROUNDS):
             chosen = tuple(c for c in everybody if c in placed)[:: -1 if backwards else 1]
-            waves, had = strategy.waves(state, chosen, dice("waves", round=r)), Counter[ClientId]()
-            for w, wave in enumerate(waves):
-                last = w == len(waves) - 1
-                turn = replace(begin, round=r, wave=w, last_wave=last, chosen=chosen)
-                offers = {c: _crossed(strategy.offer(state, c, turn)) for c in wave}
-                work = [Assignment(c, placed[c], offers[c], had[c]) for c in wave]
-                had.update(wave)
-                arrivals = list(engine.run(strategy, work, turn))
-                for error in (a.failure.error for a in arrivals if a.failure is not None):
-                    law = DECLARED if error.startswith("EgressError") else TURNS
-                    raise _broken(strategy, law, error)
-                turn = replace(turn, rows={a.client: a.rows for a in arrivals})
-                got = {c: _crossed(reply) for c, reply in replies(arrivals).items()}
-                state = strategy.merge(state, got, turn)
+            turn, order = replace(begin, round=r, chosen=chosen), dice("waves", round=r)
+            for *_, merged in waves_of(strategy, _Crossing(engine), state, turn, order):
+                state = merged
             if at_rest:
                 strategy, state = _woken(strategy, state, engine)
         return _end(strategy, state, engine, replace(begin, round=len(ROUNDS)))
@@ -207,6 +196,24 @@ def _end(strategy: Strategy[Any], state: Any, engine: LocalEngine, turn: Turn) -
                 out[client, LOGITS] = served.predict(TASK.collate(rows, range(len(rows))))
     kept = bytearray(encode(encode_state(state)))
     return {**out, (SERVER, "state"): torch.frombuffer(kept, dtype=torch.uint8)}
+
+
+@dataclass(frozen=True)
+class _Crossing:
+    """An engine whose offers and replies cross as bytes, and whose failures break a law."""
+
+    inner: LocalEngine
+
+    def run(
+        self, strategy: Strategy[Any], work: Iterable[Assignment], turn: Turn
+    ) -> Iterator[Arrival]:
+        crossed = [replace(one, offer=_crossed(one.offer)) for one in work]
+        for arrival in self.inner.run(strategy, crossed, turn):
+            if arrival.reply is None:
+                error = arrival.failure.error if arrival.failure else ""
+                law = DECLARED if error.startswith("EgressError") else TURNS
+                raise _broken(strategy, law, error)
+            yield replace(arrival, reply=_crossed(arrival.reply))
 
 
 def _crossed(parcel: Parcel) -> Parcel:

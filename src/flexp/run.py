@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flexp import checkpoint, export
-from flexp.engine.base import Arrival, Assignment, replies
+from flexp.dice import Dice
+from flexp.engine.base import Arrival, Assignment, Engine, replies
 from flexp.errors import FlexpError
 from flexp.evaluate import Score, evaluate
 from flexp.events import (
@@ -33,7 +35,7 @@ from flexp.events import (
 from flexp.link.metered import Ledger
 from flexp.parcel import Facts, file_name
 from flexp.stage import Stage
-from flexp.strategies.base import ClientId, Scene, Turn
+from flexp.strategies.base import ClientId, Scene, Strategy, Turn
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,14 @@ def run(stage: Stage, stream: Stream, *, out: Path | None = None, resume: bool =
     for r in range(first, recipe.rounds):
         chosen = sample(stage, r)
         stream.write(RoundStarted(r, tuple(chosen)))
-        waves = strategy.waves(state, chosen, stage.dice("waves", round=r))
-        failed, had = list[Arrival](), Counter[ClientId]()
-        for w, wave in enumerate(waves):
-            turn = turn_of(stage, r, w, chosen, last=w == len(waves) - 1)
-            offers = {c: strategy.offer(state, c, turn) for c in wave}
-            work = [Assignment(c, turn.seats[c], offers[c], had[c]) for c in wave]
-            had.update(wave)
-            arrivals = [tell(stream, turn, a) for a in engine.run(strategy, work, turn)]
-            failed += [a for a in arrivals if a.failure is not None]
-            turn = replace(turn, rows={a.client: a.rows for a in arrivals})
-            state = strategy.merge(state, replies(arrivals), turn)
-            stream.write(Merged(r, w, tuple(replies(arrivals))))
-        check(failed, sum(map(len, waves)))
+        turns: list[Arrival] = []
+        begun, dice = turn_of(stage, r, chosen), stage.dice("waves", round=r)
+        for turn, arrivals, merged in waves_of(
+            strategy, engine, state, begun, dice, tell=partial(tell, stream)
+        ):
+            state, turns = merged, turns + arrivals
+            stream.write(Merged(r, turn.wave, tuple(replies(arrivals))))
+        check(turns)
         done = r + 1
         if done == recipe.rounds or (recipe.evaluate.every and done % recipe.evaluate.every == 0):
             scores = score(stage, state, stream, done)
@@ -77,7 +74,36 @@ def run(stage: Stage, stream: Stream, *, out: Path | None = None, resume: bool =
     if not scores:
         scores = score(stage, state, stream, recipe.rounds)
     stream.write(RunEnded(recipe.rounds, time.monotonic() - started))
-    return Result(tuple(scores), state, turn_of(stage, recipe.rounds, 0, last=True))
+    return Result(tuple(scores), state, turn_of(stage, recipe.rounds))
+
+
+def waves_of(
+    strategy: Strategy[Any],
+    engine: Engine,
+    state: Any,
+    begun: Turn,
+    dice: Dice,
+    *,
+    tell: Callable[[Turn, Arrival], None] = lambda turn, arrival: None,
+) -> Iterator[tuple[Turn, list[Arrival], Any]]:
+    """One round: offers go out, clients train, replies are merged, wave by wave.
+
+    Gives each wave's turn, arrivals and merged state; ``tell`` hears of an arrival as it comes.
+    """
+    had = Counter[ClientId]()
+    waves = strategy.waves(state, begun.chosen, dice)
+    for w, wave in enumerate(waves):
+        turn = replace(begun, wave=w, last_wave=w == len(waves) - 1)
+        offers = {c: strategy.offer(state, c, turn) for c in wave}
+        work = [Assignment(c, turn.seats[c], offers[c], had[c]) for c in wave]
+        had.update(wave)
+        arrivals: list[Arrival] = []
+        for arrival in engine.run(strategy, work, turn):
+            tell(turn, arrival)
+            arrivals.append(arrival)
+        turn = replace(turn, rows={a.client: a.rows for a in arrivals})
+        state = strategy.merge(state, replies(arrivals), turn)
+        yield turn, arrivals, state
 
 
 def begin(stage: Stage, stream: Stream, out: Path | None, resume: bool) -> tuple[Any, int]:
@@ -115,38 +141,27 @@ def round_half_up(x: float) -> int:
     return int(x + 0.5)
 
 
-def turn_of(
-    stage: Stage, round: int, wave: int, chosen: Sequence[ClientId] = (), *, last: bool
-) -> Turn:
-    """The turn of a wave, before anything is known of its rows."""
-    backbone = stage.backbone
-    return Turn(
-        round,
-        stage.recipe.rounds,
-        wave,
-        last,
-        stage.seats,
-        {},
-        backbone.block_of,
-        backbone.depth,
-        tuple(chosen),
-    )
+def turn_of(stage: Stage, round: int, chosen: Sequence[ClientId] = ()) -> Turn:
+    """The turn of a round's only wave, before anything is known of its rows."""
+    body, rounds = stage.backbone, stage.recipe.rounds
+    places = body.block_of, body.depth
+    return Turn(round, rounds, 0, True, stage.seats, {}, *places, tuple(chosen))
 
 
-def check(failed: Sequence[Arrival], turns: int) -> None:
+def check(turns: Sequence[Arrival]) -> None:
     """Raises FlexpError if every turn of a round failed."""
-    if turns and len(failed) == turns:
-        first = failed[0]
+    if turns and all(a.failure is not None for a in turns):
+        first = turns[0]
         error = first.failure.error if first.failure else ""
         raise FlexpError(f'Every client failed, the first one ("{first.client}") with: {error}')
 
 
-def tell(stream: Stream, turn: Turn, arrival: Arrival) -> Arrival:
+def tell(stream: Stream, turn: Turn, arrival: Arrival) -> None:
     """Writes an arrival's event."""
     if arrival.reply is None:
         error = arrival.failure.error if arrival.failure else "no reply"
         stream.write(TurnFailed(turn.round, turn.wave, arrival.client, error))
-        return arrival
+        return
     facts, ledger = arrival.reply.facts, arrival.ledger
     loss, steps = facts.get("loss"), facts.get("steps")
     stream.write(
@@ -163,7 +178,6 @@ def tell(stream: Stream, turn: Turn, arrival: Arrival) -> Arrival:
             measured(arrival),
         )
     )
-    return arrival
 
 
 def measured(arrival: Arrival) -> Facts:
@@ -182,7 +196,7 @@ def measured(arrival: Arrival) -> Facts:
 def score(stage: Stage, state: Any, stream: Stream, done: int) -> list[Score]:
     """Evaluates every client's personal model and writes the scores."""
     last = done == stage.recipe.rounds
-    turn = turn_of(stage, done, 0, last=True)
+    turn = turn_of(stage, done)
     scores = evaluate(
         stage.engine,
         stage.strategy,

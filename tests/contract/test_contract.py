@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
@@ -23,7 +22,7 @@ from flexp.checkpoint import decode_state, encode_state
 from flexp.client.desk import Desk, Training
 from flexp.client.memory import Memory
 from flexp.dice import Dice
-from flexp.engine.base import Arrival, Assignment, replies
+from flexp.engine.base import Arrival, Assignment
 from flexp.engine.local import LocalEngine
 from flexp.errors import LinkError
 from flexp.evaluate import pooled
@@ -34,6 +33,7 @@ from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim
 from flexp.parcel import Parcel, decode, encode
+from flexp.run import waves_of
 from flexp.strategies import BUILT_IN, about
 from flexp.strategies.base import MethodKind, Scene, Strategy, Turn
 from flexp.strategies.fedavg import FedAvg
@@ -116,27 +116,27 @@ class Run:
     def wrapped(self, client: str, link: Link) -> Link:
         return self.wrap(client, link)
 
-    def turn(self, r: int, wave: int = 0, chosen: Sequence[str] = (), last: bool = True) -> Turn:
+    def turn(self, r: int, chosen: Sequence[str] = ()) -> Turn:
         places = body().block_of, body().depth
-        return Turn(r, 9, wave, last, self.placed, {}, *places, tuple(chosen))
+        return Turn(r, 9, 0, True, self.placed, {}, *places, tuple(chosen))
 
     def round(self, r: int, chosen: Sequence[str] | None = None) -> list[Arrival]:
         out: list[Arrival] = []
-        wanted = list(self.placed) if chosen is None else chosen
-        waves = self.strategy.waves(self.state, wanted, Dice(0)("waves", round=r))
-        had = Counter[str]()
-        for w, wave in enumerate(waves):
-            turn = self.turn(r, w, wanted, last=w == len(waves) - 1)
-            offers = {c: self.strategy.offer(self.state, c, turn) for c in wave}
-            self.offers += offers.items()
-            work = [Assignment(c, self.placed[c], offer, had[c]) for c, offer in offers.items()]
-            had.update(wave)
-            arrivals = list(self.engine.run(self.strategy, work, turn))
-            turn = replace(turn, rows={a.client: a.rows for a in arrivals})
-            self.state = self.strategy.merge(self.state, replies(arrivals), turn)
+        turn = self.turn(r, list(self.placed) if chosen is None else chosen)
+        dice = Dice(0)("waves", round=r)
+        for _, arrivals, merged in waves_of(self.strategy, self, self.state, turn, dice):
+            self.state = merged
             out += arrivals
         self.arrivals += out
         return out
+
+    def run(
+        self, strategy: Strategy[Any], work: Iterable[Assignment], turn: Turn
+    ) -> Iterator[Arrival]:
+        """The engine's, with offers remembered."""
+        given = list(work)
+        self.offers += [(one.client, one.offer) for one in given]
+        return self.engine.run(strategy, given, turn)
 
     def finish(self, rounds: int = 9) -> End:
         """Looks at everybody's personal model and ends the run."""

@@ -6,9 +6,9 @@ step of plain SGD with rate 0.5 goes half of the way: from 0 towards 8 the steps
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -19,12 +19,13 @@ from flexp.client.memory import Memory
 from flexp.client.session import Session
 from flexp.data.examples import Batch, Examples, Shard
 from flexp.dice import Dice
-from flexp.engine.base import Arrival, Failure, replies
+from flexp.engine.base import Arrival, Assignment, Failure, replies
 from flexp.model.cut import Cut, Seat, uncut
 from flexp.model.dress import Leaves, Train
 from flexp.model.ops import Optim, SlotSpec
 from flexp.model.slots import Slots, moments
 from flexp.parcel import Parcel
+from flexp.run import waves_of
 from flexp.strategies.base import Scene, Strategy, Turn
 from flexp.tensors import ALL, FAR, NONE, Tensors, select
 
@@ -109,6 +110,7 @@ class Bench:
     kept: dict[str, dict[str, Tensors]] = field(default_factory=dict[str, dict[str, Tensors]])
     shared: dict[str, Tensors] = field(default_factory=dict[str, Tensors])  # the one far copy
     done: int = 0
+    failing: Collection[str] = ()
 
     def __post_init__(self) -> None:
         same = self.seats
@@ -121,20 +123,21 @@ class Bench:
 
     def round(self, *failing: str) -> None:
         """One round; the turns of those who fail come to nothing."""
-        chosen, dice = sorted(self.rows), Dice(self.seed)("waves", round=self.done)
-        waves = self.strategy.waves(self.state, chosen, dice)
-        for w, wave in enumerate(waves):
-            turn = self.turn(w, last=w == len(waves) - 1)
-            offers = {c: self.strategy.offer(self.state, c, turn) for c in wave}
-            arrivals = [self.arrival(c, offers[c], failing) for c in wave]
-            turn = replace(turn, rows={a.client: a.rows for a in arrivals})
+        self.failing, dice = failing, Dice(self.seed)("waves", round=self.done)
+        for _, arrivals, merged in waves_of(self.strategy, self, self.state, self.turn(), dice):
             self.replies |= replies(arrivals)
-            self.state = self.strategy.merge(self.state, replies(arrivals), turn)
+            self.state = merged
         self.done += 1
+
+    def run(
+        self, strategy: Strategy[Any], work: Iterable[Assignment], turn: Turn
+    ) -> Iterator[Arrival]:
+        """Each client's turn, as an engine gives them."""
+        return (self.arrival(one.client, one.offer, self.failing) for one in work)
 
     def worn(self, client: str) -> tuple[float, ...]:
         """What the client would deploy now: front, trunk, head."""
-        offer = self.strategy.offer(self.state, client, self.turn(0, last=True))
+        offer = self.strategy.offer(self.state, client, self.turn())
         desk = self.sit(client, offer)
         served = self.strategy.personal(desk, offer)
         assert served.adapter is not None
@@ -156,9 +159,9 @@ class Bench:
 
     # ---- inside
 
-    def turn(self, wave: int, *, last: bool) -> Turn:
+    def turn(self) -> Turn:
         places = BLOCKS.__getitem__, DEPTH
-        return Turn(self.done, 9, wave, last, self.placed, {}, *places, tuple(sorted(self.rows)))
+        return Turn(self.done, 9, 0, True, self.placed, {}, *places, tuple(sorted(self.rows)))
 
     def arrival(self, client: str, offer: Parcel, failing: Collection[str]) -> Arrival:
         """A client's turn, which fails, if it does, when all the work is done."""

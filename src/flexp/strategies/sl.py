@@ -10,17 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from flexp.client.desk import Desk
 from flexp.dice import Dice
-from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
-from flexp.strategies.base import ClientId, MethodKind, Scene, Strategy, Turn
+from flexp.strategies.base import ClientId, MethodKind, Turn
+from flexp.strategies.fedavg import FedAvg
 from flexp.tensors import Tensors
 
 
 @dataclass(frozen=True)
-class Sl(Strategy[Tensors]):
+class Sl(FedAvg):
     """Clients in turn: each goes on with the front of the one before, on one server net.
 
     Early clients are forgotten where labels are skewed; a round takes as long as all its turns.
@@ -29,23 +28,12 @@ class Sl(Strategy[Tensors]):
     name: ClassVar[str] = "sl"
     paper: ClassVar[str] = "Gupta and Raskar 2018, arXiv 1810.06060"
     kind: ClassVar[MethodKind] = "split"
-    slots: ClassVar[Mapping[str, SlotSpec]] = {"personal": SlotSpec()}
     leaves: ClassVar[tuple[Leave, ...]] = (Leave("personal", why="the next client goes on"),)
-
-    def start(self, scene: Scene) -> Tensors:
-        return scene.initial(self.slots["personal"])
 
     def waves(
         self, state: Tensors, chosen: Sequence[ClientId], dice: Dice
     ) -> Sequence[Sequence[ClientId]]:
         return [[client] for client in sorted(chosen)]
-
-    def offer(self, state: Tensors, client: ClientId, turn: Turn) -> Parcel:
-        return Parcel({"personal": state})
-
-    def train(self, desk: Desk, offer: Parcel) -> Parcel:
-        facts = desk.fit()
-        return desk.reply("personal", facts=facts)
 
     def merge(self, state: Tensors, replies: Mapping[ClientId, Parcel], turn: Turn) -> Tensors:
         for reply in replies.values():
