@@ -38,7 +38,7 @@ from flexp.tensors import ALL, Mix, Tensors, Term, Where, mean
         (Local(), None),
         (Base(), None),
         (Pooled(), None),  # no cut at all
-        (FlexP(), FlexP(align=0.0)),
+        (FlexP(), FlexP(align=0.0, head="free")),
         (SplitFedV2(), SplitFedV2()),  # waves, and a slot at the server
     ],
     ids=lambda one: one.name if one else "",

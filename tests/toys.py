@@ -18,6 +18,7 @@ from flexp.data.examples import Batch, Examples, Shard
 from flexp.data.loss import chunked_loss
 from flexp.dice import Dice
 from flexp.engine.base import Arrival, Assignment
+from flexp.engine.flow import Flow, Pace
 from flexp.engine.local import LocalEngine
 from flexp.evaluate import pooled
 from flexp.link.metered import Ledger
@@ -27,7 +28,7 @@ from flexp.model.cut import Cut, Labels, Seat, uncut
 from flexp.model.ops import Optim, SlotSpec
 from flexp.model.skeleton import TaskKind
 from flexp.parcel import Parcel
-from flexp.run import waves_of
+from flexp.run import flow_of, waves_of
 from flexp.strategies.base import Scene, Strategy, Turn
 from flexp.strategies.local import Local
 from flexp.tensors import Tensors
@@ -297,6 +298,7 @@ class Played:
     arrivals: list[Arrival]
     state: Any
     engine: LocalEngine
+    order: list[str]
 
 
 def play(
@@ -315,8 +317,13 @@ def play(
     rows: int = 12,
     shards: Mapping[str, Shard] | None = None,
     measures: bool = False,
+    paces: Mapping[str, float] | None = None,
+    recorded: Sequence[str] | None = None,
 ) -> Played:
-    """A toy run of a few clients; each one's personal adapter at the end."""
+    """A toy run of a few clients; each one's personal adapter at the end.
+
+    ``paces`` are seconds of a step, for methods without barrier; all their arrivals are given.
+    """
     body = backbone(family)
     drawn = {f"c{n}": shard(seed, rows) for n, seed in enumerate(seeds)}
     shards = drawn if shards is None else shards
@@ -341,16 +348,22 @@ def play(
     try:
         scene = Scene(tuple(names), placed, engine.initial, Dice(0)("strategy"))
         state, arrivals = strategy.start(scene), list[Arrival]()
-        for r in range(rounds):
-            chosen = [names[n] for n in order] if order else names
-            places = body.block_of, body.depth
-            begun = Turn(r, rounds, 0, True, placed, {}, *places, tuple(chosen))
-            arrivals.clear()
-            dice = Dice(0)("waves", round=r)
-            for _, found, merged in waves_of(strategy, engine, state, begun, dice):
+        chosen = tuple(names[n] for n in order) if order else tuple(names)
+        places = body.block_of, body.depth
+        begun = [Turn(r, rounds, 0, True, placed, {}, *places, chosen) for r in range(rounds)]
+        flow = Flow({c: Pace((paces or {}).get(c, 1.0)) for c in names}, recorded)
+        if not strategy.barrier:
+            for _, found, merged in flow_of(strategy, engine, state, begun, flow):
                 state = merged
                 arrivals += found
-        return Played(personal(strategy, state, engine, placed, rounds), arrivals, state, engine)
+        for turn in begun if strategy.barrier else ():
+            arrivals.clear()
+            dice = Dice(0)("waves", round=turn.round)
+            for _, found, merged in waves_of(strategy, engine, state, turn, dice):
+                state = merged
+                arrivals += found
+        adapters = personal(strategy, state, engine, placed, rounds)
+        return Played(adapters, arrivals, state, engine, flow.order)
     finally:
         engine.close()
 

@@ -90,6 +90,15 @@ class Merged:
 
 
 @dataclass(frozen=True)
+class Interleaved:
+    """After rounds without a barrier: whose messages the server heard, one after another."""
+
+    first: int
+    round: int
+    order: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Scored:
     """One number of an evaluation: whose data, which named cell, which metric."""
 
@@ -124,7 +133,7 @@ class Noted:
     text: str
 
 
-RoundEvent = RoundStarted | TurnEnded | TurnFailed | Merged | Scored | Checkpointed
+RoundEvent = RoundStarted | TurnEnded | TurnFailed | Merged | Interleaved | Scored | Checkpointed
 Event = RunStarted | SeatTaken | RoundEvent | RunEnded | Noted
 Sink = Callable[[Event], None]
 _KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__args__}

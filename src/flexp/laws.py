@@ -146,7 +146,7 @@ def _difference(one: End, other: End, *, server: bool = False) -> str:
 def _own(strategy: Strategy[Any], seats: Sequence[Seat]) -> None:
     end = _play(strategy, seats)
     for k in [k for who, k in end if who == CLIENTS[0] and k != LOGITS]:
-        mine = strategy.own.holds(k, _body().place(k, seats[0]))
+        mine = strategy.owns().holds(k, _body().place(k, seats[0]))
         one, two, three = (end[client, k] for client in CLIENTS)
         if {torch.equal(one, two), torch.equal(two, three)} != {not mine}:
             what = "own, but clients have the same" if mine else "not own, but clients differ"

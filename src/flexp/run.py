@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from flexp import checkpoint, export
 from flexp.dice import Dice
-from flexp.engine.base import Arrival, Assignment, Engine, replies
+from flexp.engine.base import Arrival, Assignment, Engine, FlowEngine, replies
+from flexp.engine.flow import Flow, Pace
 from flexp.errors import FlexpError
 from flexp.evaluate import Score, evaluate
 from flexp.events import (
     Checkpointed,
+    Interleaved,
     Merged,
     Noted,
     RoundStarted,
@@ -34,8 +37,12 @@ from flexp.events import (
 )
 from flexp.link.metered import Ledger
 from flexp.parcel import Facts, file_name
+from flexp.recipe import Recipe
 from flexp.stage import Stage
 from flexp.strategies.base import ClientId, Scene, Strategy, Turn
+
+# The order in which the server heard its clients, by the first round of a span.
+Orders = Mapping[int, Sequence[ClientId]]
 
 
 @dataclass(frozen=True)
@@ -47,25 +54,33 @@ class Result:
     turn: Turn
 
 
-def run(stage: Stage, stream: Stream, *, out: Path | None = None, resume: bool = False) -> Result:
-    """Runs a recipe from its first round, or from its newest checkpoint, to its last."""
+def run(
+    stage: Stage,
+    stream: Stream,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    replay: Orders | None = None,
+) -> Result:
+    """Runs a recipe from its first round, or from its newest checkpoint, to its last.
+
+    ``replay`` has the recorded order of a method without barrier, by the first round of a span.
+    """
     recipe, strategy, engine = stage.recipe, stage.strategy, stage.engine
     started = time.monotonic()
     state, first = begin(stage, stream, out, resume)
     scores: list[Score] = []
-    for r in range(first, recipe.rounds):
-        chosen = sample(stage, r)
-        stream.write(RoundStarted(r, tuple(chosen)))
+    for span in spans(recipe, first, strategy.barrier):
+        begun = [turn_of(stage, r, sample(stage, r)) for r in span]
+        for turn in begun:
+            stream.write(RoundStarted(turn.round, turn.chosen))
         turns: list[Arrival] = []
-        begun, dice = turn_of(stage, r, chosen), stage.dice("waves", round=r)
-        for turn, arrivals, merged in waves_of(
-            strategy, engine, state, begun, dice, tell=partial(tell, stream)
-        ):
+        for turn, arrivals, merged in play(stage, state, begun, stream, replay):
             state, turns = merged, turns + arrivals
-            stream.write(Merged(r, turn.wave, tuple(replies(arrivals))))
+            stream.write(Merged(turn.round, turn.wave, tuple(replies(arrivals))))
         check(turns)
-        done = r + 1
-        if done == recipe.rounds or (recipe.evaluate.every and done % recipe.evaluate.every == 0):
+        r, done = span[-1], span[-1] + 1
+        if due(recipe, done):
             scores = score(stage, state, stream, done)
         if out is not None:
             path = checkpoint.write(out / "checkpoint", done, recipe, state, engine)
@@ -75,6 +90,66 @@ def run(stage: Stage, stream: Stream, *, out: Path | None = None, resume: bool =
         scores = score(stage, state, stream, recipe.rounds)
     stream.write(RunEnded(recipe.rounds, time.monotonic() - started))
     return Result(tuple(scores), state, turn_of(stage, recipe.rounds))
+
+
+def due(recipe: Recipe, done: int) -> bool:
+    """Whether models are scored after so many rounds."""
+    every = recipe.evaluate.every
+    return done == recipe.rounds or bool(every and done % every == 0)
+
+
+def spans(recipe: Recipe, first: int, barrier: bool) -> list[range]:
+    """The rounds that are played as one: each alone, or without a barrier up to the next scores."""
+    ends = [r + 1 for r in range(first, recipe.rounds) if barrier or due(recipe, r + 1)]
+    return [range(a, b) for a, b in pairwise([first, *ends])]
+
+
+def play(
+    stage: Stage, state: Any, begun: Sequence[Turn], stream: Stream, replay: Orders | None
+) -> Iterator[tuple[Turn, list[Arrival], Any]]:
+    """The rounds of a span: wave by wave, or all clients side by side without a barrier."""
+    strategy, engine, told = stage.strategy, stage.engine, partial(tell, stream)
+    if strategy.barrier:
+        (turn,) = begun
+        dice = stage.dice("waves", round=turn.round)
+        yield from waves_of(strategy, engine, state, turn, dice, tell=told)
+        return
+    first = begun[0].round
+    recorded = None if replay is None else replay.get(first, ())
+    flow = Flow({c: stage.paces.get(c, Pace()) for c in stage.placed}, recorded)
+    yield from flow_of(strategy, engine, state, begun, flow, tell=told)
+    stream.write(Interleaved(first, begun[-1].round, tuple(flow.order)))
+
+
+def flow_of(
+    strategy: Strategy[Any],
+    engine: FlowEngine,
+    state: Any,
+    begun: Sequence[Turn],
+    flow: Flow,
+    *,
+    tell: Callable[[Turn, Arrival], None] = lambda turn, arrival: None,
+) -> Iterator[tuple[Turn, list[Arrival], Any]]:
+    """Rounds without a barrier: every client gets its next assignment when it has arrived.
+
+    Gives each arrival's turn and the state that it was merged into.
+    """
+    todo = {c: [turn for turn in begun if c in turn.chosen] for c in flow.lines}
+    now: dict[ClientId, Turn] = {}
+
+    def give(client: ClientId) -> tuple[Assignment, Turn] | None:
+        if not todo[client]:
+            return None
+        turn = now[client] = todo[client].pop(0)
+        offer = strategy.offer(state, client, turn)
+        return Assignment(client, turn.seats[client], offer), turn
+
+    for arrival in engine.flow(strategy, give, flow):
+        turn = now[arrival.client]
+        tell(turn, arrival)
+        turn = replace(turn, rows={arrival.client: arrival.rows})
+        state = strategy.merge(state, replies([arrival]), turn)
+        yield turn, [arrival], state
 
 
 def waves_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from flexp.data.federation import Federation, federate, labels_of
 from flexp.data.sources import Row
 from flexp.data.tasks import open_tokenizer, padding_of
 from flexp.dice import Dice
+from flexp.engine.flow import Pace
 from flexp.engine.local import LocalEngine
 from flexp.errors import DataError, RecipeError, StrategyError
 from flexp.evaluate import pooled
@@ -58,6 +59,7 @@ class Stage:
     backbone: Backbone
     placed: Mapping[ClientId, Placed]
     engine: LocalEngine
+    paces: Mapping[ClientId, Pace] = field(default_factory=dict[ClientId, Pace])
 
     @property
     def federation(self) -> Federation:

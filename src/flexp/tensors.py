@@ -24,24 +24,30 @@ BlockScalars = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """Where one adapter tensor sits: ``block`` is -1 before the blocks, ``depth`` after them."""
+    """Where one adapter tensor sits: ``block`` is -1 before the blocks, ``depth`` after them.
+
+    ``hops`` counts the near blocks between it and its cut; of what is far it is 0.
+    """
 
     side: Side
     part: Part
     block: int
     depth: int
+    hops: int = 0
 
 
 @dataclass(frozen=True)
 class Where:
     """A selection of adapter tensors that names no block numbers; supports ``&``, ``|`` and ``~``.
 
-    ``last`` takes the last n blocks of the model and what comes after them, ``names`` is a glob.
+    ``last`` takes the last n blocks of the model and what comes after them, ``nearest`` the n
+    blocks next to each cut, ``names`` is a glob.
     """
 
     side: Side | None = None
     part: Part | None = None
     last: int | None = None
+    nearest: int | None = None
     names: str = "*"
     join: Literal["", "and", "or", "not"] = ""
     of: tuple[Where, ...] = ()
@@ -67,6 +73,7 @@ class Where:
             self.side in (None, place.side)
             and self.part in (None, place.part)
             and (self.last is None or place.block >= place.depth - self.last)
+            and (self.nearest is None or place.hops < self.nearest)
             and (self.names == "*" or fnmatch.fnmatchcase(name, self.names))
         )
 
@@ -80,6 +87,7 @@ class Where:
         told = [f"the {self.side} part"] if self.side else []
         told += [f"the {self.part}"] if self.part else []
         told += [f"the last {self.last} blocks and the head"] if self.last is not None else []
+        told += [f"{self.nearest} blocks from the cut"] if self.nearest is not None else []
         told += [f"what is called {self.names}"] if self.names != "*" else []
         return ", only ".join(told) or "everything"
 
@@ -87,7 +95,12 @@ class Where:
         """This selection as plain data, without what is left at its default."""
         plain: dict[str, Any] = {
             k: v
-            for k, v in (("side", self.side), ("part", self.part), ("last", self.last))
+            for k, v in (
+                ("side", self.side),
+                ("part", self.part),
+                ("last", self.last),
+                ("nearest", self.nearest),
+            )
             if v is not None
         }
         if self.names != "*":
@@ -107,6 +120,7 @@ ALL = Where()
 NEAR = Where(side="near")
 FAR = Where(side="far")
 HEAD = Where(part="head")
+FRONT = Where(part="front")
 NONE = ~ALL
 
 
@@ -219,6 +233,27 @@ def mean_by_name(items: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
         held = [(item, w) for item, w in zip(items, weights, strict=True) if name in item]
         out |= mean([{name: item[name]} for item, _ in held], [w for _, w in held])
     return out
+
+
+def agreed_mean(
+    items: Sequence[Mapping[str, Tensor]], weights: Sequence[float], base: Mapping[str, Tensor]
+) -> Tensors:
+    """``mean_by_name`` of what each item adds to ``base``, without what conflicts with another.
+
+    Of two changes of a tensor that point apart (negative inner product), each loses its part along
+    the other before the mean (PCGrad, Yu et al. 2020, arXiv 2001.06782, in the order given). What
+    has no base yet is averaged as it is.
+    """
+    changes = [{k: v - base[k] for k, v in item.items() if k in base} for item in items]
+    kept = [dict(change) for change in changes]
+    for mine in kept:
+        for other in changes:
+            for k in mine.keys() & other.keys():
+                along = float((mine[k] * other[k]).sum())
+                if along < 0:
+                    mine[k] = mine[k] - along / float(other[k].square().sum()) * other[k]
+    agreed = {k: base[k] + v for k, v in mean_by_name(kept, weights).items()}
+    return {**mean_by_name(items, weights), **agreed}
 
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -116,7 +116,7 @@ class Bench:
         same = self.seats
         self.placed = dict.fromkeys(self.rows, same) if isinstance(same, Seat) else dict(same)
         self.training = Training(self.optim, batch=8, steps=self.steps)
-        self.specs = self.training.specs(self.strategy.slots)
+        self.specs = self.training.specs(self.strategy.specs())
         dice = Dice(self.seed)("strategy")
         scene = Scene(tuple(self.rows), self.placed, lambda spec: dict(self.start), dice)
         self.state: Any = self.strategy.start(scene)

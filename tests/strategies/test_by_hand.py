@@ -232,11 +232,11 @@ def test_splitlora_averages_every_second_round() -> None:
     assert bench.order == ["b", "a", "a", "b", "a", "b"]
 
 
-def test_flexp_pulls_near_parts_to_the_reference() -> None:
+def test_flexp_sft_pulls_near_parts_to_the_reference() -> None:
     # Near parts of round 1 are pulled to 0, where they began: a's front goes to 4, then the slope
     # is (4 - 8) + 0.5 * 4 = -2, so 5. That is 5/8 of the way, for b's block 1 as well: 5.
     # a's block 1 is far and free: 8, 12. It has no other host, so it is what is merged.
-    bench = Bench(build("flexp", {"align": 0.5, "form": "factors"}), MIXED, steps=2)
+    bench = Bench(build("flexp_sft", {"align": 0.5, "compare": "factors"}), MIXED, steps=2)
     bench.round()
     assert bench.worn("a") == (5, 12, 20)
     assert bench.worn("b") == (10, 5, -10)
@@ -250,34 +250,49 @@ def test_flexp_pulls_near_parts_to_the_reference() -> None:
 
 def test_flexp_merges_far_blocks_over_their_hosts() -> None:
     # Both host block 1 far: 12 and 6 after two steps, (12 + 18) / 4 = 7.5. The head is free.
-    bench = Bench(build("flexp", {"align": 0.5, "align_head": False, "form": "factors"}), steps=2)
+    bench = Bench(build("flexp_sft", {"align": 0.5, "head": "free", "compare": "factors"}), steps=2)
     bench.round()
     assert bench.worn("a") == (5, 7.5, 24)
     assert bench.worn("b") == (10, 7.5, -12)
 
 
-def test_flexp_pulls_products_whatever_their_factors() -> None:
+def test_flexp_sft_pulls_products_whatever_their_factors() -> None:
     # A = 2, B = 1; a wants B A = 10. At the start there is nothing to pull. The slope of A is
     # B (B A - 10) = -8, so A = 3; that of B is A (B A - 10) = -16, so B = 3. Then the slope of A
     # is 3 * (9 - 10) = -3 plus the pull's align * (alpha/r)^2 * B (B A - 2) = 1 * 3 * 7, where
     # alpha/r is 16: 18 in all. B is alike, so both are 3 - 18/8 = 0.75.
     pair: dict[str, Any] = {"start": numbers(FACTOR=2.0, FRONT=1.0), "rows": {"a": [(10,)]}}
-    bench = Bench(build("flexp", {"align": 1 / 256}), steps=2, optim=Optim("sgd", lr=0.125), **pair)
+    bench = Bench(
+        build("flexp_sft", {"align": 1 / 256}), steps=2, optim=Optim("sgd", lr=0.125), **pair
+    )
     bench.round()
     assert bench.worn("a") == (0.75, 0.75)
+
+
+def test_flexp_sfl_aligns_to_the_mean_of_near_parts() -> None:
+    # a comes to 6, 12, 24 and b to 12, 6, -12, so the means are 10.5, 7.5, -3. Then near parts
+    # begin in the middle, a at 8.25 and 10.5, b at 11.25 and -7.5, and the trunk at its mean. Two
+    # steps go 3/4 of the way: the trunks come to 13.875 and 7.875, in the mean 9.375.
+    bench = Bench(build("flexp_sfl", {"align": 0.5}), steps=2)
+    bench.round()
+    bench.round()
+    assert bench.worn("a") == (8.0625, 9.375, 26.625)
+    assert bench.worn("b") == (14.8125, 9.375, -13.875)
 
 
 # ---- what optimizers remember
 
 
+FLEXP = ("flexp", "flexp_sft", "flexp_sfl")
 ENDS: dict[str, tuple[float, ...]] = {
-    **dict.fromkeys(["local", "ditto", "splitfed_v3", "flexp"], (8, 8, 8)),
+    **dict.fromkeys(["local", "ditto", "splitfed_v3", *FLEXP], (8, 8, 8)),
     **dict.fromkeys(["fedavg", "fedprox", "fedper", "ffa_lora", "splitfed_v1"], (6, 6, 6)),
     **dict.fromkeys(["splitfed_v2", "splitlora"], (8, 10, 8)),
     "pooled": (10, 10, 10),
     "sl": (7.5, 7.5, 7.5),
 }
-FREE = {"fedprox": {"mu": 0.0}, "ditto": {"lam": 0.0}, "flexp": {"align": 0.0}}  # of any pull
+UNALIGNED = {"align": 0.0, "head": "free"}
+FREE = {"fedprox": {"mu": 0.0}, "ditto": {"lam": 0.0}, **dict.fromkeys(FLEXP, UNALIGNED)}
 
 
 @pytest.mark.parametrize("name", ENDS)

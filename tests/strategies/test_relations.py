@@ -46,7 +46,7 @@ from flexp.tensors import HEAD, Tensors, Term, Wear, Where, lerp, mean, mean_by_
 
 MIXED = (Seat(Cut(1, 1)), Seat(Cut(2, 0)), whole(4))
 SGD = Training(Optim("sgd", lr=0.5), batch=4, steps=2)
-FREE = FlexP(align=0.0)
+FREE = FlexP(align=0.0, head="free")
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def everyone(played: Played, other: Played) -> bool:
 def test_flexp_that_hosts_nothing_far_is_local(seats: Seat) -> None:
     local = play(Local(), seats, rounds=2)
     assert everyone(play(FREE, seats, rounds=2), local)
-    assert not everyone(play(FlexP(align=1.0), seats, rounds=2), local)
+    assert not everyone(play(FlexP(), seats, rounds=2), local)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_own_near_parts_differ_and_far_parts_are_common() -> None:
     played = play(FlexP(), seat, rounds=2, keep_crossings=True)
     one, two = played.adapters["c0"], played.adapters["c1"]
     for k in one:
-        assert torch.equal(one[k], two[k]) == (block(k) in far(seat)), k
+        assert torch.equal(one[k], two[k]) == (block(k) in {*far(seat), 4}), k  # a fixed head
     for arrival in played.arrivals:
         assert arrival.ledger.crossings is not None
         up = {c.name.split("/")[0] for c in arrival.ledger.crossings if c.way == "up"}
@@ -236,9 +236,9 @@ def test_data_of_one_client_reaches_the_others_through_the_trunk(seats: Sequence
                     assert near  # a reference is for what is near
 
 
-@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("head", ["aligned", "free"])
 @pytest.mark.parametrize("form", ["product", "factors"])
-def test_alignment_adds_its_gradient_and_nothing_else(head: bool, form: Any) -> None:
+def test_alignment_adds_its_gradient_and_nothing_else(head: Any, form: Any) -> None:
     """u - lr (g + lambda grad R): against the same run without it, only the last term is left.
 
     Block 1 is near for c1 and far for c0, so its reference is c0's copy; block 0 and the head have
@@ -247,13 +247,13 @@ def test_alignment_adds_its_gradient_and_nothing_else(head: bool, form: Any) -> 
     seats, weight, rate, scaling = (Seat(Cut(1, 0)), Seat(Cut(2, 0))), 0.5, 2.0, (6.0 / 3) ** 2
     one_step = Training(Optim("sgd", lr=rate), batch=4, steps=1)
     options: dict[str, Any] = {"seeds": (1, 2), "training": one_step}
-    aligned = FlexP(align=weight, align_head=head, form=form)
+    aligned = FlexP(form="prox", align=weight, head=head, compare=form)
     first, free = (play(FREE, seats, rounds=n, **options) for n in (1, 2))
     found = play(aligned, seats, rounds=2, **options).adapters["c1"]
     mine = first.adapters["c1"]
     reference = {**body().initial(Lora(rank=3, alpha=6.0), Dice(0)("initial")), **first.state}
     near = {k for k in mine if block(k) not in far(seats[1])}
-    expected = {k: mine[k] - reference[k] for k in near if head or block(k) != 4}
+    expected = {k: mine[k] - reference[k] for k in near if head == "aligned" or block(k) != 4}
     if form == "product":
         for a, b in lora_pairs(near).values():
             grads = gram_gradient(mine[a], mine[b], reference[a], reference[b])
@@ -261,7 +261,7 @@ def test_alignment_adds_its_gradient_and_nothing_else(head: bool, form: Any) -> 
     pulled = {k: (free.adapters["c1"][k] - v) / (rate * weight) for k, v in found.items()}
     assert gap({k: pulled[k] for k in expected}, expected) < 2e-6
     assert not any(bool(v.any()) for k, v in pulled.items() if k not in expected)
-    for n in (0, 1, *([4] if head else [])):
+    for n in (0, 1, *([4] if head == "aligned" else [])):
         assert max(float(v.abs().max()) for k, v in expected.items() if block(k) == n) > 1e-4
 
 

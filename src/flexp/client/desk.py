@@ -170,6 +170,8 @@ class Desk:
         scale = min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0
         for slot, where in chosen.items():
             self.step(slot, scale=scale, where=where)
+        if any(self.specs[slot].eager for slot in chosen if slot in self.specs):
+            self.session.flush()
         return True
 
     def _norm(self, chosen: Mapping[str, Where]) -> float:

@@ -1,4 +1,4 @@
-"""Counts of a batch, and the next-token loss without all logits of a wide vocabulary."""
+"""Counts of a batch, the next-token loss without all logits, and distances between two models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from flexp.data.examples import IGNORED
 
 Sums = Mapping[str, tuple[float, float]]  # metric -> sum, count; added over batches and clients
 CHUNK = 64  # tokens: 13 MB of logits for a vocabulary of 49,152
@@ -46,6 +48,28 @@ class _Chunked(torch.autograd.Function):
 def chunked_loss(hidden: Tensor, output: nn.Linear, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of hidden states [N, d] through a frozen output embedding."""
     return cast(Tensor, _Chunked.apply(hidden, output.weight, output.bias, targets))  # pyright: ignore[reportUnknownMemberType]
+
+
+def distillation(
+    logits: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 2.0
+) -> Tensor:
+    """KL(teacher || student) T^2 in nats, by rows [B, V], or by tokens [B, T, V] that are learned.
+
+    Hinton et al. 2015, arXiv 1503.02531.
+    """
+    if logits.dim() == 3:
+        wanted = labels[:, 1:] != IGNORED
+        logits, teacher = logits[:, :-1][wanted], teacher[:, :-1][wanted]
+    soft = torch.log_softmax(wide(teacher) / temperature, dim=-1)
+    mine = torch.log_softmax(wide(logits) / temperature, dim=-1)
+    return temperature**2 * (soft.exp() * (soft - mine)).sum(-1).mean()
+
+
+def apart(mine: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean squared distance of hidden states [B, T, d] in direction, over positions of the mask."""
+    gap = functional.normalize(mine.float(), dim=-1) - functional.normalize(theirs.float(), dim=-1)
+    squared = gap.square().sum(-1)
+    return squared.mean() if mask is None else (squared * mask).sum() / mask.sum()
 
 
 def wide(logits: Tensor) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flexp.link.metered import Ledger
 from flexp.model.cut import Seat
 from flexp.parcel import Parcel
 from flexp.strategies.base import ClientId, Strategy, Turn
+
+if TYPE_CHECKING:
+    from flexp.engine.flow import Flow
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,17 @@ class Failure:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A reply, or a failure; never both. ``rows`` were trained on, as far as the server saw."""
+    """A reply, or a failure; never both. ``rows`` were trained on, as far as the server saw.
+
+    ``clock`` is the simulated second, if there is one.
+    """
 
     client: ClientId
     reply: Parcel | None = None
     failure: Failure | None = None
     rows: int = 0
     seconds: float = 0.0
+    clock: float | None = None
     ledger: Ledger = field(default_factory=Ledger)
     measured: Measured | None = None
 
@@ -57,6 +64,10 @@ class Measured:
     peak: int
 
 
+# A client's next assignment and its turn, when it has arrived; None when it has no more.
+Give = Callable[[ClientId], tuple[Assignment, Turn] | None]
+
+
 class Engine(Protocol):
     """Runs ``train`` of a wave of clients somewhere."""
 
@@ -64,6 +75,14 @@ class Engine(Protocol):
         self, strategy: Strategy[Any], work: Iterable[Assignment], turn: Turn
     ) -> Iterator[Arrival]:
         """Arrivals, in the order in which their results count."""
+        ...
+
+
+class FlowEngine(Engine, Protocol):
+    """An engine that can also do without a barrier."""
+
+    def flow(self, strategy: Strategy[Any], give: Give, flow: Flow) -> Iterator[Arrival]:
+        """Turns side by side, without a barrier: who has arrived is given the next one at once."""
         ...
 
 

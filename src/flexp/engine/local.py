@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from flexp.client.desk import Desk, Training
@@ -13,7 +14,8 @@ from flexp.client.turn import Client, hand_in
 from flexp.data.examples import Examples, Shard
 from flexp.data.tasks import Task
 from flexp.dice import Dice
-from flexp.engine.base import Arrival, Assignment, Failure, Measured
+from flexp.engine.base import Arrival, Assignment, Failure, Give, Measured
+from flexp.engine.flow import Flow
 from flexp.link.local import LocalLink
 from flexp.link.messages import Link
 from flexp.link.metered import Ledger, MeteredLink
@@ -51,10 +53,11 @@ class LocalEngine:
         self.kind, self.training, self.dice = kind, training, dice
         self.profile: Profile = profile
         self.pool = pool  # everybody's training rows, for a method that is not federated
-        self.name, self.wrap, self.keep_crossings = run, wrap, keep_crossings
+        self.name, self.keep_crossings = run, keep_crossings
+        self.wrap: Callable[[ClientId, Link], Link] = wrap
         self.measures = False  # whether turns are measured, which takes a little time
         self.memories: dict[ClientId, Memory] = {c: Memory() for c in shards}
-        self.begun: dict[tuple[Kind, int | None], Tensors] = {}
+        self.begun: dict[tuple[Kind, int | None, float | None], Tensors] = {}
         self.tenants = Tenants(backbone, self.initial)
         self.trunk = Trunk(backbone, self.tenants, task, dropout=dropout_of(kind))
 
@@ -64,10 +67,13 @@ class LocalEngine:
 
     def initial(self, spec: SlotSpec, rank: int | None = None) -> Tensors:
         """The adapter that a slot begins with, the same on both sides."""
-        key = (spec.kind or self.kind, rank)
-        if key not in self.begun:
-            self.begun[key] = self.backbone.initial(key[0], self.dice("initial"), rank)
-        return self.begun[key]
+        kind, rows = spec.kind or self.kind, spec.head_rows
+        if (kind, rank, rows) not in self.begun:
+            begun = self.backbone.initial(kind, self.dice("initial"), rank)
+            self.begun[kind, rank, rows] = (
+                begun if rows is None else self.backbone.scaled(begun, rows)
+            )
+        return self.begun[kind, rank, rows]
 
     def run(
         self, strategy: Strategy[Any], work: Iterable[Assignment], turn: Turn
@@ -75,6 +81,20 @@ class LocalEngine:
         """Each client's turn; a client that fails is an arrival with a failure."""
         for assignment in work:
             yield self._turn(strategy, assignment, turn)
+
+    def flow(self, strategy: Strategy[Any], give: Give, flow: Flow) -> Iterator[Arrival]:
+        """Turns side by side, without a barrier: who has arrived is given the next one at once."""
+
+        def begin(client: ClientId) -> Callable[[], Arrival] | None:
+            given = give(client)
+            return None if given is None else partial(self._turn, strategy, *given)
+
+        inside: Callable[[ClientId, Link], Link] = self.wrap
+        self.wrap = lambda client, link: flow.wrapped(client, inside(client, link))
+        try:
+            yield from flow.run(begin)
+        finally:
+            self.wrap = inside
 
     def _turn(self, strategy: Strategy[Any], work: Assignment, turn: Turn) -> Arrival:
         started = time.monotonic()
@@ -107,7 +127,8 @@ class LocalEngine:
         if not self.measures:
             yield found
             return
-        self.trunk.flops = {}
+        self.trunk.flops = self.trunk.flops or {}
+        self.trunk.flops.pop(desk.client, None)
         kept = size_of(desk.model.near.values.values())
         with Meter() as meter:
             yield found
@@ -128,7 +149,7 @@ class LocalEngine:
         self, strategy: Strategy[Any], work: Assignment, turn: Turn, ledger: Ledger
     ) -> tuple[Desk, Parcel]:
         """Both sides of a turn: the tenancy at the server, and the client at its desk."""
-        name, specs = work.client, self.training.specs(strategy.slots)
+        name, specs = work.client, self.training.specs(strategy.specs())
         self.trunk.tables.pop(name, None)
         self.tenants.join(name, work.seat, specs, offer=work.offer, alpha=alpha_of(self.kind))
         link = MeteredLink(self.wrap(name, LocalLink(name, self.trunk.handle)), ledger)

@@ -75,11 +75,13 @@ class Seat:
         """Where a tensor of that block sits (-1 before the blocks, ``depth`` after them)."""
         last = depth - self.cut.back
         if block < self.cut.front:
-            return Place("near", "front", block, depth)
+            return Place("near", "front", block, depth, self.cut.front - 1 - block)
         if block == depth:
-            return Place("near" if self.labels == "keep" else "far", "head", block, depth)
+            if self.labels != "keep":
+                return Place("far", "head", block, depth)
+            return Place("near", "head", block, depth, self.cut.back)
         if block >= last:
-            return Place("near", "tail", block, depth)
+            return Place("near", "tail", block, depth, block - last)
         return Place("far", "trunk", block, depth)
 
 

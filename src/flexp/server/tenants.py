@@ -13,7 +13,7 @@ from torch import Tensor
 from flexp.errors import AdapterError, CutError, LinkError
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
-from flexp.model.ops import Initial, Op, Optim, SlotSpec
+from flexp.model.ops import Initial, Op, Optim, SlotSpec, Step
 from flexp.model.slots import Slots, moments
 from flexp.parcel import JSON, Facts, Parcel
 from flexp.tensors import ALL, BlockScalars, Place, Tensors, Where, select
@@ -36,7 +36,9 @@ class Tenancy:
     counted: int = -1
     reply: Parcel | None = None
     counted_rows: int = 0
-    before: tuple[Held, Held] | None = None
+    before: tuple[Held, Held, int] | None = None
+    seen: int = 0  # steps of server slots before its newest forward
+    stepped: int = 0  # its own of this turn
 
 
 class Tenants:
@@ -46,6 +48,7 @@ class Tenants:
         self.backbone, self.initial = backbone, initial
         self.homes: dict[str, Tenancy] = {}
         self.shared = Slots(self._everywhere, backbone.depth)
+        self.steps = 0  # taken so far on slots of the server, by anybody
 
     def __getitem__(self, client: str) -> Tenancy:
         if client not in self.homes:
@@ -75,7 +78,8 @@ class Tenants:
             self.recut(client, seat)
         home.specs, home.rows, home.counted, home.reply = slots, 0, -1, None
         home.counted_rows = 0
-        home.before = (dict(home.slots.values), dict(self.shared.values))
+        home.before = (dict(home.slots.values), dict(self.shared.values), self.steps)
+        home.seen, home.stepped = self.steps, 0
         home.slots.alpha = alpha
         home.slots.end_turn(slots)
         offer = offer or Parcel()
@@ -124,9 +128,18 @@ class Tenants:
         """Applies operations to the client's far slots."""
         home = self[client]
         self.wear_shared(home)
-        out = home.slots.do(ops)
+        out = home.slots.do([self._aged(home, op) for op in ops])
         self.return_shared(home)
         return out
+
+    def _aged(self, home: Tenancy, op: Op) -> Op:
+        """A step of a server's slot, scaled down by the steps of others since its forward."""
+        spec = home.specs.get(op.slot) if isinstance(op, Step) else None
+        if spec is None or spec.home != "server" or not isinstance(op, Step):
+            return op
+        stale = self.steps - home.seen
+        self.steps, home.stepped, home.seen = self.steps + 1, home.stepped + 1, home.seen + 1
+        return replace(op, scale=op.scale / (1 + stale) ** spec.staleness)
 
     def take(self, client: str, slots: Sequence[str], where: Where = ALL) -> dict[str, Tensors]:
         """Far tensors of slots, for merges and export on the server's side."""
@@ -148,11 +161,17 @@ class Tenants:
         }
 
     def rollback(self, client: str) -> None:
-        """Takes the tenancy back to what it was before the turn that failed."""
+        """Takes the tenancy back to what it was before the turn that failed.
+
+        So does a slot of the server, unless others have stepped it since: steps that were applied
+        at once for all stay applied.
+        """
         home = self.homes.get(client)
         if home is not None and home.before is not None:
-            home.slots.values, self.shared.values = dict(home.before[0]), dict(home.before[1])
-            home.slots.grads = {}
+            slots, shared, steps = home.before
+            home.slots.values, home.slots.grads = dict(slots), {}
+            if self.steps == steps + home.stepped:
+                self.shared.values = dict(shared)
 
     def leave(self, client: str) -> None:
         """Ends the turn: slots of the turn are dropped."""

@@ -153,6 +153,7 @@ class Trunk:
     def _forward(self, home: Tenancy, m: Forward) -> Answer:
         self._check(home.seat, m)
         self.tenants.do(home.client, m.ops)
+        home.seen = self.tenants.steps
         self.tenants.wear_shared(home)
         given = iter(m.coefs)
         with torch.set_grad_enabled(m.keep):

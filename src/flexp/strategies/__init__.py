@@ -17,6 +17,8 @@ from flexp.strategies.fedper import FedPer
 from flexp.strategies.fedprox import FedProx
 from flexp.strategies.ffa_lora import FfaLora
 from flexp.strategies.flexp import FlexP
+from flexp.strategies.flexp_sfl import FlexPSfl
+from flexp.strategies.flexp_sft import FlexPSft
 from flexp.strategies.local import Local
 from flexp.strategies.pooled import Pooled
 from flexp.strategies.pretrained import Base
@@ -42,6 +44,8 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     SplitFedV3,
     SplitLora,
     FlexP,
+    FlexPSft,
+    FlexPSfl,
 )
 
 

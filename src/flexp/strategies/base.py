@@ -118,6 +118,19 @@ class Strategy(Protocol[State]):
             return ""
         return "it averages LoRA factors, so all clients need one rank. Remove plan.ranks."
 
+    @property
+    def barrier(self) -> bool:
+        """Whether a round waits for all its clients; without, each goes on when it has arrived."""
+        return True
+
+    def specs(self) -> Mapping[str, SlotSpec]:
+        """The slots of this setting of the method."""
+        return self.slots
+
+    def owns(self) -> Where:
+        """What ``own`` is in this setting of the method."""
+        return self.own
+
     def start(self, scene: Scene) -> State:
         """The server's state before the first round."""
         ...
