@@ -25,8 +25,8 @@ from flexp.events import Checkpointed, Recorder, Sink, Stream
 from flexp.model.skeleton import AUTO
 from flexp.model.weights import fill
 from flexp.parcel import write_atomic
+from flexp.plan.costs import near_bytes
 from flexp.plan.devices import format_bytes, measure
-from flexp.plan.planner import near_bytes
 from flexp.recipe import Recipe
 from flexp.seating import dtype_of, has_bfloat16
 from flexp.stage import Say, Stage, Survey, prepare, survey
