@@ -206,3 +206,15 @@ def test_profiles_are_sane() -> None:
 def test_an_unknown_profile_is_told_what_was_meant() -> None:
     with pytest.raises(PlanError, match=r'no device profile "phone-4g". Did you mean "phone-4gb"'):
         profile("phone-4g")
+
+
+def test_the_guide_has_every_profile_as_it_is() -> None:
+    guide = Path(__file__).parents[2] / "docs" / "how-to" / "cuts.md"
+    lines = {line for line in guide.read_text("utf-8").splitlines() if line.startswith("| `")}
+    for one in PROFILES.values():
+        fast = f" ({one.gflops('bfloat16'):,.0f})" if one.bfloat16 else ""
+        assert (
+            f"| `{one.name}` | {format_bytes(one.memory)} of {format_bytes(one.built_in)} "
+            f"| {one.gflops():,.0f}{fast} | {one.up_mbit:,.0f} / {one.down_mbit:,.0f} "
+            f"| {one.latency_ms:g} ms |"
+        ) in lines

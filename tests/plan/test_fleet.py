@@ -25,7 +25,8 @@ from flexp.plan import (
 )
 from flexp.plan.fleet import Item, Shared, best
 from flexp.plan.options import Option, menu, trunk_bytes
-from flexp.plan.planner import ROOM, SCALE, Problem, score
+from flexp.plan.planner import ROOM, SCALE, score
+from flexp.plan.reasons import Problem
 from flexp.plan.work import BlockWork
 
 MB = 10**6

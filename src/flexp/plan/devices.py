@@ -117,6 +117,17 @@ def format_bytes(size: int) -> str:
     return f"{text.rstrip('0').rstrip('.') if digits else text} {unit}"
 
 
+def format_seconds(seconds: float) -> str:
+    """A duration for people, to about three digits.
+
+    >>> format_seconds(0.01234), format_seconds(12.34), format_seconds(754), format_seconds(9000)
+    ('0.0123 s', '12.3 s', '12.6 min', '2.5 h')
+    """
+    unit, size = ("s", 1) if seconds < 600 else ("min", 60) if seconds < 7200 else ("h", 3600)
+    value = seconds / size
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
+
+
 def free_memory(groups: Path = _CGROUPS) -> int:
     """Bytes that this process may still take: what is free, within the limits of a container."""
     free = int(psutil.virtual_memory().available)

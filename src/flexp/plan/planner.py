@@ -14,11 +14,11 @@ import torch
 
 from flexp.errors import PlanError
 from flexp.plan.aims import Aims
-from flexp.plan.clock import seconds_of
 from flexp.plan.costs import BlockCosts
 from flexp.plan.devices import Device, Server, format_bytes
 from flexp.plan.fleet import Item, Shared, best
-from flexp.plan.options import Limits, Option, fitting, menu, trunk_bytes
+from flexp.plan.options import Limits, Option, fitting, trunk_bytes
+from flexp.plan.reasons import Problem, how, problem_of, server_full, too_small, why
 from flexp.plan.work import BlockWork
 
 Goal = Literal["optimized", "memory_only", "static", "random"]
@@ -43,24 +43,6 @@ class Choice:
     seconds: float | None = None
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Everything that a plan follows from."""
-
-    costs: BlockCosts
-    devices: Mapping[str, Device]
-    limits: Limits
-    work: BlockWork | None
-    server: Server
-    options: Sequence[Option]
-
-    def seconds(self, option: Option, device: Device) -> float | None:
-        """Of one step, if all speeds are known."""
-        if option.load is None:
-            return None
-        return seconds_of(option.load, device, self.server.flops)
-
-
 def plan(
     costs: BlockCosts,
     devices: Mapping[str, Device],
@@ -80,7 +62,7 @@ def plan(
     clients' names. The last three recompute, and take a batch in parts, only where nothing fits
     without. PlanError where a device cannot hold even the smallest cut, or the goal's.
     """
-    problem = Problem(costs, devices, limits, work, server, menu(costs, work, limits))
+    problem = problem_of(costs, devices, limits, work, server)
     if goal == "optimized":
         chosen = optimized(problem, aims)
     else:
@@ -110,25 +92,24 @@ def _alone(problem: Problem, client: str, goal: Goal, generator: torch.Generator
             )
     fits = fitting(wanted, device.memory)
     if not fits:
-        raise PlanError(_too_small(problem, client, wanted))
+        raise PlanError(too_small(problem, client, wanted))
     # The variants come from what costs least time on: the first that fits anything.
-    how = min((o.recompute, o.accumulate) for o in fits)
-    fits = [o for o in fits if (o.recompute, o.accumulate) == how]
-    option, why = fits[0], ""
+    first = min((o.recompute, o.accumulate) for o in fits)
+    fits = [o for o in fits if (o.recompute, o.accumulate) == first]
+    option, more = fits[0], ""
     if goal == "static":
-        why = "the same cut for every client"
+        more = "the same cut for every client"
     elif goal == "random":
         if generator is None:
             raise PlanError("The goal random needs a generator. Pass one, as of a named dice.")
         option = fits[int(torch.randint(len(fits), (1,), generator=generator))]
-        why = f"drawn from {len(fits)} cuts that fit"
+        more = f"drawn from {len(fits)} cuts that fit"
     reason = (
         f"{option.depth} of {problem.costs.blocks} blocks fit into {format_bytes(device.memory)} "
         f"(needs {format_bytes(option.bytes)})"
     )
-    return choice(
-        problem, option, device, "; ".join([reason, *_how(problem, option), *filter(None, [why])])
-    )
+    parts = [reason, *how(problem, option), *([more] if more else [])]
+    return choice(problem, option, device, "; ".join(parts))
 
 
 def choice(problem: Problem, option: Option, device: Device, reason: str) -> Choice:
@@ -140,34 +121,6 @@ def choice(problem: Problem, option: Option, device: Device, reason: str) -> Cho
         option.accumulate,
         option.recompute,
         problem.seconds(option, device),
-    )
-
-
-def _how(problem: Problem, option: Option) -> list[str]:
-    out: list[str] = []
-    if option.accumulate > 1:
-        rows = -(-problem.costs.batch // option.accumulate)
-        out.append(f"{rows} of {problem.costs.batch} rows at a time")
-    if option.recompute:
-        out.append("activations are computed again, not kept")
-    return out
-
-
-def _too_small(problem: Problem, client: str, wanted: Sequence[Option]) -> str:
-    """What a device lacks for the least of some options, and which of the fleet's would do."""
-    device = problem.devices[client]
-    least = min(wanted, key=lambda o: (o.bytes, o.depth))
-    missing = least.bytes - device.memory
-    able = [d for d in problem.devices.values() if d.memory >= least.bytes]
-    smallest = min(able, key=lambda d: (d.memory, d.name)) if able else None
-    hint = f'; of these devices the smallest that would do is "{smallest.name}"' if smallest else ""
-    how = "".join(f", {one}" for one in _how(problem, least))
-    return (
-        f'Client "{client}" on "{device.name}" has {format_bytes(device.memory)} '
-        f"({device.memory} bytes), but a front of {least.cut[0]} and a back of {least.cut[1]} "
-        f"blocks need {format_bytes(least.bytes)} ({least.bytes} bytes{how}): "
-        f"{format_bytes(missing)} are missing. A device with {least.bytes} bytes would do{hint}. "
-        "Or choose a smaller batch, shorter rows or a smaller model."
     )
 
 
@@ -195,16 +148,16 @@ def optimized(problem: Problem, aims: Aims) -> dict[str, Choice]:
                 if o.bytes <= device.memory
             ]
         if not items[device]:
-            raise PlanError(_too_small(problem, client, problem.options))
+            raise PlanError(too_small(problem, client, problem.options))
     shared = _shared(problem, aims, len(clients), slowest)
     found = best([items[problem.devices[c]] for c in clients], shared)
     if found is None:
-        raise PlanError(_server_full(problem, [items[problem.devices[c]] for c in clients]))
+        raise PlanError(server_full(problem, [items[problem.devices[c]] for c in clients]))
     out: dict[str, Choice] = {}
     for client, n in zip(clients, found, strict=True):
         device = problem.devices[client]
         option, seconds = menus[device][n]
-        out[client] = choice(problem, option, device, _why(problem, device, option, seconds))
+        out[client] = choice(problem, option, device, why(problem, device, option, seconds))
     return out
 
 
@@ -251,42 +204,3 @@ def _timed(problem: Problem, clients: Sequence[str]) -> dict[Device, list[tuple[
             held.append((option, seconds))
         out[device] = held
     return out
-
-
-def _server_full(problem: Problem, lists: Sequence[Sequence[Item]]) -> str:
-    frozen = trunk_bytes(problem.costs, problem.limits)
-    least = frozen + sum(min(i.held for i in items) for items in lists)
-    memory = problem.server.memory or 0
-    return (
-        f"The server has {format_bytes(memory)} ({memory} bytes), but its blocks and "
-        f"{len(lists)} clients at their deepest cuts need {format_bytes(least)} ({least} bytes): "
-        f"{format_bytes(least - memory)} are missing. Give plan.server more memory, the clients "
-        "larger devices, or take fewer clients."
-    )
-
-
-def _why(problem: Problem, device: Device, option: Option, seconds: float) -> str:
-    """What a device's owner should know: what it takes, and what kept it from more or less."""
-    blocks, limits = problem.costs.blocks, problem.limits
-    out = [
-        f"{option.depth} of {blocks} blocks, {format_bytes(option.bytes)} of "
-        f"{format_bytes(device.memory)}, {seconds:.3g} s a step",
-        *_how(problem, option),
-    ]
-    deeper = [o for o in problem.options if o.depth > option.depth]
-    fits = fitting(deeper, device.memory)
-    if option.depth == sum(limits.floor):
-        out.append("no fewer are allowed")
-    if not deeper:
-        out.append("no more are allowed")
-    elif not fits:
-        least = min(o.bytes for o in deeper)
-        out.append(f"memory is the limit, one more needs {format_bytes(least)}")
-    else:
-        quickest = min(problem.seconds(o, device) or 0.0 for o in fits)
-        limit = "more would fit, but "
-        limit += (
-            f"a step would take {quickest:.3g} s" if quickest > seconds else "would not be worth it"
-        )
-        out.append(limit)
-    return "; ".join(out)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexp.errors import CutError
+from flexp.errors import CutError, ModelError
 from flexp.model.adapter import Kind, Prompt, layout
 from flexp.model.meter import operations
 from flexp.model.skeleton import Skeleton, TaskKind, bare, head_leaves, reads_ids
@@ -208,8 +208,14 @@ class _Ends:
 
 
 def sample(net: nn.Module, length: int) -> dict[str, Tensor]:
-    """One row of a model's inputs without numbers."""
+    """One row of a model's inputs without numbers; ModelError if it is too long for the model."""
     if reads_ids(net):
+        most = getattr(cast(Any, net).config.get_text_config(), "max_position_embeddings", length)
+        if length > most:
+            raise ModelError(
+                f"A row of {length} tokens is too long: {type(net).__name__} has {most} positions. "
+                "Set task.max_length (with --model: --length) lower."
+            )
         ids = torch.zeros(1, length, dtype=torch.long, device="meta")
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     config: Any = net.config
