@@ -23,9 +23,10 @@ from flexp.plan import (
     near_bytes,
     plan,
 )
-from flexp.plan.fleet import Item, Shared, best
+from flexp.plan.fleet import best
 from flexp.plan.options import Option, menu, trunk_bytes
 from flexp.plan.planner import ROOM, SCALE, score
+from flexp.plan.prices import Item, Shared
 from flexp.plan.reasons import Problem
 from flexp.plan.work import BlockWork
 
@@ -73,7 +74,7 @@ def fleets(draw: st.DrawFn) -> tuple[list[list[Item]], Shared]:
     weight = draw(st.sampled_from([0, 1, 3]))
     free = draw(st.none() | st.integers(0, clients * top))
     speed = draw(st.sampled_from([0.3, 1.0, 5.0, 1e9]))
-    return menus, Shared(speed, free, lambda seconds: round(weight * seconds))
+    return menus, Shared(speed, free, weight)
 
 
 @settings(max_examples=400)
@@ -136,7 +137,7 @@ def objective(whole: Problem, aims: Aims, picks: Mapping[str, Option]) -> int | 
         return None
     assert whole.server.flops is not None
     round_ = max(*times, far / whole.server.flops)
-    return total - round(SCALE * len(picks) * aims.time / 2 * round_ / slowest) * ROOM
+    return total - round(SCALE * len(picks) * aims.time / 2 / slowest * round_) * ROOM
 
 
 def picked(whole: Problem, chosen: Mapping[str, Choice]) -> dict[str, Option]:

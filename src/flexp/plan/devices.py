@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from flexp.errors import PlanError
 from flexp.model.meter import Meter
 from flexp.model.skeleton import Skeleton, TaskKind, bare
-from flexp.plan.work import calls, state_of
+from flexp.plan.calls import calls, state_of
 
 SMALLEST = 1_000_000  # bytes of a device that trains anything
 _MAY_BE_LEAST = ("memory", "latency")

@@ -4,27 +4,18 @@ A round takes as long as its slowest client, and at least as long as the server 
 them; the server's memory holds every client's part. So the best for each alone need not be the best
 together. For every time that a round may take, the best of what each client can do within it is
 known at once unless the server is the limit; then clients are added one by one, and of what may
-still become the best only the frontier is kept (time at the server, bytes there, score).
+still become the best only the frontier is kept (time at the server, bytes there, score), within
+what the others can add at most.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import accumulate as running
 from typing import NamedTuple
 
-
-class Item(NamedTuple):
-    """One option of one client; ``score`` is a whole number, so that sums have no order;
-    ``place`` is where it stands in its menu."""
-
-    seconds: float
-    far: int
-    held: int
-    score: int
-    place: int
+from flexp.plan.prices import Item, Rest, Shared, find_prices, repaired
 
 
 class State(NamedTuple):
@@ -34,19 +25,6 @@ class State(NamedTuple):
     held: int
     score: int
     chosen: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What clients share: the server's speed and free bytes, and what a round's seconds cost."""
-
-    flops: float
-    free: int | None
-    cost: Callable[[float], int]
-
-    def seconds(self, far: int) -> float:
-        """How long the server needs for so many operations."""
-        return far / self.flops
 
 
 def best(menus: Sequence[Sequence[Item]], shared: Shared) -> tuple[int, ...] | None:
@@ -60,7 +38,8 @@ def best(menus: Sequence[Sequence[Item]], shared: Shared) -> tuple[int, ...] | N
     for above, bound in sorted(_bounds(lists, shared), key=lambda b: (-b[0], b[1])):
         if found is not None and above <= found[0]:
             break
-        within = [[i for i in items if i.seconds <= bound] for items in lists]
+        quick = {id(items): [i for i in items if i.seconds <= bound] for items in lists}
+        within = [quick[id(items)] for items in lists]
         here = _solve(within, bound, shared, None if found is None else found[0])
         if here is not None:
             found = here
@@ -102,58 +81,56 @@ def _solve(
 ) -> tuple[int, tuple[int, ...]] | None:
     """The best choice of a round of at least ``bound`` seconds, if it scores more than ``beat``."""
     picks = [max(items, key=lambda i: (i.score, -i.far, -i.place)) for items in lists]
-    held = sum(p.held for p in picks)
-    if shared.seconds(sum(p.far for p in picks)) <= bound and (
-        shared.free is None or held <= shared.free
+    if not (
+        shared.seconds(sum(p.far for p in picks)) <= bound
+        and shared.fits(sum(p.held for p in picks))
     ):
-        score = sum(p.score for p in picks) - shared.cost(bound)
-        return (score, tuple(p.place for p in picks)) if beat is None or score > beat else None
+        return _limited(lists, bound, shared, beat)
+    score = sum(p.score for p in picks) - shared.cost(bound)
+    return (score, tuple(p.place for p in picks)) if beat is None or score > beat else None
+
+
+def _limited(
+    lists: Sequence[Sequence[Item]], bound: float, shared: Shared, beat: int | None
+) -> tuple[int, tuple[int, ...]] | None:
+    """The same where the server is the limit."""
+    if not shared.fits(sum(min(i.held for i in items) for items in lists)):
+        return None
+    prices = find_prices(lists, bound, shared)
+    whole = Rest.of(lists, prices, bound)
+    if beat is not None and whole.most(0, 0, 0, shared) <= beat:
+        return None
+    near = repaired(lists, prices, bound, shared)
+    found = near if beat is None or near[0] > beat else None
+    beat = near[0] if found is not None or beat is None else beat
+    some = {id(items): whole.hopeful(items, beat, shared) for items in lists}
+    lists = [some[id(items)] for items in lists]
+    if not all(lists):
+        return found
     states = [State(0, 0, 0, ())]
     for n, items in enumerate(lists):
-        rest = lists[n + 1 :]
-        states = _pruned(
-            [
-                State(s.far + i.far, s.held + i.held, s.score + i.score, (*s.chosen, i.place))
-                for s in states
-                for i in items
-            ],
-            _Rest.of(rest, bound),
-            shared,
-            beat,
-        )
-    ends = [(s.score - shared.cost(max(bound, shared.seconds(s.far))), s.chosen) for s in states]
-    return max(ends, key=lambda end: (end[0], [-i for i in end[1]]), default=None)
+        grown = [
+            State(s.far + i.far, s.held + i.held, s.score + i.score, (*s.chosen, i.place))
+            for s in states
+            for i in items
+        ]
+        states = _pruned(grown, Rest.of(lists[n + 1 :], prices, bound), shared, beat)
+    for s in states:
+        worth = s.score - shared.cost(max(bound, shared.seconds(s.far)))
+        if found is None or worth > found[0]:
+            found = worth, s.chosen
+    return found
 
 
-@dataclass(frozen=True)
-class _Rest:
-    """The best and least that the clients to come can add."""
-
-    bound: float
-    score: int
-    far: int
-    held: int
-
-    @classmethod
-    def of(cls, lists: Sequence[Sequence[Item]], bound: float) -> _Rest:
-        return cls(
-            bound,
-            sum(max(i.score for i in items) for items in lists),
-            sum(min(i.far for i in items) for items in lists),
-            sum(min(i.held for i in items) for items in lists),
-        )
-
-
-def _pruned(states: list[State], rest: _Rest, shared: Shared, beat: int | None) -> list[State]:
+def _pruned(states: list[State], rest: Rest, shared: Shared, beat: int | None) -> list[State]:
     """Those that may still win: within the server's memory, and on the frontier."""
     kept: list[State] = []
-    holds: list[int] = []  # ascending, with ascending scores: what less work at the server gives
+    holds: list[int] = []  # ascending, with ascending scores: the best of less work at the server
     scores: list[int] = []
     for s in sorted(states, key=lambda s: (s.far, s.held, -s.score, s.chosen)):
-        if shared.free is not None and s.held + rest.held > shared.free:
+        if not shared.fits(s.held + rest.held):
             continue
-        least = max(rest.bound, shared.seconds(s.far + rest.far))
-        if beat is not None and s.score + rest.score - shared.cost(least) <= beat:
+        if beat is not None and rest.most(s.far, s.held, s.score, shared) <= beat:
             continue
         at = bisect_right(holds, s.held)
         if at and scores[at - 1] >= s.score:

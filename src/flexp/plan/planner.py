@@ -16,8 +16,9 @@ from flexp.errors import PlanError
 from flexp.plan.aims import Aims
 from flexp.plan.costs import BlockCosts
 from flexp.plan.devices import Device, Server, format_bytes
-from flexp.plan.fleet import Item, Shared, best
+from flexp.plan.fleet import best
 from flexp.plan.options import Limits, Option, fitting, trunk_bytes
+from flexp.plan.prices import Item, Shared
 from flexp.plan.reasons import Problem, how, problem_of, server_full, too_small, why
 from flexp.plan.work import BlockWork
 
@@ -176,10 +177,8 @@ def _shared(problem: Problem, aims: Aims, clients: int, slowest: float) -> Share
     memory = problem.server.memory
     free = None if memory is None else memory - trunk_bytes(problem.costs, problem.limits)
 
-    def cost(seconds: float) -> int:
-        return round(SCALE * clients * aims.time / 2 * seconds / slowest) * ROOM
-
-    return Shared(problem.server.flops or 1.0, free, cost)
+    weight = SCALE * clients * aims.time / 2 / slowest
+    return Shared(problem.server.flops or 1.0, free, weight, ROOM)
 
 
 def _timed(problem: Problem, clients: Sequence[str]) -> dict[Device, list[tuple[Option, float]]]:

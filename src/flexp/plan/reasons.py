@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from flexp.plan.clock import seconds_of
 from flexp.plan.costs import BlockCosts
 from flexp.plan.devices import Device, Server, format_bytes, format_seconds
-from flexp.plan.fleet import Item
 from flexp.plan.options import Limits, Option, fitting, menu, trunk_bytes
+from flexp.plan.prices import Item
 from flexp.plan.work import BlockWork
 
 
