@@ -24,7 +24,7 @@ DEVICES = [
     {"name": "watch", "memory": "100MB", "gflops": 1, "up_mbit": 8, "down_mbit": 16},
     {"name": "phone", "memory": "200MB", "gflops": 2, "up_mbit": 8, "down_mbit": 16},
 ]
-SPEEDS = {"plan__devices": DEVICES, "plan__server_gflops": 10, "plan__cut": [1, 1]}
+SPEEDS = {"plan__devices": DEVICES, "plan__server": {"gflops": 10}, "plan__cut": [1, 1]}
 METHODS: dict[str, dict[str, Any]] = {"local": {}, "pooled": {}, "splitfed_v2": {"train.lr": 0.02}}
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 import yaml
 
-from flexp import assets, checkpoint, export, report, voices
+from flexp import assets, checkpoint, export, planning, report, voices
 from flexp import run as running
 from flexp.data.federation import label_table
 from flexp.data.tasks import open_tokenizer
@@ -26,10 +26,9 @@ from flexp.model.skeleton import AUTO
 from flexp.model.weights import fill
 from flexp.parcel import write_atomic
 from flexp.plan.devices import format_bytes, measure
-from flexp.plan.planner import near_bytes
 from flexp.recipe import Recipe
-from flexp.seating import dtype_of, has_bfloat16
-from flexp.stage import Say, Stage, Survey, prepare, survey
+from flexp.seating import has_bfloat16
+from flexp.stage import Say, Stage, prepare, survey
 from flexp.strategies import about, methods, options_of
 from flexp.terminal import shown
 
@@ -102,38 +101,6 @@ def _rewind(out: Path, recipe: Recipe, recorder: Recorder, say: Say) -> None:
     say(f"resuming after round {done} of {recipe.rounds}")
     if not recorder.rewind(done - 1):
         recorder(Checkpointed(done - 1, path.relative_to(out).as_posix()))
-
-
-def plan(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None) -> dict[str, Any]:
-    """Where every client would be cut and what it needs there, by part; no weights are loaded."""
-    return fleet(survey(recipe, cache, say=say))
-
-
-def fleet(found: Survey) -> dict[str, Any]:
-    """The seats of a survey: device, blocks and bytes by part."""
-    head_near = found.recipe.plan.labels == "keep"
-    seats: list[dict[str, Any]] = []
-    for client, placed in found.placed.items():
-        cut = placed.seat.cut
-        parts = near_bytes(found.costs, cut.front, cut.back, head_near=head_near)
-        seats.append(
-            {
-                "client": client,
-                "device": placed.device,
-                "front": cut.front,
-                "back": cut.back,
-                "server_blocks": found.bones.depth - cut.front - cut.back,
-                "labels": placed.seat.labels,
-                "bytes": dict(parts),
-                "reason": placed.reason,
-            }
-        )
-    return {
-        "model": found.recipe.model.source,
-        "blocks": found.bones.depth,
-        "dtype": str(dtype_of(found.recipe)).removeprefix("torch."),
-        "seats": seats,
-    }
 
 
 def predict(folder: Path, texts: Sequence[str], cache: assets.Cache) -> dict[str, Any]:
@@ -232,7 +199,10 @@ def doctor(recipe: Recipe | None, cache: assets.Cache) -> dict[str, Any]:
     }
     if recipe is None:
         return document
-    found = survey(recipe, cache).federation
+    about = survey(recipe, cache)
+    speed = planning.measured(recipe, about.bones).flops or 0.0
+    document["block_gflops"] = speed / 1e9
+    found = about.federation
     document["skew"] = found.skew
     document["findings"] = list(found.findings)
     document["clients"] = [

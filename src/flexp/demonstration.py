@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 import yaml
 
-from flexp import assets, commands, recipe_file, voices
+from flexp import assets, commands, planning, recipe_file, voices
 from flexp import run as running
 from flexp.data.tasks import open_tokenizer
 from flexp.engine.base import Assignment
@@ -74,7 +74,7 @@ def play(
     """Runs every method and returns seats and scores; writes events, report and adapters."""
     recipes = variants(demo.name, seed)
     found = survey(recipes["flexp"], cache, say=say)
-    show.fleet(commands.fleet(found))
+    show.fleet(planning.fleet(found))
     first = opened(found)
     stages = {name: with_method(first, recipe) for name, recipe in recipes.items()}
     traffic: dict[str, Counter[str]] = {name: Counter() for name in recipes}

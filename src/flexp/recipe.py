@@ -101,32 +101,47 @@ class TrainRecipe(_Part):
         return self
 
 
-class DeviceRecipe(_Part):
-    """A kind of device; ``memory`` like "600MB" or "1.5GiB", speeds for the simulated clock."""
+Speed = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-    name: str
-    memory: int | str
-    gflops: Annotated[float, Field(gt=0)] | None = None
-    up_mbit: Annotated[float, Field(gt=0)] | None = None
-    down_mbit: Annotated[float, Field(gt=0)] | None = None
-    latency_ms: Annotated[float, Field(ge=0)] = 0.0
+
+class DeviceRecipe(_Part):
+    """A kind of device, by a well-known profile, declared values, or both (declared ones count).
+
+    ``memory`` like "600MB" or "1.5GiB"; speeds are for the planner and the simulated clock.
+    """
+
+    name: str | None = None
+    profile: str | None = None
+    memory: int | str | None = None
+    gflops: Speed | None = None
+    up_mbit: Speed | None = None
+    down_mbit: Speed | None = None
+    latency_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 class PlanRecipe(_Part):
     """Where models are cut. ``cut`` [front, back] for all, or per client in ``cuts``; else devices.
 
     Clients take the devices in turn, in order of their names, unless ``assign`` says otherwise.
-    ``ranks`` gives single clients another LoRA rank than the adapter's.
+    ``ranks`` gives single clients another LoRA rank than the adapter's. Without ``goal`` it is
+    optimized where all speeds are known, else memory_only.
     """
 
     labels: Literal["keep", "logits", "loss"] = "keep"
     cut: tuple[int, int] | None = None
     cuts: Mapping[str, tuple[int, int]] = {}
     devices: tuple[DeviceRecipe, ...] = ()
+    server: DeviceRecipe | None = None
     assign: Mapping[str, str] = {}
+    slow: Mapping[str, Annotated[float, Field(ge=1, allow_inf_nan=False)]] = {}
     ranks: Mapping[str, Annotated[int, Field(ge=1)]] = {}
-    goal: Literal["memory_only", "static", "random"] = "memory_only"
-    server_gflops: Annotated[float, Field(gt=0)] | None = None
+    goal: Literal["optimized", "memory_only", "static", "random"] | None = None
+    static: tuple[int, int] | None = None
+    weights: Mapping[
+        Literal["accuracy", "time", "memory"], Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    ] = {"accuracy": 1.0, "time": 1.0, "memory": 0.1}
+    accuracy: Mapping[float, float] = {}
+    min_front: Annotated[int, Field(ge=1)] = 1
     min_back: Annotated[int, Field(ge=0)] = 0
     max_depth: Annotated[int, Field(ge=1)] | None = None
 

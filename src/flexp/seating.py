@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 
 from flexp.dice import Dice
-from flexp.errors import ModelError, PlanError
+from flexp.errors import CutError, ModelError, PlanError
 from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, layout
 from flexp.model.cut import Cut, Seat
 from flexp.model.skeleton import Skeleton, head_leaves
-from flexp.plan.costs import BlockCosts, measure_costs
-from flexp.plan.devices import Device, parse_bytes
-from flexp.plan.planner import Choice, Limits, near_bytes, plan
-from flexp.recipe import AdapterRecipe, DeviceRecipe, PlanRecipe, Recipe
+from flexp.plan import (
+    BlockCosts,
+    BlockWork,
+    Choice,
+    aims_of,
+    default_goal,
+    devices_of,
+    limits_of,
+    measure_costs,
+    measure_work,
+    near_bytes,
+    plan,
+    server_of,
+    step_seconds,
+)
+from flexp.recipe import AdapterRecipe, PlanRecipe, Recipe
 from flexp.strategies.base import ClientId
-
-HERE = "this machine"
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a client was put: its device, its seat, the bytes it needs there, and why."""
+    """Where a client was put: its device, its seat, the bytes it needs there, and why.
+
+    A batch goes in ``accumulate`` parts; ``recompute`` computes activations again instead of
+    keeping them. ``seconds`` are of one step, None where a speed is not known.
+    """
 
     device: str
     seat: Seat
     bytes: int
     reason: str
+    accumulate: int = 1
+    recompute: bool = False
+    seconds: float | None = None
 
 
 def adapter_kind(recipe: AdapterRecipe) -> Kind:
@@ -63,6 +81,11 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
     return getattr(torch, wanted)
 
 
+def dtype_name(recipe: Recipe) -> str:
+    """The dtype's name, as "float32"."""
+    return str(dtype_of(recipe)).removeprefix("torch.")
+
+
 def costs(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockCosts:
     """Bytes of the model's parts, from its skeleton alone."""
     head = (
@@ -90,71 +113,89 @@ def costs(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockCosts:
     return replace(sized, adapter_block_bytes=tuple(per_block), adapter_head_bytes=outside)
 
 
-def place(recipe: Recipe, clients: list[ClientId], sized: BlockCosts) -> dict[ClientId, Placed]:
-    """A seat for every client: the recipe's cut, or the planner's choice for its device."""
+def work(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockWork:
+    """Operations of the model's parts in one step, from its skeleton alone."""
+    return measure_work(
+        bones, kind, recipe.task.kind, batch=recipe.train.batch, length=recipe.task.max_length
+    )
+
+
+def place(
+    recipe: Recipe,
+    clients: list[ClientId],
+    sized: BlockCosts,
+    working: Callable[[], BlockWork] | None = None,
+) -> dict[ClientId, Placed]:
+    """A seat for every client: the recipe's cut, or the planner's choice for its device.
+
+    ``working`` gives the work of blocks; it is asked only where a device's speed is known.
+    """
     asked = recipe.plan
     _known(asked, clients)
-    limits = Limits(
-        min_back=asked.min_back,
-        max_depth=asked.max_depth,
-        static=(1, 1 if asked.labels == "keep" and sized.blocks > 2 else 0),
-        head_near=asked.labels == "keep",
-    )
-    devices = devices_of(asked, clients)
+    dtype = dtype_name(recipe)
+    limits, server = limits_of(asked, sized.blocks), server_of(asked, dtype)
+    devices = devices_of(asked, clients, dtype)
+    timed = any(d.flops is not None for d in devices.values())
+    found = working() if working is not None and timed else None
     fixed = {c: asked.cuts.get(c, asked.cut) for c in clients}
     open_ = {c: d for c, d in devices.items() if fixed[c] is None}
+    goal = asked.goal or default_goal(open_, server)
+    if not asked.devices and goal == "memory_only":
+        goal = "static"
     stream = Dice(recipe.seed)("plan").generator()
-    goal = "static" if not asked.devices and asked.goal == "memory_only" else asked.goal
-    chosen = plan(sized, open_, limits, goal, stream) if open_ else {}
+    more: dict[str, Any] = {"work": found, "server": server, "aims": aims_of(asked)}
+    chosen = plan(sized, open_, limits, goal, stream, **more) if open_ else {}
     out: dict[ClientId, Placed] = {}
     for client in clients:
         cut = fixed[client]
-        if cut is None:
+        if cut is not None:
+            choice = _as_asked(recipe, client, cut, sized)
+            if found is not None:
+                seconds = step_seconds(
+                    sized, found, cut, devices[client], server.flops, form=limits.form
+                )
+                choice = replace(choice, seconds=seconds)
+        elif asked.devices:
             choice = chosen[client]
-            if not asked.devices:
-                choice = replace(choice, reason="no plan.devices were given to fit it to")
         else:
-            head_near = asked.labels == "keep"
-            Seat(Cut(*cut), asked.labels).check(
-                sized.blocks, open_profile=recipe.privacy.profile != "u-shape", who=client
-            )
-            size = near_bytes(sized, *cut, head_near=head_near)["total"]
-            choice = Choice(cut[0], cut[1], size, "as the recipe says")
-        rank = asked.ranks.get(client)
-        seat = Seat(Cut(choice.front, choice.back), asked.labels, rank=rank)
+            choice = replace(chosen[client], reason="no plan.devices were given to fit it to")
+        seat = Seat(Cut(choice.front, choice.back), asked.labels, rank=asked.ranks.get(client))
         seat.check(sized.blocks, open_profile=recipe.privacy.profile != "u-shape", who=client)
-        out[client] = Placed(devices[client].name, seat, choice.bytes, choice.reason)
+        out[client] = Placed(
+            devices[client].name,
+            seat,
+            choice.bytes,
+            choice.reason,
+            choice.accumulate,
+            choice.recompute,
+            choice.seconds,
+        )
     return out
 
 
+def _as_asked(recipe: Recipe, client: ClientId, cut: tuple[int, int], sized: BlockCosts) -> Choice:
+    """The recipe's own cut for a client; CutError unless it is legal."""
+    asked = recipe.plan
+    Seat(Cut(*cut), asked.labels).check(
+        sized.blocks, open_profile=recipe.privacy.profile != "u-shape", who=client
+    )
+    if asked.min_front > 1 and cut[0] < asked.min_front:
+        raise CutError(
+            f'client "{client}" asked for {cut[0]} front blocks, but plan.min_front is '
+            f"{asked.min_front}. Give it as many, or lower the floor."
+        )
+    size = near_bytes(sized, *cut, head_near=asked.labels == "keep")["total"]
+    return Choice(*cut, size, "as the recipe says")
+
+
 def _known(asked: PlanRecipe, clients: list[ClientId]) -> None:
-    for field, names in (("cuts", asked.cuts), ("assign", asked.assign), ("ranks", asked.ranks)):
+    for field, names in (
+        ("cuts", asked.cuts),
+        ("assign", asked.assign),
+        ("slow", asked.slow),
+        ("ranks", asked.ranks),
+    ):
         for client in names:
             if client not in clients:
                 known = ", ".join(clients[:8])
                 raise PlanError(f'plan.{field}: there is no client "{client}". Clients: {known}.')
-
-
-def _device(d: DeviceRecipe) -> Device:
-    flops, up, down = (
-        None if value is None else value * unit
-        for value, unit in ((d.gflops, 1e9), (d.up_mbit, 1e6 / 8), (d.down_mbit, 1e6 / 8))
-    )
-    return Device(d.name, parse_bytes(d.memory), flops, up, down, d.latency_ms / 1000)
-
-
-def devices_of(asked: PlanRecipe, clients: list[ClientId]) -> dict[ClientId, Device]:
-    """What every client runs on; PlanError if a device is named that the recipe does not have."""
-    kinds = {d.name: _device(d) for d in asked.devices}
-    if not kinds:
-        return {c: Device(HERE, 1 << 60) for c in clients}
-    names = list(kinds)
-    out: dict[ClientId, Device] = {}
-    for n, client in enumerate(sorted(clients)):
-        name = asked.assign.get(client, names[n % len(names)])
-        if name not in kinds:
-            raise PlanError(
-                f'plan.assign: there is no device "{name}". Devices: {", ".join(names)}.'
-            )
-        out[client] = kinds[name]
-    return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from flexp.model.skeleton import Skeleton, skeleton
 from flexp.plan.costs import BlockCosts
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
-from flexp.seating import Placed, adapter_kind, costs, dtype_of, place
+from flexp.seating import Placed, adapter_kind, costs, dtype_of, place, work
 from flexp.strategies import build
 from flexp.strategies.base import ClientId, Setting, Strategy
 
@@ -95,7 +96,8 @@ def survey(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None)
     bones = skeleton(source, task, classes=classes, blocks_at=recipe.model.blocks_at)
     kind = adapter_kind(recipe.adapter)
     sized = costs(recipe, bones, kind)
-    placed = place(recipe, list(federation.shards), sized)
+    working = partial(work, recipe, bones, kind)
+    placed = place(recipe, list(federation.shards), sized, working)
     return Survey(recipe, source, tokenizer, federation, classes, bones, kind, sized, placed, dice)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from flexp.cli.base import Json, Overrides, RecipePath, app, begin, cache, emit
+from flexp.errors import PlanError
 
 
 @app.command()
@@ -110,19 +111,57 @@ def compare(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Shows what would run on each device and how much memory it takes, before any training."""
+def plan(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe in YAML.")] = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Instead of a recipe: an asset, a folder or a hub id."),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help='With --model: a profile, as phone-4gb, or "here"; may be repeated.'),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 128,
+    rank: Annotated[int, typer.Option(min=1, help="Of LoRA.")] = 8,
+    task: Annotated[
+        str | None, typer.Option(help="classification or causal-lm; else by the model.")
+    ] = None,
+    labels: Annotated[str, typer.Option(help="keep, logits or loss.")] = "keep",
+    server: Annotated[str, typer.Option(help='A profile, or "here".')] = "gpu-server",
+    goal: Annotated[
+        str | None, typer.Option(help="optimized, memory_only or static; else optimized.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    every: Annotated[bool, typer.Option("--all", help="Show every cut.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Shows what would run on each device, its memory, time and bytes, before any training.
+
+    With a recipe: every client's seat. With --model and --device: every cut of that model on those
+    devices, which fit, and which one to take; no data is needed, and no weights are read.
+    """
+    from flexp import planning, terminal
     from flexp import recipe_file as recipes
 
-    found = recipes.read(recipe, overrides or [])
+    if (model is None) == (recipe is None):
+        raise PlanError("Give a recipe, or --model with --device, as: --model minilm --device here")
     console = begin(as_json)
-    from flexp import commands, terminal
-
-    document = commands.plan(found, cache())
+    if recipe is not None:
+        document = planning.of_recipe(recipes.read(recipe, overrides or []), cache())
+    else:
+        devices = tuple(device or ())
+        how: dict[str, Any] = {"task": task, "labels": labels, "goal": goal, "dtype": dtype}
+        sizes = {"batch": batch, "length": length, "rank": rank}
+        asked = planning.Asked(str(model), devices, server=server, **sizes, **how)
+        document = planning.of_model(asked, cache())
     if as_json:
         emit(document)
-    else:
+    elif recipe is not None:
         terminal.show_plan(document, console)
+    else:
+        terminal.show_cuts(document, console, every=every)
 
 
 @app.command()

@@ -24,10 +24,11 @@ from flexp import assets, commands, recipe_file
 from flexp.comparison.table import Ground, of_run, summary
 from flexp.errors import FlexpError, StrategyError
 from flexp.parcel import file_name, write_atomic
+from flexp.plan.costs import near_bytes
+from flexp.plan.declared import devices_of, server_of
 from flexp.plan.devices import measure
-from flexp.plan.planner import near_bytes
 from flexp.recipe import Recipe
-from flexp.seating import devices_of
+from flexp.seating import dtype_name
 from flexp.stage import Say, Survey, opened, seats_for, survey, with_method
 from flexp.strategies import build
 
@@ -239,12 +240,9 @@ def _said(document: Mapping[str, Any]) -> str:
 
 def table(whole: Comparison, found: Survey) -> dict[str, Any]:
     """The document of a comparison whose runs are all finished."""
-    asked = whole.common.plan
-    ground = Ground(
-        devices_of(asked, list(found.placed)),
-        None if asked.server_gflops is None else asked.server_gflops * 1e9,
-        found.costs,
-    )
+    asked, dtype = whole.common.plan, dtype_name(whole.common)
+    devices = devices_of(asked, list(found.placed), dtype)
+    ground = Ground(devices, server_of(asked, dtype).flops, found.costs)
     rows = [row for run in whole.wanted for row in of_run(whole.place(run), run[1], run[0], ground)]
     first = json.loads((whole.place(whole.wanted[0]) / "result.json").read_text("utf-8"))
     return {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from flexp.events import SeatTaken, TurnEnded, read
-from flexp.plan.clock import Work, run_seconds
+from flexp.plan.clock import Load, Work, run_seconds
 from flexp.plan.costs import BlockCosts, near_bytes
 from flexp.plan.devices import Device
 
@@ -121,7 +121,7 @@ def _all_together(rows: Sequence[Row], *, higher: bool) -> Row:
 def _work(turn: TurnEnded) -> Work:
     near, far = _count(turn, "near_flops"), _count(turn, "far_flops")
     crossed = turn.sent_bytes, turn.received_bytes, _count(turn, "messages")
-    return Work(turn.round, turn.wave, turn.client, near, far, *crossed)
+    return Work(turn.round, turn.wave, turn.client, Load(near, far, *crossed))
 
 
 def _score(scores: Sequence[Row], client: str, cell: str, metric: str) -> float:

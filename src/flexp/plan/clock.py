@@ -1,4 +1,8 @@
-"""The simulated clock: how long a run would take on the devices that its recipe declares."""
+"""The simulated clock: how long work takes on the devices that a recipe declares.
+
+It knows operations, bytes and messages, and never the time of day, so it says the same on any
+machine. Nothing overlaps: a client computes, sends, waits for the server, receives.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
+from flexp.plan.costs import BlockCosts, Form, message_bytes, step_bytes
 from flexp.plan.devices import Device
+from flexp.plan.work import BlockWork, far_flops, near_flops
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one client's turn took: operations near and far, bytes each way, messages."""
+class Load:
+    """What a step or a turn takes: operations near and far, bytes each way, messages."""
 
-    round: int
-    wave: int
-    client: str
     near_flops: int
     far_flops: int
     sent: int
@@ -23,21 +26,72 @@ class Work:
     messages: int
 
 
-def turn_seconds(work: Work, device: Device, server: float | None) -> float | None:
-    """Seconds of a turn, nothing overlapping; None if a speed that it needs is not declared.
+@dataclass(frozen=True)
+class Work:
+    """One client's turn. One that failed has what it took until then; an absent client has none."""
+
+    round: int
+    wave: int
+    client: str
+    load: Load
+
+
+def step_load(
+    costs: BlockCosts,
+    work: BlockWork,
+    cut: tuple[int, int],
+    form: Form = "u",
+    *,
+    recompute: bool = False,
+    accumulate: int = 1,
+) -> Load:
+    """What one training step of one batch takes at a cut: a forward and a backward message a part.
+
+    Parts change how much is held at a time, and how many messages go, and nothing else.
+    """
+    front, back = cut
+    head_near = form == "u"
+    near = near_flops(work, front, back, head_near=head_near, recompute=recompute)
+    if head_near and front + back == costs.blocks:
+        return Load(near, 0, 0, 0, 0)
+    far = far_flops(work, front, back, head_near=head_near)
+    hidden = message_bytes(costs)
+    sent = hidden + {"u": hidden, "logits": costs.logits_bytes, "loss": costs.label_bytes}[form]
+    both = step_bytes(costs, form, front_trains=work.first < front)
+    return Load(near, far, sent, both - sent, 2 * accumulate)
+
+
+def seconds_of(load: Load, device: Device, server: float | None) -> float | None:
+    """Seconds of a step or turn, nothing overlapping; None if a speed that it needs is not known.
 
     ``server`` is the server's speed in floating point operations per second.
     """
-    if device.flops is None or (work.far_flops and server is None):
+    if device.flops is None or (load.far_flops and server is None):
         return None
-    crosses = work.sent + work.received
+    crosses = load.sent + load.received
     if crosses and (device.uplink is None or device.downlink is None):
         return None
-    far = work.far_flops / server if server else 0.0
+    far = load.far_flops / server if server else 0.0
     if not crosses:
-        return work.near_flops / device.flops
-    up, down = work.sent / (device.uplink or 1.0), work.received / (device.downlink or 1.0)
-    return work.near_flops / device.flops + far + up + down + work.messages * device.latency
+        return load.near_flops / device.flops
+    up, down = load.sent / (device.uplink or 1.0), load.received / (device.downlink or 1.0)
+    return load.near_flops / device.flops + far + up + down + load.messages * device.latency
+
+
+def step_seconds(
+    costs: BlockCosts,
+    work: BlockWork,
+    cut: tuple[int, int],
+    device: Device,
+    server: float | None,
+    *,
+    form: Form = "u",
+    recompute: bool = False,
+    accumulate: int = 1,
+) -> float | None:
+    """Seconds of one training step of one client at its cut, while the server has no other."""
+    load = step_load(costs, work, cut, form, recompute=recompute, accumulate=accumulate)
+    return seconds_of(load, device, server)
 
 
 def run_seconds(
@@ -51,10 +105,36 @@ def run_seconds(
     total = 0.0
     for _, group in groupby(turns, key=lambda w: (w.round, w.wave)):
         wave = list(group)
-        found = [turn_seconds(w, devices[w.client], server) for w in wave]
+        found = [seconds_of(w.load, devices[w.client], server) for w in wave]
         known = [seconds for seconds in found if seconds is not None]
         if len(known) < len(wave):
             return None
-        far = sum(w.far_flops for w in wave) / server if server else 0.0
-        total += max(*known, far)
+        total += max(*known, _served(wave, server))
     return total
+
+
+def finish_times(
+    turns: Iterable[Work], devices: Mapping[str, Device], server: float | None
+) -> list[float] | None:
+    """When each turn ends, in the order given, if nobody waits for others (no barrier).
+
+    A client begins its next turn when its last one ends. The server answers one turn after
+    another, in the order in which they would end if each had it alone, so no turn ends before the
+    server has done its part of all that come before it. None if any turn's time is not known.
+    """
+    listed, clocks, alone = list(turns), dict[str, float](), list[float]()
+    for turn in listed:
+        seconds = seconds_of(turn.load, devices[turn.client], server)
+        if seconds is None:
+            return None
+        clocks[turn.client] = clocks.get(turn.client, 0.0) + seconds
+        alone.append(clocks[turn.client])
+    out, busy = [0.0] * len(listed), 0.0
+    for n in sorted(range(len(listed)), key=lambda n: (alone[n], listed[n].client, n)):
+        busy += _served([listed[n]], server)
+        out[n] = max(alone[n], busy)
+    return out
+
+
+def _served(turns: Iterable[Work], server: float | None) -> float:
+    return sum(w.load.far_flops for w in turns) / server if server else 0.0

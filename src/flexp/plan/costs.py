@@ -50,13 +50,20 @@ class BlockCosts:
 
 
 def near_bytes(
-    costs: BlockCosts, cut_front: int, cut_back: int, *, head_near: bool = True
+    costs: BlockCosts,
+    cut_front: int,
+    cut_back: int,
+    *,
+    head_near: bool = True,
+    recompute: bool = False,
+    accumulate: int = 1,
 ) -> Mapping[str, int]:
     """Memory in bytes at the client by part, and their sum as ``total``.
 
     Weights are the embeddings, the near blocks and the head if it is near; adapters count four
     times, for parameter, gradient and two moments of Adam; activations are those kept for the
-    backward pass, without recomputation; the link holds one message on its way out and one in.
+    backward pass, with recomputation the inputs of blocks and the inside of one; the link holds one
+    message on its way out and one in. Of a batch in ``accumulate`` parts one is held at a time.
     """
     if min(cut_front, cut_back) < 0 or cut_front + cut_back > costs.blocks:
         raise CutError(
@@ -70,7 +77,10 @@ def near_bytes(
         )
     near = [*range(cut_front), *range(costs.blocks - cut_back, costs.blocks)]
     whole = head_near and len(near) == costs.blocks
-    hidden = message_bytes(costs)
+    rows = -(-costs.batch // accumulate)
+    hidden = message_bytes(costs) * rows // costs.batch
+    logits = costs.logits_bytes * rows // costs.batch
+    inside = costs.activation_factor * (min(1, len(near)) if recompute else len(near))
     parts = {
         "weights": costs.embed_bytes
         + sum(costs.block_bytes[i] for i in near)
@@ -80,8 +90,8 @@ def near_bytes(
             sum(costs.adapter_block_bytes[i] for i in near)
             + (costs.adapter_head_bytes if head_near else 0)
         ),
-        "activations": costs.activation_factor * hidden * len(near)
-        + (2 * costs.logits_bytes if head_near else 0),
+        "activations": (inside + (len(near) if recompute else 0)) * hidden
+        + (2 * logits if head_near else 0),
         "link": 0 if whole else 2 * hidden,
     }
     return parts | {"total": sum(parts.values())}

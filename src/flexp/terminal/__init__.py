@@ -8,16 +8,17 @@ from flexp.terminal.pages import (
     show_fleet,
     show_methods,
     show_new_strategy,
-    show_plan,
     show_predictions,
     show_run,
     show_voices,
 )
+from flexp.terminal.plans import show_cuts, show_plan
 from flexp.terminal.scores import show_compare, show_demo
 
 __all__ = [
     "show_assets",
     "show_compare",
+    "show_cuts",
     "show_demo",
     "show_doctor",
     "show_export",

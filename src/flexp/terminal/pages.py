@@ -33,29 +33,6 @@ def show_run(document: Row, console: Console) -> None:
         console.print(f"PEFT adapters: {document['out']}/adapters", highlight=False)
 
 
-def show_plan(document: Row, console: Console) -> None:
-    """Blocks and bytes of every client."""
-    lines: list[list[str]] = []
-    for seat in document["seats"]:
-        held: Mapping[str, int] = seat["bytes"]
-        training = held["total"] - held["weights"]
-        lines.append(
-            [
-                seat["client"],
-                seat["device"],
-                f"{seat['front']} | {seat['server_blocks']} | {seat['back']}",
-                format_bytes(held["weights"]),
-                format_bytes(training),
-                format_bytes(held["total"]),
-            ]
-        )
-    columns = ["client", "device", "front|server|back", "weights", "training", "total"]
-    title = f"{document['model']}, {document['blocks']} blocks: what runs on each device"
-    console.print(grid(title, columns, lines))
-    for reason in dict.fromkeys(f"{s['device']}: {s['reason']}" for s in document["seats"]):
-        console.print(reason, highlight=False)
-
-
 BAR = 30  # columns of a bar of blocks
 
 
@@ -121,6 +98,8 @@ def show_predictions(document: Row, console: Console) -> None:
 def show_doctor(document: Row, console: Console) -> None:
     """Facts, then clients and findings if a recipe was given."""
     lines = [[name, version] for name, version in document["facts"].items()]
+    if "block_gflops" in document:
+        lines += [["speed in this model", f"{document['block_gflops']:.3g} GFLOP/s"]]
     lines += [
         ["free memory", format_bytes(document["memory_bytes"])],
         ["threads", str(document["threads"])],

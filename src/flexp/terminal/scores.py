@@ -115,7 +115,7 @@ def show_compare(document: Row, console: Console) -> None:
         text = "Blank costs: not federated; all rows lie in one place."
         console.print(text, highlight=False, markup=False)
     if all(row["simulated_seconds"] is None for row in found.values()):
-        text = "No time: declare gflops, up_mbit and down_mbit of devices, and plan.server_gflops."
+        text = "No time: declare gflops, up_mbit and down_mbit of devices, and of plan.server."
         console.print(text, highlight=False, markup=False)
     text = f"Rows of every client: {document['out']}/comparison.json"
     console.print(text, highlight=False, markup=False)
