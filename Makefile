@@ -15,7 +15,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-families check format bench docs lock clean
+.PHONY: help install demo test test-slow test-families check format bench bench-protocol docs lock clean
 
 help:  ## Print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,10 +62,13 @@ format: $(STAMP)  ## Rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## Run the benchmarks; results go to benchmarks/results
-	$(BIN)/python benchmarks/demos.py quick
-	$(BIN)/python benchmarks/demos.py shakespeare
+bench: bench-protocol  ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/partial.py
+
+bench-protocol: $(STAMP)  ## Methods against each other, as benchmarks/protocol.yaml lays down
+	$(BIN)/python benchmarks/protocol.py quick
+	$(BIN)/python benchmarks/protocol.py spam
+	$(BIN)/python benchmarks/protocol.py shakespeare
 
 docs: $(STAMP)  ## Build the documentation into build/site
 	$(PIP) install -q -e ".[docs]"
