@@ -315,8 +315,12 @@ def play(
     rows: int = 12,
     shards: Mapping[str, Shard] | None = None,
     measures: bool = False,
+    moves: Mapping[int, Seat | Sequence[Seat]] | None = None,
 ) -> Played:
-    """A toy run of a few clients; each one's personal adapter at the end."""
+    """A toy run of a few clients; each one's personal adapter at the end.
+
+    ``moves``: other seats from a round on.
+    """
     body = backbone(family)
     drawn = {f"c{n}": shard(seed, rows) for n, seed in enumerate(seeds)}
     shards = drawn if shards is None else shards
@@ -342,6 +346,9 @@ def play(
         scene = Scene(tuple(names), placed, engine.initial, Dice(0)("strategy"))
         state, arrivals = strategy.start(scene), list[Arrival]()
         for r in range(rounds):
+            if there := (moves or {}).get(r):
+                given = [there] * len(names) if isinstance(there, Seat) else list(there)
+                placed = dict(zip(names, given, strict=True))
             chosen = [names[n] for n in order] if order else names
             places = body.block_of, body.depth
             begun = Turn(r, rounds, 0, True, placed, {}, *places, tuple(chosen))

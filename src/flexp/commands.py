@@ -28,7 +28,7 @@ from flexp.parcel import write_atomic
 from flexp.plan.devices import format_bytes, measure
 from flexp.plan.planner import near_bytes
 from flexp.recipe import Recipe
-from flexp.seating import dtype_of, has_bfloat16
+from flexp.seating import Placed, dtype_of, has_bfloat16
 from flexp.stage import Say, Stage, Survey, prepare, survey
 from flexp.strategies import about, methods, options_of
 from flexp.terminal import shown
@@ -110,29 +110,31 @@ def plan(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None) -
 
 
 def fleet(found: Survey) -> dict[str, Any]:
-    """The seats of a survey: device, blocks and bytes by part."""
-    head_near = found.recipe.plan.labels == "keep"
-    seats: list[dict[str, Any]] = []
-    for client, placed in found.placed.items():
-        cut = placed.seat.cut
-        parts = near_bytes(found.costs, cut.front, cut.back, head_near=head_near)
-        seats.append(
-            {
-                "client": client,
-                "device": placed.device,
-                "front": cut.front,
-                "back": cut.back,
-                "server_blocks": found.bones.depth - cut.front - cut.back,
-                "labels": placed.seat.labels,
-                "bytes": dict(parts),
-                "reason": placed.reason,
-            }
-        )
+    """The seats of a survey and their changes: device, blocks and bytes by part."""
+    seats = [_seat(found, client, placed) for client, placed in found.placed.items()]
     return {
         "model": found.recipe.model.source,
         "blocks": found.bones.depth,
         "dtype": str(dtype_of(found.recipe)).removeprefix("torch."),
         "seats": seats,
+        "changes": [
+            {"round": m.round, **_seat(found, m.client, m.placed)} for m in found.fleet.moves
+        ],
+    }
+
+
+def _seat(found: Survey, client: str, placed: Placed) -> dict[str, Any]:
+    cut, labels = placed.seat.cut, placed.seat.labels
+    parts = near_bytes(found.costs, cut.front, cut.back, head_near=labels == "keep")
+    return {
+        "client": client,
+        "device": placed.device,
+        "front": cut.front,
+        "back": cut.back,
+        "server_blocks": found.bones.depth - cut.front - cut.back,
+        "labels": labels,
+        "bytes": dict(parts),
+        "reason": placed.reason,
     }
 
 

@@ -53,21 +53,24 @@ def evaluate(
     turn: Turn,
     *,
     when: str,
+    clients: Sequence[ClientId] | None = None,
     global_rows: int | None = None,
     split: Split = "test",
 ) -> list[Score]:
     """Scores of every client's personal model on its own and on everybody's rows of a split.
 
+    Only of ``clients``, if given: who has not come yet has no row, and gives none to the pool.
     The main metric comes first; "all" rows are means over clients. Choose settings on "val".
     """
-    everybody = pooled(engine.shards, global_rows, split)
+    shards = engine.shards if clients is None else {c: engine.shards[c] for c in clients}
+    everybody = pooled(shards, global_rows, split)
     known: dict[str, dict[str, float]] = {}
     out: list[Score] = []
-    for client in sorted(engine.shards):
+    for client in sorted(shards):
         work = Assignment(client, turn.seats[client], strategy.offer(state, client, turn))
         with engine.visit(strategy, work, turn, Ledger()) as (desk, offer):
             served = strategy.personal(desk, offer)
-            mine = engine.shards[client].split(split)
+            mine = shards[client].split(split)
             own = measure(served, engine.task, mine, prior=desk.prior)
             # Who serves the same adapter says the same, wherever the cut is.
             worn = served.adapter

@@ -112,6 +112,24 @@ class DeviceRecipe(_Part):
     latency_ms: Annotated[float, Field(ge=0)] = 0.0
 
 
+class ChangeRecipe(_Part):
+    """From a round on, a client sits on another device, which is planned anew, or at another cut.
+
+    Rounds count from 0; round 0 is what the rest of the plan says.
+    """
+
+    round: Annotated[int, Field(ge=1)]
+    client: str
+    device: str | None = None
+    cut: tuple[int, int] | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> ChangeRecipe:
+        if self.device is None and self.cut is None:
+            raise ValueError("a change needs a device, a cut, or both")
+        return self
+
+
 class PlanRecipe(_Part):
     """Where models are cut. ``cut`` [front, back] for all, or per client in ``cuts``; else devices.
 
@@ -129,6 +147,50 @@ class PlanRecipe(_Part):
     server_gflops: Annotated[float, Field(gt=0)] | None = None
     min_back: Annotated[int, Field(ge=0)] = 0
     max_depth: Annotated[int, Field(ge=1)] | None = None
+    changes: tuple[ChangeRecipe, ...] = ()
+
+    @model_validator(mode="after")
+    def _once(self) -> PlanRecipe:
+        told = [(c.round, c.client) for c in self.changes]
+        if len(set(told)) < len(told):
+            raise ValueError("changes: one change of a client in a round")
+        return self
+
+
+Round = Annotated[int, Field(ge=0)]
+
+
+class ParticipationRecipe(_Part):
+    """When a client is there; rounds count from 0.
+
+    It comes in round ``joins``, and round ``leaves`` is the first without it. In ``absent`` rounds
+    it does nothing, in ``alone`` ones it trains its whole model on its device, without the server.
+    """
+
+    joins: Round = 0
+    leaves: Round | None = None
+    absent: tuple[Round, ...] = ()
+    alone: tuple[Round, ...] = ()
+
+    @model_validator(mode="after")
+    def _sense(self) -> ParticipationRecipe:
+        if self.leaves is not None and self.leaves <= self.joins:
+            raise ValueError("leaves: a round after the one in which it joins")
+        if odd := sorted(set(self.absent) & set(self.alone)):
+            raise ValueError(f"absent and alone in round {odd[0]}: choose one")
+        outside = [r for r in self.alone if not self._member(r)]
+        if outside:
+            raise ValueError(f"alone in round {outside[0]}, before it joins or after it leaves")
+        return self
+
+    def at(self, round: int) -> Literal["here", "absent", "alone"]:
+        """What the client does in a round."""
+        if not self._member(round) or round in self.absent:
+            return "absent"
+        return "alone" if round in self.alone else "here"
+
+    def _member(self, round: int) -> bool:
+        return self.joins <= round and (self.leaves is None or round < self.leaves)
 
 
 class StrategyRecipe(BaseModel):
@@ -173,7 +235,19 @@ class Recipe(_Part):
     strategy: StrategyRecipe = StrategyRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
     privacy: PrivacyRecipe = PrivacyRecipe()
+    participation: Mapping[str, ParticipationRecipe] = {}
     out: str = "runs"
+
+    @model_validator(mode="after")
+    def _in_time(self) -> Recipe:
+        last = [(c.round, f"plan.changes of {c.client}") for c in self.plan.changes]
+        for client, held in self.participation.items():
+            last += [(r, f"participation.{client}") for r in (*held.absent, *held.alone)]
+        late = [(r, what) for r, what in last if r >= self.rounds]
+        if late:
+            r, what = late[0]
+            raise ValueError(f"{what}: round {r} never comes; rounds 0 to {self.rounds - 1} do")
+        return self
 
     def plain(self) -> dict[str, Any]:
         """The recipe as JSON data, with every default written out."""

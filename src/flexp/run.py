@@ -29,13 +29,13 @@ from flexp.events import (
     Scored,
     SeatTaken,
     Stream,
-    TurnEnded,
-    TurnFailed,
+    WentAlone,
 )
 from flexp.link.metered import Ledger
-from flexp.parcel import Facts, file_name
+from flexp.parcel import file_name
 from flexp.stage import Stage
 from flexp.strategies.base import ClientId, Scene, Strategy, Turn
+from flexp.telling import moved, seat_facts, tell
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ def run(stage: Stage, stream: Stream, *, out: Path | None = None, resume: bool =
     scores: list[Score] = []
     for r in range(first, recipe.rounds):
         chosen = sample(stage, r)
+        moved(stage, stream, r)
         stream.write(RoundStarted(r, tuple(chosen)))
-        turns: list[Arrival] = []
         begun, dice = turn_of(stage, r, chosen), stage.dice("waves", round=r)
-        for turn, arrivals, merged in waves_of(
-            strategy, engine, state, begun, dice, tell=partial(tell, stream)
-        ):
+        turns = apart(stage, state, stream, begun)
+        waves = waves_of(strategy, engine, state, begun, dice, tell=partial(tell, stream))
+        for turn, arrivals, merged in waves if chosen else ():
             state, turns = merged, turns + arrivals
             stream.write(Merged(r, turn.wave, tuple(replies(arrivals))))
         check(turns)
@@ -74,7 +74,7 @@ def run(stage: Stage, stream: Stream, *, out: Path | None = None, resume: bool =
     if not scores:
         scores = score(stage, state, stream, recipe.rounds)
     stream.write(RunEnded(recipe.rounds, time.monotonic() - started))
-    return Result(tuple(scores), state, turn_of(stage, recipe.rounds))
+    return Result(tuple(scores), state, after(stage, recipe.rounds))
 
 
 def waves_of(
@@ -118,8 +118,7 @@ def begin(stage: Stage, stream: Stream, out: Path | None, resume: bool) -> tuple
     method = stage.strategy.name
     stream.write(RunStarted(recipe.name, method, recipe.seed, recipe.mode, recipe.hash(), facts))
     for client, p in stage.placed.items():
-        cut, labels = p.seat.cut, p.seat.labels
-        stream.write(SeatTaken(client, p.device, cut.front, cut.back, labels, p.bytes, p.reason))
+        stream.write(SeatTaken(client, *seat_facts(p)))
     for finding in stage.federation.findings:
         stream.write(Noted("warning", finding))
     clients = tuple(sorted(stage.placed))
@@ -127,9 +126,23 @@ def begin(stage: Stage, stream: Stream, out: Path | None, resume: bool) -> tuple
     return stage.strategy.start(scene), 0
 
 
+def apart(stage: Stage, state: Any, stream: Stream, turn: Turn) -> list[Arrival]:
+    """Turns of those who are alone in a round; no method hears of them."""
+    arrivals: list[Arrival] = []
+    for client in turn.alone:
+        stream.write(WentAlone(turn.round, client))
+        offer = stage.strategy.offer(state, client, turn)
+        work = Assignment(client, turn.seats[client], offer)
+        arrivals.append(stage.engine.alone(stage.strategy, work, turn))
+        tell(stream, turn, arrivals[-1])
+    return arrivals
+
+
 def sample(stage: Stage, round: int) -> list[ClientId]:
     """The clients of a round, in order of their names; the same for every method."""
-    clients = sorted(stage.placed)
+    clients = stage.fleet.present(round)
+    if not clients:
+        return []
     take = max(1, round_half_up(stage.recipe.sample * len(clients)))
     if take == len(clients):
         return clients
@@ -145,7 +158,14 @@ def turn_of(stage: Stage, round: int, chosen: Sequence[ClientId] = ()) -> Turn:
     """The turn of a round's only wave, before anything is known of its rows."""
     body, rounds = stage.backbone, stage.recipe.rounds
     places = body.block_of, body.depth
-    return Turn(round, rounds, 0, True, stage.seats, {}, *places, tuple(chosen))
+    alone = tuple(stage.fleet.alone(round))
+    return Turn(round, rounds, 0, True, stage.seats_at(round), {}, *places, tuple(chosen), alone)
+
+
+def after(stage: Stage, done: int) -> Turn:
+    """The turn in which everybody is looked at after ``done`` rounds, as they sat in the last."""
+    last = turn_of(stage, max(0, done - 1))
+    return replace(last, round=done)
 
 
 def check(turns: Sequence[Arrival]) -> None:
@@ -156,52 +176,15 @@ def check(turns: Sequence[Arrival]) -> None:
         raise FlexpError(f'Every client failed, the first one ("{first.client}") with: {error}')
 
 
-def tell(stream: Stream, turn: Turn, arrival: Arrival) -> None:
-    """Writes an arrival's event."""
-    if arrival.reply is None:
-        error = arrival.failure.error if arrival.failure else "no reply"
-        stream.write(TurnFailed(turn.round, turn.wave, arrival.client, error))
-        return
-    facts, ledger = arrival.reply.facts, arrival.ledger
-    loss, steps = facts.get("loss"), facts.get("steps")
-    stream.write(
-        TurnEnded(
-            turn.round,
-            turn.wave,
-            arrival.client,
-            float(loss) if isinstance(loss, int | float) else float("nan"),
-            int(steps) if isinstance(steps, int) else 0,
-            arrival.seconds,
-            ledger.sent,
-            ledger.received,
-            {f"{way} {kind}": size for (way, kind), size in sorted(ledger.kinds.items())},
-            measured(arrival),
-        )
-    )
-
-
-def measured(arrival: Arrival) -> Facts:
-    """What a turn took, as far as it was measured."""
-    held = arrival.measured
-    if held is None:
-        return {"messages": arrival.ledger.messages}
-    return {
-        "messages": arrival.ledger.messages,
-        "near_flops": held.near_flops,
-        "far_flops": held.far_flops,
-        "peak_bytes": held.peak,
-    }
-
-
 def score(stage: Stage, state: Any, stream: Stream, done: int) -> list[Score]:
     """Evaluates every client's personal model and writes the scores."""
     last = done == stage.recipe.rounds
-    turn = turn_of(stage, done)
     scores = evaluate(
         stage.engine,
         stage.strategy,
         state,
-        turn,
+        after(stage, done),
+        clients=stage.fleet.known(done),
         when="after" if last else f"round-{done}",
         global_rows=stage.recipe.evaluate.global_rows,
     )
@@ -223,9 +206,9 @@ def save_adapters(stage: Stage, result: Result, folder: Path) -> list[Path]:
         folder=str(stage.survey.source.resolve()),
     )
     written: list[Path] = []
-    for client in sorted(stage.placed):
+    for client in stage.fleet.known(recipe.rounds):
         offer = stage.strategy.offer(result.state, client, result.turn)
-        work = Assignment(client, stage.seats[client], offer)
+        work = Assignment(client, result.turn.seats[client], offer)
         with stage.engine.visit(stage.strategy, work, result.turn, Ledger()) as (desk, got):
             served = stage.strategy.personal(desk, got)
             if served.adapter is None:

@@ -17,6 +17,7 @@ from flexp.dice import Dice
 from flexp.engine.local import LocalEngine
 from flexp.errors import DataError, RecipeError, StrategyError
 from flexp.evaluate import pooled
+from flexp.fleet import Fleet, fleet
 from flexp.model.adapter import Kind
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
@@ -25,7 +26,7 @@ from flexp.model.skeleton import Skeleton, skeleton
 from flexp.plan.costs import BlockCosts
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
-from flexp.seating import Placed, adapter_kind, costs, dtype_of, place
+from flexp.seating import Placed, adapter_kind, costs, dtype_of
 from flexp.strategies import build
 from flexp.strategies.base import ClientId, Setting, Strategy
 
@@ -44,20 +45,30 @@ class Survey:
     bones: Skeleton
     kind: Kind
     costs: BlockCosts
-    placed: Mapping[ClientId, Placed]
+    fleet: Fleet
     dice: Dice
+
+    @property
+    def placed(self) -> Mapping[ClientId, Placed]:
+        """Where clients sit when the run begins."""
+        return self.fleet.placed
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Everything that a run needs; ``placed`` is where this method's clients sit."""
+    """Everything that a run needs; ``fleet`` is where this method's clients sit and when."""
 
     survey: Survey
     recipe: Recipe
     strategy: Strategy[Any]
     backbone: Backbone
-    placed: Mapping[ClientId, Placed]
+    fleet: Fleet
     engine: LocalEngine
+
+    @property
+    def placed(self) -> Mapping[ClientId, Placed]:
+        """Where clients sit when the run begins."""
+        return self.fleet.placed
 
     @property
     def federation(self) -> Federation:
@@ -71,8 +82,12 @@ class Stage:
 
     @property
     def seats(self) -> dict[ClientId, Seat]:
-        """The seats by client."""
-        return {c: p.seat for c, p in self.placed.items()}
+        """The seats by client when the run begins."""
+        return self.fleet.seats_at(0)
+
+    def seats_at(self, round: int) -> dict[ClientId, Seat]:
+        """The seats by client in a round."""
+        return self.fleet.seats_at(round)
 
 
 def survey(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None) -> Survey:
@@ -93,8 +108,8 @@ def survey(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None)
     bones = skeleton(source, task, classes=classes, blocks_at=recipe.model.blocks_at)
     kind = adapter_kind(recipe.adapter)
     sized = costs(recipe, bones, kind)
-    placed = place(recipe, list(federation.shards), sized)
-    return Survey(recipe, source, tokenizer, federation, classes, bones, kind, sized, placed, dice)
+    seated = fleet(recipe, list(federation.shards), sized)
+    return Survey(recipe, source, tokenizer, federation, classes, bones, kind, sized, seated, dice)
 
 
 def prepare(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None) -> Stage:
@@ -107,7 +122,7 @@ def opened(found: Survey) -> Stage:
     """Loads the backbone of a survey and makes everything ready to train."""
     recipe = found.recipe
     strategy = build(recipe.strategy.name, recipe.strategy.options)
-    placed = seats_for(strategy, found, recipe)
+    seated = seats_for(strategy, found, recipe)
     backbone = Backbone.open(
         found.source,
         task=recipe.task.kind,
@@ -121,18 +136,18 @@ def opened(found: Survey) -> Stage:
         chunked=recipe.mode == "fast",
     )
     engine = _engine(strategy, found, recipe, backbone)
-    return Stage(found, recipe, strategy, backbone, placed, engine)
+    return Stage(found, recipe, strategy, backbone, seated, engine)
 
 
 def with_method(stage: Stage, recipe: Recipe) -> Stage:
     """The same data, model and seats for another method and training; nothing is opened again."""
     found = stage.survey
     strategy = build(recipe.strategy.name, recipe.strategy.options)
-    placed = seats_for(strategy, found, recipe)
+    seated = seats_for(strategy, found, recipe)
     engine = _engine(strategy, found, recipe, stage.backbone)
     # Where adapters begin is worked out here: building skeletons is not safe on two threads.
     engine.initial(SlotSpec())
-    return replace(stage, recipe=recipe, strategy=strategy, placed=placed, engine=engine)
+    return replace(stage, recipe=recipe, strategy=strategy, fleet=seated, engine=engine)
 
 
 def _engine(
@@ -173,22 +188,29 @@ def training(recipe: Recipe) -> Training:
     return Training(optim, t.batch, t.steps, t.epochs, t.clip_norm, t.label_prior)
 
 
-def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Mapping[ClientId, Placed]:
+def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Fleet:
     """Where a method's clients sit: as placed, or all at one place with the whole model.
 
-    Raises StrategyError if the method cannot run with this task, adapter, cut or rank.
+    Raises StrategyError if the method cannot run with this task, adapter, cut, rank or fleet.
     """
-    depth = found.bones.depth
+    depth, given = found.bones.depth, replace(found.fleet, solo=strategy.alone)
     if strategy.kind == "centralised":
         reason = "one place has the whole model and all rows"
-        return {c: Placed("one place", uncut(depth), 0, reason) for c in found.placed}
-    seats = {c: p.seat for c, p in found.placed.items()}
+        placed = {c: Placed("one place", uncut(depth), 0, reason) for c in found.placed}
+        return replace(given, placed=placed, moves=())
     kind = adapter_kind(recipe.adapter)
     head = recipe.task.kind == "classification" and recipe.adapter.head
-    refusal = strategy.refuses(Setting(recipe.task.kind, kind, seats, depth, head))
-    if strategy.split.startswith("no") and any(not s.near_only(depth) for s in seats.values()):
-        reason = strategy.split.partition(":")[2].strip()
-        refusal = f"{reason} Give every client the whole model with plan.cut=[{depth},0]."
-    if refusal:
-        raise StrategyError(f'Method "{strategy.name}" cannot run here: {refusal}')
-    return found.placed
+    for seats in given.seatings():
+        refusal = strategy.refuses(Setting(recipe.task.kind, kind, seats, depth, head))
+        if strategy.split.startswith("no") and any(not s.near_only(depth) for s in seats.values()):
+            reason = strategy.split.partition(":")[2].strip()
+            refusal = f"{reason} Give every client the whole model with plan.cut=[{depth},0]."
+        if (
+            not refusal
+            and "personal" not in strategy.slots
+            and any(given.alone(r) for r in range(recipe.rounds))
+        ):
+            refusal = 'it has no slot "personal" to train alone. Remove participation\'s alone.'
+        if refusal:
+            raise StrategyError(f'Method "{strategy.name}" cannot run here: {refusal}')
+    return given

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from flexp.events import SeatTaken, TurnEnded, read
+from flexp.events import SeatMoved, SeatTaken, TurnEnded, read
 from flexp.plan.clock import Work, run_seconds
 from flexp.plan.costs import BlockCosts, near_bytes
 from flexp.plan.devices import Device
@@ -67,7 +67,7 @@ class Ground:
     server: float | None
     costs: BlockCosts
 
-    def weights(self, seat: SeatTaken) -> int:
+    def weights(self, seat: SeatTaken | SeatMoved) -> int:
         """Bytes of the frozen weights that a seat holds."""
         head = seat.labels == "keep"
         return near_bytes(self.costs, seat.front, seat.back, head_near=head)["weights"]
@@ -78,7 +78,8 @@ def of_run(folder: Path, label: str, seed: int, ground: Ground) -> list[Row]:
 
     Bytes and operations are sums over the run; ``peak_bytes`` are near weights and the most that a
     turn held beside them, the largest client's for all together. What a method that is not
-    federated would take is no question, so it is blank.
+    federated would take is no question, so it is blank, and so is the simulated time of a run in
+    which a client changed its device. Who never took part has no row.
     """
     result = cast("Row", json.loads((folder / "result.json").read_text("utf-8")))
     scores = cast("list[Row]", result["rows"])
@@ -86,7 +87,9 @@ def of_run(folder: Path, label: str, seed: int, ground: Ground) -> list[Row]:
     events = list(read(folder / "events.jsonl"))
     turns = [e for e in events if isinstance(e, TurnEnded)]
     rows: list[Row] = []
-    for seat in (e for e in events if isinstance(e, SeatTaken)):
+    seats = [e for e in events if isinstance(e, SeatTaken | SeatMoved)]
+    known = {s["client"] for s in scores}
+    for seat in (e for e in seats if isinstance(e, SeatTaken) and e.client in known):
         held = [t for t in turns if t.client == seat.client]
         row: Row = {"method": label, "seed": seed, "client": seat.client, "metric": metric}
         row |= {name: _score(scores, seat.client, cell, metric) for name, cell in AFTER.items()}
@@ -95,13 +98,14 @@ def of_run(folder: Path, label: str, seed: int, ground: Ground) -> list[Row]:
             "sent_bytes": sum(t.sent_bytes for t in held),
             "received_bytes": sum(t.received_bytes for t in held),
             "client_flops": sum(_count(t, "near_flops") for t in held),
-            "peak_bytes": ground.weights(seat)
+            "peak_bytes": max(ground.weights(s) for s in seats if s.client == seat.client)
             + max((_count(t, "peak_bytes") for t in held), default=0),
             "simulated_seconds": None,
         }
         rows.append(row)
     every = _all_together(rows, higher=bool(result["higher_is_better"]))
-    every["simulated_seconds"] = run_seconds(map(_work, turns), ground.devices, ground.server)
+    if all(e.device == ground.devices[e.client].name for e in seats if isinstance(e, SeatMoved)):
+        every["simulated_seconds"] = run_seconds(map(_work, turns), ground.devices, ground.server)
     rows.append(every)
     if result["kind"] == "centralised":
         rows = [{**row, **dict.fromkeys(COSTS)} for row in rows]

@@ -5,20 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from flexp.client.desk import Desk, Training
 from flexp.client.memory import Memory
-from flexp.client.turn import Client, hand_in
+from flexp.client.turn import ALONE, Client, hand_in
 from flexp.data.examples import Examples, Shard
 from flexp.data.tasks import Task
 from flexp.dice import Dice
 from flexp.engine.base import Arrival, Assignment, Failure, Measured
+from flexp.link.apart import NoLink
 from flexp.link.local import LocalLink
 from flexp.link.messages import Link
 from flexp.link.metered import Ledger, MeteredLink
 from flexp.model.adapter import Kind, alpha_of, dropout_of
 from flexp.model.backbone import Backbone
+from flexp.model.cut import Seat, uncut
 from flexp.model.meter import Meter
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
@@ -27,6 +30,8 @@ from flexp.server.tenants import Tenants
 from flexp.server.trunk import Trunk
 from flexp.strategies.base import ClientId, Strategy, Turn
 from flexp.tensors import Tensors
+
+PERSONAL = "personal"  # the slot that a client trains when it is alone
 
 
 class LocalEngine:
@@ -83,11 +88,9 @@ class LocalEngine:
             desk, offer = self._open(strategy, work, turn, ledger)
             with self._measuring(desk) as found:
                 hand_in(desk, strategy.train(desk, offer))
+            self.tenants.commit(work.client)
         except Exception as problem:  # noqa: BLE001 whatever a client does, the round goes on
-            self._undo(work.client)
-            failure = Failure(f"{type(problem).__name__}: {problem}")
-            seconds = time.monotonic() - started
-            return Arrival(work.client, failure=failure, seconds=seconds, ledger=ledger)
+            return self._failed(work.client, problem, started, ledger)
         home = self.tenants[work.client]
         rows = desk.rows if desk.model.far is None else home.rows
         seconds = time.monotonic() - started
@@ -99,6 +102,57 @@ class LocalEngine:
             ledger=ledger,
             measured=found[0] if found else None,
         )
+
+    def alone(self, strategy: Strategy[Any], work: Assignment, turn: Turn) -> Arrival:
+        """A turn without the server: the client trains its whole personal model by itself.
+
+        Unless it was alone in the round before, it first takes along what is offered and what is
+        far: all that crosses the link. ``work.seat`` is its ordinary seat.
+        """
+        started, ledger = time.monotonic(), Ledger(crossings=[] if self.keep_crossings else None)
+        try:
+            if self.memories[work.client].facts.get(ALONE) != turn.round - 1:
+                self._go(strategy, work, turn, ledger)
+            desk, _ = self._apart(strategy, work, turn)
+            with self._measuring(desk) as found:
+                reply = Parcel(facts=desk.fit())
+                hand_in(desk, reply, alone=turn.round)
+        except Exception as problem:  # noqa: BLE001 as in any turn
+            return self._failed(work.client, problem, started, ledger)
+        seconds, measured = time.monotonic() - started, found[0] if found else None
+        return Arrival(work.client, reply, None, desk.rows, seconds, ledger, measured)
+
+    def _go(self, strategy: Strategy[Any], work: Assignment, turn: Turn, ledger: Ledger) -> None:
+        """Moves a client to a seat with the whole model, its personal slot as it is offered."""
+        specs = self._solo(strategy)
+        if work.client not in self.tenants.homes:  # a copy for all is taken along from its seat
+            self.tenants.join(work.client, work.seat, specs, alpha=alpha_of(self.kind))
+        mine = {s: v for s, v in work.offer.adapters.items() if s == PERSONAL}
+        going = replace(work, seat=self._whole(work), offer=Parcel(mine))
+        desk, _ = self._open(strategy, going, turn, ledger, specs)
+        hand_in(desk, Parcel(), alone=turn.round - 1)
+        self.tenants.commit(work.client)
+
+    def _apart(self, strategy: Strategy[Any], work: Assignment, turn: Turn) -> tuple[Desk, Parcel]:
+        """The desk of a client that is alone: it has what it took along."""
+        work = replace(work, seat=self._whole(work))
+        return self._sit(NoLink(work.client), strategy, work, turn, self._solo(strategy))
+
+    def _whole(self, work: Assignment) -> Seat:
+        return replace(uncut(self.backbone.depth), rank=work.seat.rank)
+
+    def _solo(self, strategy: Strategy[Any]) -> dict[str, SlotSpec]:
+        """The slots of who is alone: the personal one lasts until it comes back."""
+        specs = self.training.specs(strategy.slots)
+        return {s: replace(v, lasts="run") if s == PERSONAL else v for s, v in specs.items()}
+
+    def _failed(
+        self, client: ClientId, problem: Exception, started: float, ledger: Ledger
+    ) -> Arrival:
+        self._undo(client)
+        failure = Failure(f"{type(problem).__name__}: {problem}")
+        seconds = time.monotonic() - started
+        return Arrival(client, failure=failure, seconds=seconds, ledger=ledger)
 
     @contextmanager
     def _measuring(self, desk: Desk) -> Generator[list[Measured]]:
@@ -119,20 +173,39 @@ class LocalEngine:
         self, strategy: Strategy[Any], work: Assignment, turn: Turn, ledger: Ledger
     ) -> Generator[tuple[Desk, Parcel]]:
         """A client's desk to look at, as after its last turn; nothing that happens there lasts."""
+        apart = work.client in turn.alone and ALONE in self.memories[work.client].facts
         try:
-            yield self._open(strategy, work, turn, ledger)
+            if apart:
+                yield self._apart(strategy, work, turn)
+            else:
+                yield self._open(strategy, work, turn, ledger)
         finally:
             self._undo(work.client)
 
     def _open(
-        self, strategy: Strategy[Any], work: Assignment, turn: Turn, ledger: Ledger
+        self,
+        strategy: Strategy[Any],
+        work: Assignment,
+        turn: Turn,
+        ledger: Ledger,
+        specs: Mapping[str, SlotSpec] | None = None,
     ) -> tuple[Desk, Parcel]:
         """Both sides of a turn: the tenancy at the server, and the client at its desk."""
-        name, specs = work.client, self.training.specs(strategy.slots)
+        name, specs = work.client, specs or self.training.specs(strategy.slots)
         self.trunk.tables.pop(name, None)
         self.tenants.join(name, work.seat, specs, offer=work.offer, alpha=alpha_of(self.kind))
         link = MeteredLink(self.wrap(name, LocalLink(name, self.trunk.handle)), ledger)
-        return self._client(name).open(
+        return self._sit(link, strategy, work, turn, specs)
+
+    def _sit(
+        self,
+        link: Link,
+        strategy: Strategy[Any],
+        work: Assignment,
+        turn: Turn,
+        specs: Mapping[str, SlotSpec],
+    ) -> tuple[Desk, Parcel]:
+        return self._client(work.client).open(
             link,
             work.seat,
             specs,

@@ -59,7 +59,8 @@ class Turn:
     """Which round and wave it is. ``rows`` are training rows as the server saw them in this turn.
 
     Of a client without a server part the server sees none; then they are the client's claim.
-    ``chosen`` are the clients of the whole round.
+    ``chosen`` are the clients of the whole round; ``alone`` are those that train without the server
+    in it, of which a method sees nothing.
     """
 
     round: int
@@ -71,6 +72,7 @@ class Turn:
     block_of: Callable[[str], int]
     depth: int
     chosen: tuple[ClientId, ...] = ()
+    alone: tuple[ClientId, ...] = ()
 
     def select(self, client: ClientId, tensors: Tensors, where: Where) -> Tensors:
         """The part of an adapter that a selection takes at that client's cut."""
@@ -96,6 +98,7 @@ class Strategy(Protocol[State]):
 
     The first line of the class's docstring is what `flexp methods` says that it does. ``own`` is
     the part of what it serves that may differ between clients; the rest is equal for all.
+    ``alone``: whether a client may go on training its slot "personal" without the server.
     """
 
     name: ClassVar[str]
@@ -104,6 +107,7 @@ class Strategy(Protocol[State]):
     own: ClassVar[Where] = NONE
     reconstruction: ClassVar[str] = ""
     split: ClassVar[str] = "yes"
+    alone: ClassVar[bool] = True
     slots: ClassVar[Mapping[str, SlotSpec]]
     leaves: ClassVar[tuple[Leave, ...]] = ()
 

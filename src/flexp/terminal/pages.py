@@ -54,6 +54,10 @@ def show_plan(document: Row, console: Console) -> None:
     console.print(grid(title, columns, lines))
     for reason in dict.fromkeys(f"{s['device']}: {s['reason']}" for s in document["seats"]):
         console.print(reason, highlight=False)
+    for move in document["changes"]:
+        blocks = f"{move['front']} | {move['server_blocks']} | {move['back']}"
+        where = f"{move['client']} on {move['device']}, {blocks}"
+        console.print(f"from round {move['round']}: {where}: {move['reason']}", highlight=False)
 
 
 BAR = 30  # columns of a bar of blocks
