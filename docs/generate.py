@@ -23,7 +23,14 @@ from typer.main import get_command
 from flexp import commands, events
 from flexp.cli import app
 from flexp.privacy.egress import Egress
-from flexp.recipe import ChangeRecipe, DeviceRecipe, ParticipationRecipe, Recipe
+from flexp.recipe import DeviceRecipe, Recipe
+from flexp.recipe_clients import (
+    ChangeRecipe,
+    ClientRecipe,
+    ObjectiveRecipe,
+    OwnTaskRecipe,
+    ParticipationRecipe,
+)
 from flexp.strategies import BUILT_IN
 from flexp.tensors import Place
 
@@ -32,7 +39,12 @@ NOTE = "<!-- Written by docs/generate.py; change the code or docs/keys.yaml, the
 SENT = """Whatever the method. In the V-shape `grad` is also the gradient of the logits. Beside
 tensors, shapes and a method's facts go along (mean loss, steps, skipped steps, rows).
 """
-BY_CLIENT: dict[str, type[BaseModel]] = {"participation": ParticipationRecipe}
+BY_CLIENT: dict[str, type[BaseModel]] = {
+    "participation": ParticipationRecipe,
+    "clients": ClientRecipe,
+    "clients.task": OwnTaskRecipe,
+    "clients.objective": ObjectiveRecipe,
+}
 WORDS: dict[Any, str] = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
 
@@ -73,7 +85,9 @@ A YAML file. Unknown keys are errors; what is not written has its default. On th
                 text += f"\n### plan.{inner_name}\n\nA list. {prose(inside)}\n\n{inner}"
     for name, inside in BY_CLIENT.items():
         inner = keys(f"{name}.", inside.model_fields, meanings, used)
-        text += f"\n## {name}\n\nBy client. {prose(inside)}\n\n{inner}"
+        text += (
+            f"\n{'##' if name in top else '###'} {name}\n\nBy client. {prose(inside)}\n\n{inner}"
+        )
     if unknown := meanings.keys() - used:
         raise KeyError(f"docs/keys.yaml explains keys that no recipe has: {sorted(unknown)}")
     return text

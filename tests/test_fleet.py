@@ -18,7 +18,7 @@ from flexp.engine.base import Assignment
 from flexp.errors import CutError, FlexpError, PlanError, RecipeError, StrategyError
 from flexp.fleet import Fleet
 from flexp.link.metered import Ledger
-from flexp.recipe import ParticipationRecipe
+from flexp.recipe_clients import ParticipationRecipe
 from flexp.run import after
 from flexp.stage import prepare, seats_for, survey
 from flexp.strategies.local import Local

@@ -125,7 +125,8 @@ def fleet(found: Survey) -> dict[str, Any]:
 
 def _seat(found: Survey, client: str, placed: Placed) -> dict[str, Any]:
     cut, labels = placed.seat.cut, placed.seat.labels
-    parts = near_bytes(found.costs, cut.front, cut.back, head_near=labels == "keep")
+    sized = found.own_costs.get(client, found.costs)
+    parts = near_bytes(sized, cut.front, cut.back, head_near=labels == "keep")
     return {
         "client": client,
         "device": placed.device,

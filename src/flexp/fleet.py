@@ -10,9 +10,12 @@ from flexp.model.cut import Seat
 from flexp.plan.costs import BlockCosts
 from flexp.plan.devices import Device, format_bytes
 from flexp.plan.planner import near_bytes
-from flexp.recipe import ChangeRecipe, ParticipationRecipe, PlanRecipe, Recipe
+from flexp.recipe import PlanRecipe, Recipe
+from flexp.recipe_clients import ChangeRecipe, ParticipationRecipe
 from flexp.seating import Placed, devices_of, place
 from flexp.strategies.base import ClientId
+
+BY_CLIENT = ("cuts", "assign", "ranks")  # of a plan
 
 
 @dataclass(frozen=True)
@@ -68,24 +71,46 @@ class Fleet:
         return "here" if held is None else held.at(round)
 
 
-def fleet(recipe: Recipe, clients: Sequence[ClientId], sized: BlockCosts) -> Fleet:
-    """The fleet of a recipe; PlanError for a client, device or cut that cannot be."""
+def fleet(recipe: Recipe, sized: Mapping[ClientId, BlockCosts]) -> Fleet:
+    """The fleet of a recipe; PlanError for a client, device or cut that cannot be.
+
+    ``sized`` is what each client's model costs: those with a head of their own have other costs.
+    """
+    clients = list(sized)
     for client in recipe.participation:
         if client not in clients:
             raise PlanError(f'participation: no client "{client}". {nearest(client, clients)}')
-    placed = place(recipe, list(clients), sized)
+    placed = _placed(recipe, recipe.plan, sized)
     moves: list[Move] = []
     plans = [(0, recipe.plan)]
     for change in sorted(recipe.plan.changes, key=lambda c: (c.round, c.client)):
         asked = _changed(plans[-1][1], change, clients)
-        there = place(recipe.model_copy(update={"plan": asked}), list(clients), sized)
+        there = _placed(recipe, asked, sized)
         moves.append(Move(change.round, change.client, there[change.client]))
         plans.append((change.round, asked))
     for client, held in recipe.participation.items():
         for round in held.alone:
             asked = [plan for since, plan in plans if since <= round][-1]
-            _fits_alone(client, devices_of(asked, list(clients))[client], sized, round)
+            _fits_alone(client, devices_of(asked, clients)[client], sized[client], round)
     return Fleet(placed, tuple(moves), dict(recipe.participation))
+
+
+def _placed(
+    recipe: Recipe, asked: PlanRecipe, sized: Mapping[ClientId, BlockCosts]
+) -> dict[ClientId, Placed]:
+    """Everybody's place, those of equal costs planned together."""
+    clients, found = list(sized), dict[ClientId, Placed]()
+    if all(one is sized[clients[0]] for one in sized.values()):
+        return place(recipe.model_copy(update={"plan": asked}), clients, sized[clients[0]])
+    devices = devices_of(asked, clients)
+    for cost in {id(one): one for one in sized.values()}.values():
+        some = [c for c in clients if sized[c] is cost]
+        kept = {k: {c: v for c, v in getattr(asked, k).items() if c in some} for k in BY_CLIENT}
+        if asked.devices:
+            kept["assign"] = {c: devices[c].name for c in some}
+        plan = asked.model_copy(update=kept)
+        found |= place(recipe.model_copy(update={"plan": plan}), some, cost)
+    return {c: found[c] for c in clients}
 
 
 def _changed(asked: PlanRecipe, change: ChangeRecipe, clients: Sequence[ClientId]) -> PlanRecipe:

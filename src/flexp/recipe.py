@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+from flexp.recipe_clients import ChangeRecipe, ClientRecipe, ParticipationRecipe
+from flexp.recipe_clients import Part as _Part
 
 
 class DataRecipe(_Part):
@@ -112,24 +111,6 @@ class DeviceRecipe(_Part):
     latency_ms: Annotated[float, Field(ge=0)] = 0.0
 
 
-class ChangeRecipe(_Part):
-    """From a round on, a client sits on another device, which is planned anew, or at another cut.
-
-    Rounds count from 0; round 0 is what the rest of the plan says.
-    """
-
-    round: Annotated[int, Field(ge=1)]
-    client: str
-    device: str | None = None
-    cut: tuple[int, int] | None = None
-
-    @model_validator(mode="after")
-    def _something(self) -> ChangeRecipe:
-        if self.device is None and self.cut is None:
-            raise ValueError("a change needs a device, a cut, or both")
-        return self
-
-
 class PlanRecipe(_Part):
     """Where models are cut. ``cut`` [front, back] for all, or per client in ``cuts``; else devices.
 
@@ -155,42 +136,6 @@ class PlanRecipe(_Part):
         if len(set(told)) < len(told):
             raise ValueError("changes: one change of a client in a round")
         return self
-
-
-Round = Annotated[int, Field(ge=0)]
-
-
-class ParticipationRecipe(_Part):
-    """When a client is there; rounds count from 0.
-
-    It comes in round ``joins``, and round ``leaves`` is the first without it. In ``absent`` rounds
-    it does nothing, in ``alone`` ones it trains its whole model on its device, without the server.
-    """
-
-    joins: Round = 0
-    leaves: Round | None = None
-    absent: tuple[Round, ...] = ()
-    alone: tuple[Round, ...] = ()
-
-    @model_validator(mode="after")
-    def _sense(self) -> ParticipationRecipe:
-        if self.leaves is not None and self.leaves <= self.joins:
-            raise ValueError("leaves: a round after the one in which it joins")
-        if odd := sorted(set(self.absent) & set(self.alone)):
-            raise ValueError(f"absent and alone in round {odd[0]}: choose one")
-        outside = [r for r in self.alone if not self._member(r)]
-        if outside:
-            raise ValueError(f"alone in round {outside[0]}, before it joins or after it leaves")
-        return self
-
-    def at(self, round: int) -> Literal["here", "absent", "alone"]:
-        """What the client does in a round."""
-        if not self._member(round) or round in self.absent:
-            return "absent"
-        return "alone" if round in self.alone else "here"
-
-    def _member(self, round: int) -> bool:
-        return self.joins <= round and (self.leaves is None or round < self.leaves)
 
 
 class StrategyRecipe(BaseModel):
@@ -236,6 +181,7 @@ class Recipe(_Part):
     evaluate: EvaluateRecipe = EvaluateRecipe()
     privacy: PrivacyRecipe = PrivacyRecipe()
     participation: Mapping[str, ParticipationRecipe] = {}
+    clients: Mapping[str, ClientRecipe] = {}
     out: str = "runs"
 
     @model_validator(mode="after")

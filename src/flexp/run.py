@@ -195,13 +195,11 @@ def score(stage: Stage, state: Any, stream: Stream, done: int) -> list[Score]:
 
 def save_adapters(stage: Stage, result: Result, folder: Path) -> list[Path]:
     """Writes every client's personal adapter that is one as a PEFT folder."""
-    recipe, task = stage.recipe, stage.federation.task
+    recipe, engine = stage.recipe, stage.engine
     local = Path(recipe.model.source).expanduser()
     card = export.Card(
         base=str(local.resolve()) if local.exists() else recipe.model.source,
         task=recipe.task.kind,
-        labels=tuple(getattr(task, "labels", ())),
-        max_length=recipe.task.max_length,
         revision=recipe.model.revision,
         folder=str(stage.survey.source.resolve()),
     )
@@ -209,16 +207,22 @@ def save_adapters(stage: Stage, result: Result, folder: Path) -> list[Path]:
     for client in stage.fleet.known(recipe.rounds):
         offer = stage.strategy.offer(result.state, client, result.turn)
         work = Assignment(client, result.turn.seats[client], offer)
-        with stage.engine.visit(stage.strategy, work, result.turn, Ledger()) as (desk, got):
+        with engine.visit(stage.strategy, work, result.turn, Ledger()) as (desk, got):
             served = stage.strategy.personal(desk, got)
             if served.adapter is None:
                 continue
             adapter = desk.whole(served.adapter)
             path = folder / file_name(client)
-            kind = stage.engine.kind
-            prior = None if desk.prior is None else tuple(map(float, desk.prior))
-            mine = replace(card, prior=prior)
-            export.write(path, adapter, stage.backbone, kind, mine, rank=desk.seat.rank)
+            task: Any = desk.task
+            mine = replace(
+                card,
+                task=task.name,
+                labels=tuple(getattr(task, "labels", ())),
+                max_length=task.max_length,
+                prior=None if desk.prior is None else tuple(map(float, desk.prior)),
+            )
+            body = engine.backbone_of(client)
+            export.write(path, adapter, body, engine.kind, mine, rank=desk.seat.rank)
             written.append(path)
     return written
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flexp import assets
 from flexp.client.desk import Training
 from flexp.data import sources
-from flexp.data.federation import Federation, federate, labels_of
+from flexp.data.federation import Federation, federate, space_of
 from flexp.data.sources import Row
 from flexp.data.tasks import open_tokenizer, padding_of
 from flexp.dice import Dice
+from flexp.engine.base import Own
 from flexp.engine.local import LocalEngine
 from flexp.errors import DataError, RecipeError, StrategyError
 from flexp.evaluate import pooled
@@ -22,7 +24,8 @@ from flexp.model.adapter import Kind
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
 from flexp.model.ops import Optim, SlotSpec
-from flexp.model.skeleton import Skeleton, skeleton
+from flexp.model.skeleton import Skeleton, TaskKind, skeleton
+from flexp.own_tasks import check_own, classes_of, own_costs, own_of
 from flexp.plan.costs import BlockCosts
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
@@ -47,6 +50,7 @@ class Survey:
     costs: BlockCosts
     fleet: Fleet
     dice: Dice
+    own_costs: Mapping[ClientId, BlockCosts]
 
     @property
     def placed(self) -> Mapping[ClientId, Placed]:
@@ -103,13 +107,17 @@ def survey(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None)
     source = assets.resolve(recipe.model.source, cache, revision=recipe.model.revision, say=say)
     tokenizer = open_tokenizer(source)
     dice = Dice(recipe.seed)
-    federation = federate(rows, recipe.data, recipe.task, tokenizer, dice)
-    classes = max(2, len(labels_of(rows, recipe.task, recipe.data)))
+    federation = federate(rows, recipe.data, recipe.task, tokenizer, dice, clients=recipe.clients)
+    check_own(recipe, federation)
+    classes = classes_of(federation.task)
     bones = skeleton(source, task, classes=classes, blocks_at=recipe.model.blocks_at)
     kind = adapter_kind(recipe.adapter)
     sized = costs(recipe, bones, kind)
-    seated = fleet(recipe, list(federation.shards), sized)
-    return Survey(recipe, source, tokenizer, federation, classes, bones, kind, sized, seated, dice)
+    own = own_costs(recipe, source, federation)
+    seated = fleet(recipe, {c: own.get(c, sized) for c in federation.shards})
+    return Survey(
+        recipe, source, tokenizer, federation, classes, bones, kind, sized, seated, dice, own
+    )
 
 
 def prepare(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None) -> Stage:
@@ -123,10 +131,18 @@ def opened(found: Survey) -> Stage:
     recipe = found.recipe
     strategy = build(recipe.strategy.name, recipe.strategy.options)
     seated = seats_for(strategy, found, recipe)
-    backbone = Backbone.open(
+    backbone = _backbone(found, recipe.task.kind, found.classes)
+    own = own_of(found.federation, backbone, found.kind, partial(_backbone, found))
+    engine = _engine(strategy, found, recipe, backbone, own)
+    return Stage(found, recipe, strategy, backbone, seated, engine)
+
+
+def _backbone(found: Survey, kind: TaskKind, classes: int) -> Backbone:
+    recipe = found.recipe
+    return Backbone.open(
         found.source,
-        task=recipe.task.kind,
-        classes=found.classes,
+        task=kind,
+        classes=classes,
         seed=recipe.seed,
         dtype=dtype_of(recipe),
         device=recipe.model.device,
@@ -135,8 +151,6 @@ def opened(found: Survey) -> Stage:
         pad=padding_of(found.tokenizer),
         chunked=recipe.mode == "fast",
     )
-    engine = _engine(strategy, found, recipe, backbone)
-    return Stage(found, recipe, strategy, backbone, seated, engine)
 
 
 def with_method(stage: Stage, recipe: Recipe) -> Stage:
@@ -144,14 +158,18 @@ def with_method(stage: Stage, recipe: Recipe) -> Stage:
     found = stage.survey
     strategy = build(recipe.strategy.name, recipe.strategy.options)
     seated = seats_for(strategy, found, recipe)
-    engine = _engine(strategy, found, recipe, stage.backbone)
+    engine = _engine(strategy, found, recipe, stage.backbone, stage.engine.own)
     # Where adapters begin is worked out here: building skeletons is not safe on two threads.
     engine.initial(SlotSpec())
     return replace(stage, recipe=recipe, strategy=strategy, fleet=seated, engine=engine)
 
 
 def _engine(
-    strategy: Strategy[Any], found: Survey, recipe: Recipe, backbone: Backbone
+    strategy: Strategy[Any],
+    found: Survey,
+    recipe: Recipe,
+    backbone: Backbone,
+    own: Mapping[ClientId, Own],
 ) -> LocalEngine:
     shards = found.federation.shards
     return LocalEngine(
@@ -164,6 +182,7 @@ def _engine(
         profile=recipe.privacy.profile,
         run=recipe.hash()[:12],
         pool=pooled(shards, None, "train") if strategy.kind == "centralised" else None,
+        own=own,
     )
 
 
@@ -197,20 +216,24 @@ def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Fleet:
     if strategy.kind == "centralised":
         reason = "one place has the whole model and all rows"
         placed = {c: Placed("one place", uncut(depth), 0, reason) for c in found.placed}
-        return replace(given, placed=placed, moves=())
-    kind = adapter_kind(recipe.adapter)
-    head = recipe.task.kind == "classification" and recipe.adapter.head
+        given = replace(given, placed=placed, moves=())
     for seats in given.seatings():
-        refusal = strategy.refuses(Setting(recipe.task.kind, kind, seats, depth, head))
+        refusal = strategy.refuses(setting_of(found, recipe, seats))
         if strategy.split.startswith("no") and any(not s.near_only(depth) for s in seats.values()):
             reason = strategy.split.partition(":")[2].strip()
             refusal = f"{reason} Give every client the whole model with plan.cut=[{depth},0]."
-        if (
-            not refusal
-            and "personal" not in strategy.slots
-            and any(given.alone(r) for r in range(recipe.rounds))
-        ):
-            refusal = 'it has no slot "personal" to train alone. Remove participation\'s alone.'
+        lone = any(given.alone(r) for r in range(recipe.rounds))
+        if not refusal and lone and "personal" not in strategy.slots:
+            refusal = 'it has no slot "personal" to train alone. Remove alone from participation.'
         if refusal:
             raise StrategyError(f'Method "{strategy.name}" cannot run here: {refusal}')
     return given
+
+
+def setting_of(found: Survey, recipe: Recipe, seats: Mapping[ClientId, Seat]) -> Setting:
+    """What a method is asked to run in."""
+    federation = found.federation
+    heads = {c: space_of(federation.task_of(c)) for c in federation.shards}
+    head = recipe.adapter.head and any(space[0] == "classification" for space in heads.values())
+    kind = adapter_kind(recipe.adapter)
+    return Setting(recipe.task.kind, kind, seats, found.bones.depth, head, heads)

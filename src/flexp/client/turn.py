@@ -17,7 +17,7 @@ from flexp.client.desk import Desk, Training
 from flexp.client.memory import Memory
 from flexp.client.session import Session
 from flexp.data.examples import Examples, Shard
-from flexp.data.tasks import Balanced, Classification, Task, log_prior
+from flexp.data.tasks import Balanced, Classification, Loss, Task, log_prior
 from flexp.dice import Dice
 from flexp.errors import CutError, LinkError
 from flexp.link.messages import Link
@@ -40,6 +40,7 @@ class Client:
     """One client as it comes to every turn: what is its own, and the backbone of its process.
 
     ``pool`` are training rows that stand in for its own, where a method is not federated.
+    ``objective`` is what it minimises instead of its task's loss.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Client:
     initial: Initial
     profile: Profile = "u-shape"
     pool: Examples | None = None
+    objective: Loss | None = None
 
     def open(
         self,
@@ -177,11 +179,12 @@ class Client:
     def _model(self, seat: Seat, near: Slots, session: Session, specs: Specs) -> PersonalModel:
         layout = {k for spec in specs.values() for k in self.initial(spec, seat.rank)}
         prior = self._prior(seat, self.shard.train if self.pool is None else self.pool)
+        loss = self.objective or self.task
         return PersonalModel(
             self.backbone,
             seat,
             near,
-            task=self.task if prior is None else Balanced(self.task, prior),
+            task=loss if prior is None else Balanced(loss, prior),
             far=None if seat.near_only(self.backbone.depth) else session,
             layout=sorted(layout),
             dropout=dropout_of(self.kind),

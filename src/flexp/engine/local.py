@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from flexp.client.desk import Desk, Training
@@ -14,7 +15,7 @@ from flexp.client.turn import ALONE, Client, hand_in
 from flexp.data.examples import Examples, Shard
 from flexp.data.tasks import Task
 from flexp.dice import Dice
-from flexp.engine.base import Arrival, Assignment, Failure, Measured
+from flexp.engine.base import Arrival, Assignment, Failure, Measured, Own
 from flexp.link.apart import NoLink
 from flexp.link.local import LocalLink
 from flexp.link.messages import Link
@@ -51,15 +52,18 @@ class LocalEngine:
         wrap: Callable[[ClientId, Link], Link] = lambda client, link: link,
         keep_crossings: bool = False,
         pool: Examples | None = None,
+        own: Mapping[ClientId, Own] | None = None,
     ) -> None:
         self.backbone, self.task, self.shards = backbone, task, shards
         self.kind, self.training, self.dice = kind, training, dice
         self.profile: Profile = profile
         self.pool = pool  # everybody's training rows, for a method that is not federated
+        self.own = own or {}
         self.name, self.wrap, self.keep_crossings = run, wrap, keep_crossings
         self.measures = False  # whether turns are measured, which takes a little time
         self.memories: dict[ClientId, Memory] = {c: Memory() for c in shards}
         self.begun: dict[tuple[Kind, int | None], Tensors] = {}
+        self.begun_own: dict[tuple[int, Kind, int | None], Tensors] = {}
         self.tenants = Tenants(backbone, self.initial)
         self.trunk = Trunk(backbone, self.tenants, task, dropout=dropout_of(kind))
 
@@ -73,6 +77,24 @@ class LocalEngine:
         if key not in self.begun:
             self.begun[key] = self.backbone.initial(key[0], self.dice("initial"), rank)
         return self.begun[key]
+
+    def initial_of(self, client: ClientId, spec: SlotSpec, rank: int | None = None) -> Tensors:
+        """The same for a client, whose head may be its own."""
+        body, kind = self.backbone_of(client), spec.kind or self.kind
+        if body is self.backbone:
+            return self.initial(spec, rank)
+        key = (id(body), kind, rank)
+        if key not in self.begun_own:
+            self.begun_own[key] = body.initial(kind, self.dice("initial"), rank)
+        return self.begun_own[key]
+
+    def backbone_of(self, client: ClientId) -> Backbone:
+        """The backbone of a client's side: the server's, or one with its own head."""
+        return self.own[client].backbone if client in self.own else self.backbone
+
+    def task_of(self, client: ClientId) -> Task:
+        """What a client learns."""
+        return self.own[client].task if client in self.own else self.task
 
     def run(
         self, strategy: Strategy[Any], work: Iterable[Assignment], turn: Turn
@@ -217,17 +239,19 @@ class LocalEngine:
         )
 
     def _client(self, name: ClientId) -> Client:
+        own = self.own.get(name)
         return Client(
             name,
-            self.backbone,
-            task=self.task,
+            self.backbone_of(name),
+            task=self.task_of(name),
+            objective=None if own is None else own.objective,
             shard=self.shards[name],
             pool=self.pool,
             memory=self.memories[name],
             dice=self.dice,
             kind=self.kind,
             training=self.training,
-            initial=self.initial,
+            initial=partial(self.initial_of, name),
             profile=self.profile,
         )
 

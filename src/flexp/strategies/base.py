@@ -8,7 +8,7 @@ is offered and joins what comes back, so the same file runs whole and at any cut
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
@@ -21,7 +21,7 @@ from flexp.model.cut import Seat
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
-from flexp.tensors import NONE, Tensors, Wear, Where, select
+from flexp.tensors import NONE, Place, Tensors, Wear, Where, select
 
 ClientId = str
 State = TypeVar("State")
@@ -34,7 +34,8 @@ MethodKind = Literal[
 class Setting:
     """What a method is asked to run in, known before any weight is read.
 
-    ``head`` is whether the adapter has tensors after the last block.
+    ``head`` is whether the adapter has tensors after the last block. ``heads`` are the kinds of
+    task and the labels by client, where some have their own.
     """
 
     task: str
@@ -42,6 +43,9 @@ class Setting:
     seats: Mapping[ClientId, Seat]
     depth: int
     head: bool
+    heads: Mapping[ClientId, tuple[str, ...]] = field(
+        default_factory=dict[ClientId, tuple[str, ...]]
+    )
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,23 @@ class Strategy(Protocol[State]):
 
     def refuses(self, setting: Setting) -> str:
         """Why the method cannot run in this setting, and what to change; empty if it can."""
-        return self.unequal_ranks(setting)
+        return self.unequal_ranks(setting) or self.unequal_heads(setting)
+
+    def unequal_heads(self, setting: Setting) -> str:
+        """The refusal of methods for which heads or rows of all clients come together."""
+        groups: dict[tuple[str, ...], list[ClientId]] = {}
+        for client, space in setting.heads.items():
+            groups.setdefault(space, []).append(client)
+        head = Place("near", "head", setting.depth, setting.depth)
+        leaves = setting.head and any(leave.where.holds("head", head) for leave in self.leaves)
+        if len(groups) < 2 or not (leaves or self.kind == "centralised"):
+            return ""
+        odd = sorted(groups.values(), key=len)[:-1]
+        names = ", ".join(f'"{client}"' for group in odd for client in group)
+        return (
+            f"it brings the heads of all clients together, but {names} learn other labels or "
+            "another task. Remove them from clients, or choose a method whose heads stay near."
+        )
 
     def unequal_ranks(self, setting: Setting) -> str:
         """The refusal of methods that average factors of all clients."""

@@ -44,7 +44,7 @@ class Pooled(Strategy[Centre]):
     )
 
     def refuses(self, setting: Setting) -> str:
-        return ""  # one model in one place: no cut and no rank to agree on
+        return self.unequal_heads(setting)  # one place: no cut and no rank to agree on
 
     def start(self, scene: Scene) -> Centre:
         return Centre(scene.clients[0], scene.initial(self.slots["personal"]))
