@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,8 +113,9 @@ def of_run(folder: Path, label: str, seed: int, ground: Ground) -> list[Row]:
 
 def _all_together(rows: Sequence[Row], *, higher: bool) -> Row:
     out: Row = {**rows[0], "client": EVERYBODY}
-    out |= {name: statistics.fmean(row[name] for row in rows) for name in AFTER}
-    out["worst_decile"] = worst_decile([row["own"] for row in rows], higher=higher)
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in AFTER}
+    out |= {name: statistics.fmean(held) if held else None for name, held in known.items()}
+    out["worst_decile"] = worst_decile(known["own"], higher=higher) if known["own"] else None
     for name in ("sent_bytes", "received_bytes", "client_flops"):
         out[name] = sum(row[name] for row in rows)
     out["peak_bytes"] = max(row["peak_bytes"] for row in rows)
@@ -128,11 +128,11 @@ def _work(turn: TurnEnded) -> Work:
     return Work(turn.round, turn.wave, turn.client, near, far, *crossed)
 
 
-def _score(scores: Sequence[Row], client: str, cell: str, metric: str) -> float:
+def _score(scores: Sequence[Row], client: str, cell: str, metric: str) -> float | None:
     for s in scores:
         if (s["client"], s["cell"], s["metric"]) == (client, cell, metric):
             return float(s["value"])
-    return math.nan
+    return None
 
 
 def _count(turn: TurnEnded, name: str) -> int:
@@ -157,7 +157,7 @@ def _gain(rows: Sequence[Row], label: str, what: str, *, higher: bool) -> Row | 
         return {
             (r["seed"], r["client"]): r[what]
             for r in rows
-            if r["method"] == method and r["client"] != EVERYBODY
+            if r["method"] == method and r["client"] != EVERYBODY and r[what] is not None
         }
 
     mine, local = values(label), values("local")
