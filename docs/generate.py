@@ -24,6 +24,13 @@ from flexp import commands, events
 from flexp.cli import app
 from flexp.privacy.egress import Egress
 from flexp.recipe import DeviceRecipe, Recipe
+from flexp.recipe_clients import (
+    ChangeRecipe,
+    ClientRecipe,
+    ObjectiveRecipe,
+    OwnTaskRecipe,
+    ParticipationRecipe,
+)
 from flexp.strategies import BUILT_IN
 from flexp.tensors import Place
 
@@ -32,6 +39,12 @@ NOTE = "<!-- Written by docs/generate.py; change the code or docs/keys.yaml, the
 SENT = """Whatever the method. In the V-shape `grad` is also the gradient of the logits. Beside
 tensors, shapes and a method's facts go along (mean loss, steps, skipped steps, rows).
 """
+BY_CLIENT: dict[str, type[BaseModel]] = {
+    "participation": ParticipationRecipe,
+    "clients": ClientRecipe,
+    "clients.task": OwnTaskRecipe,
+    "clients.objective": ObjectiveRecipe,
+}
 WORDS: dict[Any, str] = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
 
@@ -67,8 +80,14 @@ A YAML file. Unknown keys are errors; what is not written has its default. On th
             f"\n## {name}\n\n{prose(part)}\n\n{keys(f'{name}.', part.model_fields, meanings, used)}"
         )
         if name == "plan":
-            inner = keys("plan.devices.", DeviceRecipe.model_fields, meanings, used)
-            text += f"\n### plan.devices\n\nA list. {prose(DeviceRecipe)}\n\n{inner}"
+            for inner_name, inside in (("devices", DeviceRecipe), ("changes", ChangeRecipe)):
+                inner = keys(f"plan.{inner_name}.", inside.model_fields, meanings, used)
+                text += f"\n### plan.{inner_name}\n\nA list. {prose(inside)}\n\n{inner}"
+    for name, inside in BY_CLIENT.items():
+        inner = keys(f"{name}.", inside.model_fields, meanings, used)
+        text += (
+            f"\n{'##' if name in top else '###'} {name}\n\nBy client. {prose(inside)}\n\n{inner}"
+        )
     if unknown := meanings.keys() - used:
         raise KeyError(f"docs/keys.yaml explains keys that no recipe has: {sorted(unknown)}")
     return text
@@ -177,12 +196,12 @@ def methods() -> str:
 def structural() -> str:
     """What leaves a client by the cut alone."""
     near = Place("near", "front", 0, 1)
-    always, loss = (
-        Egress((), labels, "open", lambda name: near).structural() for labels in ("keep", "loss")
-    )
+    first = Egress((), "keep", "open", lambda name: near).structural()
+    all_of_it = Egress((), "loss", "open", lambda name: near, frozenset(["x"])).structural()
+    under = {"labels": "`plan.labels: loss`", "slot/*": "`plan.changes`, `participation`"}
     rows = [
-        [f"`{one.what}`", one.when, one.why, "always" if one in always else "`plan.labels: loss`"]
-        for one in loss
+        [f"`{one.what}`", one.when, one.why, "always" if one in first else under[one.what]]
+        for one in all_of_it
     ]
     return table(["what", "when", "why", "under"], rows)
 

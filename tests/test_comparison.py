@@ -105,6 +105,29 @@ def test_the_table_adds_up(recipe_of: Recipe, nowhere: assets.Cache, here: list[
     assert found["summary"]["pooled"]["gain"]["low"] <= found["summary"]["pooled"]["gain"]["high"]
 
 
+def test_what_a_client_has_no_score_of_is_blank(
+    recipe_of: Recipe, nowhere: assets.Cache, here: list[Share], mine: Path
+) -> None:
+    file = mine / "ben.jsonl"
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    told = [json.dumps({"text": r["text"], "mood": "abc"[n % 3]}) for n, r in enumerate(rows)]
+    file.write_text("\n".join(told) + "\n", encoding="utf-8")
+    plain = recipe_of(
+        clients={"ben": {"label": "mood"}},
+        participation={"carl dee": {"absent": [0, 1, 2]}},
+        **SPEEDS,
+    )
+    methods = {name: {"strategy.name": name} for name in ("flexp", "local")}
+    found = comparison.compare(recipe_file.read(plain), nowhere, Plan(methods, (0,)))
+    by_client = {r["client"]: r for r in found["rows"] if r["method"] == "flexp"}
+    assert set(by_client) == {"anna", "ben", "all"}  # the third never came
+    assert by_client["ben"]["global"] is None
+    both = [by_client[c]["own"] for c in ("anna", "ben")]
+    assert by_client["all"]["own"] == pytest.approx(sum(both) / 2)
+    assert found["summary"]["flexp"]["gain"] is not None
+    comparison.frame(found)
+
+
 def test_what_is_done_is_not_done_again(
     recipe_of: Recipe, nowhere: assets.Cache, here: list[Share]
 ) -> None:

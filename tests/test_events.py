@@ -26,10 +26,12 @@ from flexp.events import (
     RunEnded,
     RunStarted,
     Scored,
+    SeatMoved,
     SeatTaken,
     Stream,
     TurnEnded,
     TurnFailed,
+    WentAlone,
     read,
     read_timed,
 )
@@ -37,7 +39,9 @@ from flexp.events import (
 ONE_OF_EACH: list[Event] = [
     RunStarted("demo", "fedavg", 7, "exact", "ab12", {"torch": "2.13", "threads": [1, None]}),
     SeatTaken("c0", "phone", 2, 1, "keep", 600_000_000, "3 of 6 blocks fit"),
+    SeatMoved(0, "c1", "laptop", 3, 2, "keep", 900_000_000, "5 of 6 blocks fit"),
     RoundStarted(0, ("c0", "c1")),
+    WentAlone(0, "c2"),
     TurnEnded(0, 0, "c0", 0.1 + 0.2, 5, 1.5, 1024, 2048),
     TurnFailed(0, 0, "c1", 'out of "memory"\nat block 3'),
     Merged(0, 0, ("c0",)),

@@ -317,12 +317,14 @@ def play(
     rows: int = 12,
     shards: Mapping[str, Shard] | None = None,
     measures: bool = False,
+    moves: Mapping[int, Seat | Sequence[Seat]] | None = None,
     paces: Mapping[str, float] | None = None,
     recorded: Sequence[str] | None = None,
 ) -> Played:
     """A toy run of a few clients; each one's personal adapter at the end.
 
-    ``paces`` are seconds of a step, for methods without barrier; all their arrivals are given.
+    ``moves``: other seats from a round on. ``paces`` are seconds of a step, for methods without
+    barrier; all their arrivals are given.
     """
     body = backbone(family)
     drawn = {f"c{n}": shard(seed, rows) for n, seed in enumerate(seeds)}
@@ -349,8 +351,12 @@ def play(
         scene = Scene(tuple(names), placed, engine.initial, Dice(0)("strategy"))
         state, arrivals = strategy.start(scene), list[Arrival]()
         chosen = tuple(names[n] for n in order) if order else tuple(names)
-        places = body.block_of, body.depth
-        begun = [Turn(r, rounds, 0, True, placed, {}, *places, chosen) for r in range(rounds)]
+        places, begun = (body.block_of, body.depth), list[Turn]()
+        for r in range(rounds):
+            if there := (moves or {}).get(r):
+                given = [there] * len(names) if isinstance(there, Seat) else list(there)
+                placed = dict(zip(names, given, strict=True))
+            begun.append(Turn(r, rounds, 0, True, placed, {}, *places, chosen))
         flow = Flow({c: Pace((paces or {}).get(c, 1.0)) for c in names}, recorded)
         if not strategy.barrier:
             for _, found, merged in flow_of(strategy, engine, state, begun, flow):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flexp.data.examples import Examples, Shard, Split
+from flexp.data.federation import Space, space_of
 from flexp.data.tasks import Batch, Task
 from flexp.engine.base import Assignment
 from flexp.engine.local import LocalEngine
@@ -53,31 +54,50 @@ def evaluate(
     turn: Turn,
     *,
     when: str,
+    clients: Sequence[ClientId] | None = None,
     global_rows: int | None = None,
     split: Split = "test",
 ) -> list[Score]:
     """Scores of every client's personal model on its own and on everybody's rows of a split.
 
+    Only of ``clients``, if given: who has not come yet has no row, and gives none to the pool.
+    Everybody are those with the same labels and the same task; a client that is the only one with
+    its own, while others have others, has no "global" cell.
     The main metric comes first; "all" rows are means over clients. Choose settings on "val".
     """
-    everybody = pooled(engine.shards, global_rows, split)
-    known: dict[str, dict[str, float]] = {}
+    shards = engine.shards if clients is None else {c: engine.shards[c] for c in clients}
+    everybody = pools(engine, shards, global_rows, split)
+    known: dict[tuple[Space, str], dict[str, float]] = {}
     out: list[Score] = []
-    for client in sorted(engine.shards):
+    for client in sorted(shards):
         work = Assignment(client, turn.seats[client], strategy.offer(state, client, turn))
         with engine.visit(strategy, work, turn, Ledger()) as (desk, offer):
             served = strategy.personal(desk, offer)
-            mine = engine.shards[client].split(split)
-            own = measure(served, engine.task, mine, prior=desk.prior)
+            mine = shards[client].split(split)
+            task, space = desk.task, space_of(desk.task)
+            cells = {"own": measure(served, task, mine, prior=desk.prior)}
             # Who serves the same adapter says the same, wherever the cut is.
             worn = served.adapter
-            same = digest(desk.whole(worn)) if isinstance(worn, str | tuple) else client
-            if same not in known:
-                known[same] = measure(served, engine.task, everybody)
-            for data, found in (("own", own), ("global", known[same])):
+            alike = digest(desk.whole(worn)) if isinstance(worn, str | tuple) else client
+            if space in everybody:
+                same = (space, alike)
+                if same not in known:
+                    known[same] = measure(served, task, everybody[space])
+                cells["global"] = known[same]
+            for data, found in cells.items():
                 cell = f"personal/{data}/{when}"
                 out += [Score(client, cell, metric, value) for metric, value in found.items()]
-    return out + means(out)
+    return out + means(out, {c: engine.task_of(c) for c in shards})
+
+
+def pools(
+    engine: LocalEngine, shards: Mapping[ClientId, Shard], each: int | None, split: Split
+) -> dict[Space, Examples]:
+    """Everybody's rows of a split, by kind of task and labels; of one's own alone there is none."""
+    groups: dict[Space, dict[ClientId, Shard]] = {}
+    for client, shard in shards.items():
+        groups.setdefault(space_of(engine.task_of(client)), {})[client] = shard
+    return {s: pooled(g, each, split) for s, g in groups.items() if len(g) > 1 or len(groups) < 2}
 
 
 def measure(
@@ -103,12 +123,20 @@ def measure(
     return {**first, **found}
 
 
-def means(scores: Sequence[Score]) -> list[Score]:
-    """The mean over clients of every cell and metric that some client has."""
-    cells: dict[tuple[str, str], list[float]] = {}
+def means(scores: Sequence[Score], tasks: Mapping[ClientId, Task]) -> list[Score]:
+    """The mean over clients of every cell and metric that some client has.
+
+    Where kinds of tasks differ, a metric is averaged over those for which it is the main one: one
+    token's accuracy and one text's are not the same thing.
+    """
+    cells: dict[tuple[str, str], list[Score]] = {}
     for s in scores:
-        cells.setdefault((s.cell, s.metric), []).append(s.value)
-    return [
-        Score(EVERYBODY, cell, metric, sum(values) / len(values))
-        for (cell, metric), values in cells.items()
-    ]
+        cells.setdefault((s.cell, s.metric), []).append(s)
+    out: list[Score] = []
+    for (cell, metric), every in cells.items():
+        mixed = len({tasks[s.client].name for s in every}) > 1
+        held = [s for s in every if not mixed or tasks[s.client].metric == metric]
+        if held:
+            mean = sum(s.value for s in held) / len(held)
+            out.append(Score(EVERYBODY, cell, metric, mean))
+    return out

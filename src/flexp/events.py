@@ -43,8 +43,30 @@ class SeatTaken:
 
 
 @dataclass(frozen=True)
+class SeatMoved:
+    """When a client sits elsewhere from this round on; the fields are those of ``SeatTaken``."""
+
+    round: int
+    client: str
+    device: str
+    front: int
+    back: int
+    labels: str
+    memory_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class WentAlone:
+    """When a client trains without the server in this round; nothing of its turn is merged."""
+
+    round: int
+    client: str
+
+
+@dataclass(frozen=True)
 class RoundStarted:
-    """When a round's clients have been chosen."""
+    """When a round's clients have been chosen; in an empty round nobody was there."""
 
     round: int
     clients: tuple[str, ...]
@@ -133,7 +155,17 @@ class Noted:
     text: str
 
 
-RoundEvent = RoundStarted | TurnEnded | TurnFailed | Merged | Interleaved | Scored | Checkpointed
+RoundEvent = (
+    SeatMoved
+    | RoundStarted
+    | WentAlone
+    | TurnEnded
+    | TurnFailed
+    | Merged
+    | Interleaved
+    | Scored
+    | Checkpointed
+)
 Event = RunStarted | SeatTaken | RoundEvent | RunEnded | Noted
 Sink = Callable[[Event], None]
 _KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__args__}

@@ -10,7 +10,17 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from flexp.events import Event, Merged, Noted, RoundStarted, RunEnded, TurnEnded, TurnFailed
+from flexp.events import (
+    Event,
+    Merged,
+    Noted,
+    RoundStarted,
+    RunEnded,
+    SeatMoved,
+    TurnEnded,
+    TurnFailed,
+    WentAlone,
+)
 from flexp.plan.devices import format_bytes
 from flexp.terminal import show_fleet
 
@@ -66,6 +76,11 @@ class Bars:
     def __call__(self, event: Event) -> None:
         if isinstance(event, TurnFailed):
             self.live.say(f"round {event.round + 1}: {event.client} failed: {event.error}")
+        elif isinstance(event, SeatMoved):
+            where = f"{event.device}, {event.front} front and {event.back} back blocks"
+            self.live.say(f"round {event.round + 1}: {event.client} moves to {where}")
+        elif isinstance(event, WentAlone):
+            self.live.say(f"round {event.round + 1}: {event.client} is alone")
         elif isinstance(event, Noted):
             self.live.say(f"{event.level}: {event.text}")
         elif isinstance(event, RoundStarted):

@@ -31,8 +31,9 @@ from flexp.plan.reasons import Problem, problem_of, too_small
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
 from flexp.recipe_file import make
-from flexp.seating import adapter_kind, costs, dtype_name, dtype_of, work
+from flexp.seating import Placed, adapter_kind, costs, dtype_name, dtype_of, work
 from flexp.stage import Say, Survey, survey
+from flexp.strategies.base import ClientId
 
 HERE = "here"
 WHERE = "flexp plan"
@@ -65,28 +66,33 @@ def of_recipe(
 
 
 def fleet(found: Survey) -> dict[str, Any]:
-    """The seats of a survey: device, blocks, bytes by part, seconds and link bytes of a step."""
-    limits = limits_of(found.recipe.plan, found.bones.depth)
-    seats: list[dict[str, Any]] = []
-    for client, placed in found.placed.items():
-        cut = placed.seat.cut.front, placed.seat.cut.back
-        row = _row(found.costs, limits, cut, placed.accumulate, placed.recompute)
-        seats.append(
-            {
-                "client": client,
-                "device": placed.device,
-                **row,
-                "labels": placed.seat.labels,
-                "seconds": placed.seconds,
-                "reason": placed.reason,
-            }
-        )
+    """The seats of a survey: device, blocks, bytes by part, seconds and link bytes of a step.
+
+    Then the seats that clients move to, with the round in which they do.
+    """
+    seats = [_seat(found, client, placed) for client, placed in found.placed.items()]
+    moves = [{"round": m.round, **_seat(found, m.client, m.placed)} for m in found.fleet.moves]
     return {
         "model": found.recipe.model.source,
         "blocks": found.bones.depth,
         "dtype": dtype_name(found.recipe),
         "batch": found.costs.batch,
         "seats": seats,
+        "changes": moves,
+    }
+
+
+def _seat(found: Survey, client: ClientId, placed: Placed) -> dict[str, Any]:
+    limits = limits_of(found.recipe.plan, found.bones.depth)
+    cut = placed.seat.cut.front, placed.seat.cut.back
+    sized = found.own_costs.get(client, found.costs)
+    return {
+        "client": client,
+        "device": placed.device,
+        **_row(sized, limits, cut, placed.accumulate, placed.recompute),
+        "labels": placed.seat.labels,
+        "seconds": placed.seconds,
+        "reason": placed.reason,
     }
 
 

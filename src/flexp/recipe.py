@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+from flexp.recipe_clients import ChangeRecipe, ClientRecipe, ParticipationRecipe
+from flexp.recipe_clients import Part as _Part
 
 
 class DataRecipe(_Part):
@@ -144,6 +143,14 @@ class PlanRecipe(_Part):
     min_front: Annotated[int, Field(ge=1)] = 1
     min_back: Annotated[int, Field(ge=0)] = 0
     max_depth: Annotated[int, Field(ge=1)] | None = None
+    changes: tuple[ChangeRecipe, ...] = ()
+
+    @model_validator(mode="after")
+    def _once(self) -> PlanRecipe:
+        told = [(c.round, c.client) for c in self.changes]
+        if len(set(told)) < len(told):
+            raise ValueError("changes: one change of a client in a round")
+        return self
 
 
 class StrategyRecipe(BaseModel):
@@ -188,7 +195,20 @@ class Recipe(_Part):
     strategy: StrategyRecipe = StrategyRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
     privacy: PrivacyRecipe = PrivacyRecipe()
+    participation: Mapping[str, ParticipationRecipe] = {}
+    clients: Mapping[str, ClientRecipe] = {}
     out: str = "runs"
+
+    @model_validator(mode="after")
+    def _in_time(self) -> Recipe:
+        last = [(c.round, f"plan.changes of {c.client}") for c in self.plan.changes]
+        for client, held in self.participation.items():
+            last += [(r, f"participation.{client}") for r in (*held.absent, *held.alone)]
+        late = [(r, what) for r, what in last if r >= self.rounds]
+        if late:
+            r, what = late[0]
+            raise ValueError(f"{what}: round {r} never comes; rounds 0 to {self.rounds - 1} do")
+        return self
 
     def plain(self) -> dict[str, Any]:
         """The recipe as JSON data, with every default written out."""

@@ -32,14 +32,14 @@ from flexp.events import (
     Scored,
     SeatTaken,
     Stream,
-    TurnEnded,
-    TurnFailed,
+    WentAlone,
 )
 from flexp.link.metered import Ledger
-from flexp.parcel import Facts, file_name
+from flexp.parcel import file_name
 from flexp.recipe import Recipe
 from flexp.stage import Stage
 from flexp.strategies.base import ClientId, Scene, Strategy, Turn
+from flexp.telling import moved, seat_facts, tell
 
 # The order in which the server heard its clients, by the first round of a span.
 Orders = Mapping[int, Sequence[ClientId]]
@@ -66,15 +66,17 @@ def run(
 
     ``replay`` has the recorded order of a method without barrier, by the first round of a span.
     """
-    recipe, strategy, engine = stage.recipe, stage.strategy, stage.engine
+    recipe, engine = stage.recipe, stage.engine
     started = time.monotonic()
     state, first = begin(stage, stream, out, resume)
     scores: list[Score] = []
-    for span in spans(recipe, first, strategy.barrier):
+    for span in spans(stage, first):
         begun = [turn_of(stage, r, sample(stage, r)) for r in span]
-        for turn in begun:
-            stream.write(RoundStarted(turn.round, turn.chosen))
         turns: list[Arrival] = []
+        for turn in begun:
+            moved(stage, stream, turn.round)
+            stream.write(RoundStarted(turn.round, turn.chosen))
+            turns += apart(stage, state, stream, turn)
         for turn, arrivals, merged in play(stage, state, begun, stream, replay):
             state, turns = merged, turns + arrivals
             stream.write(Merged(turn.round, turn.wave, tuple(replies(arrivals))))
@@ -89,7 +91,7 @@ def run(
     if not scores:
         scores = score(stage, state, stream, recipe.rounds)
     stream.write(RunEnded(recipe.rounds, time.monotonic() - started))
-    return Result(tuple(scores), state, turn_of(stage, recipe.rounds))
+    return Result(tuple(scores), state, after(stage, recipe.rounds))
 
 
 def due(recipe: Recipe, done: int) -> bool:
@@ -98,10 +100,16 @@ def due(recipe: Recipe, done: int) -> bool:
     return done == recipe.rounds or bool(every and done % every == 0)
 
 
-def spans(recipe: Recipe, first: int, barrier: bool) -> list[range]:
-    """The rounds that are played as one: each alone, or without a barrier up to the next scores."""
-    ends = [r + 1 for r in range(first, recipe.rounds) if barrier or due(recipe, r + 1)]
-    return [range(a, b) for a, b in pairwise([first, *ends])]
+def spans(stage: Stage, first: int) -> list[range]:
+    """The rounds that are played as one: each for itself, or without a barrier as many as can be.
+
+    Scores end a span, and so does a round in which a client is alone.
+    """
+    recipe, alone = stage.recipe, stage.fleet.alone
+    rounds = range(first, recipe.rounds)
+    if not stage.strategy.barrier:
+        rounds = [r for r in rounds if due(recipe, r + 1) or alone(r) or alone(r + 1)]
+    return [range(a, b) for a, b in pairwise([first, *(r + 1 for r in rounds)])]
 
 
 def play(
@@ -112,7 +120,8 @@ def play(
     if strategy.barrier:
         (turn,) = begun
         dice = stage.dice("waves", round=turn.round)
-        yield from waves_of(strategy, engine, state, turn, dice, tell=told)
+        if turn.chosen:
+            yield from waves_of(strategy, engine, state, turn, dice, tell=told)
         return
     first = begun[0].round
     recorded = None if replay is None else replay.get(first, ())
@@ -193,8 +202,7 @@ def begin(stage: Stage, stream: Stream, out: Path | None, resume: bool) -> tuple
     method = stage.strategy.name
     stream.write(RunStarted(recipe.name, method, recipe.seed, recipe.mode, recipe.hash(), facts))
     for client, p in stage.placed.items():
-        cut, labels = p.seat.cut, p.seat.labels
-        stream.write(SeatTaken(client, p.device, cut.front, cut.back, labels, p.bytes, p.reason))
+        stream.write(SeatTaken(client, *seat_facts(p)))
     for finding in stage.federation.findings:
         stream.write(Noted("warning", finding))
     clients = tuple(sorted(stage.placed))
@@ -202,9 +210,23 @@ def begin(stage: Stage, stream: Stream, out: Path | None, resume: bool) -> tuple
     return stage.strategy.start(scene), 0
 
 
+def apart(stage: Stage, state: Any, stream: Stream, turn: Turn) -> list[Arrival]:
+    """Turns of those who are alone in a round; no method hears of them."""
+    arrivals: list[Arrival] = []
+    for client in turn.alone:
+        stream.write(WentAlone(turn.round, client))
+        offer = stage.strategy.offer(state, client, turn)
+        work = Assignment(client, turn.seats[client], offer)
+        arrivals.append(stage.engine.alone(stage.strategy, work, turn))
+        tell(stream, turn, arrivals[-1])
+    return arrivals
+
+
 def sample(stage: Stage, round: int) -> list[ClientId]:
     """The clients of a round, in order of their names; the same for every method."""
-    clients = sorted(stage.placed)
+    clients = stage.fleet.present(round)
+    if not clients:
+        return []
     take = max(1, round_half_up(stage.recipe.sample * len(clients)))
     if take == len(clients):
         return clients
@@ -220,7 +242,14 @@ def turn_of(stage: Stage, round: int, chosen: Sequence[ClientId] = ()) -> Turn:
     """The turn of a round's only wave, before anything is known of its rows."""
     body, rounds = stage.backbone, stage.recipe.rounds
     places = body.block_of, body.depth
-    return Turn(round, rounds, 0, True, stage.seats, {}, *places, tuple(chosen))
+    alone = tuple(stage.fleet.alone(round))
+    return Turn(round, rounds, 0, True, stage.seats_at(round), {}, *places, tuple(chosen), alone)
+
+
+def after(stage: Stage, done: int) -> Turn:
+    """The turn in which everybody is looked at after ``done`` rounds, as they sat in the last."""
+    last = turn_of(stage, max(0, done - 1))
+    return replace(last, round=done)
 
 
 def check(turns: Sequence[Arrival]) -> None:
@@ -231,52 +260,15 @@ def check(turns: Sequence[Arrival]) -> None:
         raise FlexpError(f'Every client failed, the first one ("{first.client}") with: {error}')
 
 
-def tell(stream: Stream, turn: Turn, arrival: Arrival) -> None:
-    """Writes an arrival's event."""
-    if arrival.reply is None:
-        error = arrival.failure.error if arrival.failure else "no reply"
-        stream.write(TurnFailed(turn.round, turn.wave, arrival.client, error))
-        return
-    facts, ledger = arrival.reply.facts, arrival.ledger
-    loss, steps = facts.get("loss"), facts.get("steps")
-    stream.write(
-        TurnEnded(
-            turn.round,
-            turn.wave,
-            arrival.client,
-            float(loss) if isinstance(loss, int | float) else float("nan"),
-            int(steps) if isinstance(steps, int) else 0,
-            arrival.seconds,
-            ledger.sent,
-            ledger.received,
-            {f"{way} {kind}": size for (way, kind), size in sorted(ledger.kinds.items())},
-            measured(arrival),
-        )
-    )
-
-
-def measured(arrival: Arrival) -> Facts:
-    """What a turn took, as far as it was measured."""
-    held = arrival.measured
-    if held is None:
-        return {"messages": arrival.ledger.messages}
-    return {
-        "messages": arrival.ledger.messages,
-        "near_flops": held.near_flops,
-        "far_flops": held.far_flops,
-        "peak_bytes": held.peak,
-    }
-
-
 def score(stage: Stage, state: Any, stream: Stream, done: int) -> list[Score]:
     """Evaluates every client's personal model and writes the scores."""
     last = done == stage.recipe.rounds
-    turn = turn_of(stage, done)
     scores = evaluate(
         stage.engine,
         stage.strategy,
         state,
-        turn,
+        after(stage, done),
+        clients=stage.fleet.known(done),
         when="after" if last else f"round-{done}",
         global_rows=stage.recipe.evaluate.global_rows,
     )
@@ -287,30 +279,34 @@ def score(stage: Stage, state: Any, stream: Stream, done: int) -> list[Score]:
 
 def save_adapters(stage: Stage, result: Result, folder: Path) -> list[Path]:
     """Writes every client's personal adapter that is one as a PEFT folder."""
-    recipe, task = stage.recipe, stage.federation.task
+    recipe, engine = stage.recipe, stage.engine
     local = Path(recipe.model.source).expanduser()
     card = export.Card(
         base=str(local.resolve()) if local.exists() else recipe.model.source,
         task=recipe.task.kind,
-        labels=tuple(getattr(task, "labels", ())),
-        max_length=recipe.task.max_length,
         revision=recipe.model.revision,
         folder=str(stage.survey.source.resolve()),
     )
     written: list[Path] = []
-    for client in sorted(stage.placed):
+    for client in stage.fleet.known(recipe.rounds):
         offer = stage.strategy.offer(result.state, client, result.turn)
-        work = Assignment(client, stage.seats[client], offer)
-        with stage.engine.visit(stage.strategy, work, result.turn, Ledger()) as (desk, got):
+        work = Assignment(client, result.turn.seats[client], offer)
+        with engine.visit(stage.strategy, work, result.turn, Ledger()) as (desk, got):
             served = stage.strategy.personal(desk, got)
             if served.adapter is None:
                 continue
             adapter = desk.whole(served.adapter)
             path = folder / file_name(client)
-            kind = stage.engine.kind
-            prior = None if desk.prior is None else tuple(map(float, desk.prior))
-            mine = replace(card, prior=prior)
-            export.write(path, adapter, stage.backbone, kind, mine, rank=desk.seat.rank)
+            task: Any = desk.task
+            mine = replace(
+                card,
+                task=task.name,
+                labels=tuple(getattr(task, "labels", ())),
+                max_length=task.max_length,
+                prior=None if desk.prior is None else tuple(map(float, desk.prior)),
+            )
+            body = engine.backbone_of(client)
+            export.write(path, adapter, body, engine.kind, mine, rank=desk.seat.rank)
             written.append(path)
     return written
 

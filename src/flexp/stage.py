@@ -11,23 +11,26 @@ from typing import Any
 from flexp import assets
 from flexp.client.desk import Training
 from flexp.data import sources
-from flexp.data.federation import Federation, federate, labels_of
+from flexp.data.federation import Federation, federate, space_of
 from flexp.data.sources import Row
 from flexp.data.tasks import open_tokenizer, padding_of
 from flexp.dice import Dice
+from flexp.engine.base import Own
 from flexp.engine.flow import Pace
 from flexp.engine.local import LocalEngine
 from flexp.errors import DataError, RecipeError, StrategyError
 from flexp.evaluate import pooled
+from flexp.fleet import Fleet, fleet
 from flexp.model.adapter import Kind
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
 from flexp.model.ops import Optim, SlotSpec
-from flexp.model.skeleton import Skeleton, skeleton
+from flexp.model.skeleton import Skeleton, TaskKind, skeleton
+from flexp.own_tasks import check_own, classes_of, own_costs, own_of
 from flexp.plan.costs import BlockCosts
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
-from flexp.seating import Placed, adapter_kind, costs, dtype_of, place, work
+from flexp.seating import Placed, adapter_kind, costs, dtype_of, work
 from flexp.strategies import build
 from flexp.strategies.base import ClientId, Setting, Strategy
 
@@ -46,21 +49,32 @@ class Survey:
     bones: Skeleton
     kind: Kind
     costs: BlockCosts
-    placed: Mapping[ClientId, Placed]
+    fleet: Fleet
     dice: Dice
+    own_costs: Mapping[ClientId, BlockCosts]
+
+    @property
+    def placed(self) -> Mapping[ClientId, Placed]:
+        """Where clients sit when the run begins."""
+        return self.fleet.placed
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Everything that a run needs; ``placed`` is where this method's clients sit."""
+    """Everything that a run needs; ``fleet`` is where this method's clients sit and when."""
 
     survey: Survey
     recipe: Recipe
     strategy: Strategy[Any]
     backbone: Backbone
-    placed: Mapping[ClientId, Placed]
+    fleet: Fleet
     engine: LocalEngine
     paces: Mapping[ClientId, Pace] = field(default_factory=dict[ClientId, Pace])
+
+    @property
+    def placed(self) -> Mapping[ClientId, Placed]:
+        """Where clients sit when the run begins."""
+        return self.fleet.placed
 
     @property
     def federation(self) -> Federation:
@@ -74,8 +88,12 @@ class Stage:
 
     @property
     def seats(self) -> dict[ClientId, Seat]:
-        """The seats by client."""
-        return {c: p.seat for c, p in self.placed.items()}
+        """The seats by client when the run begins."""
+        return self.fleet.seats_at(0)
+
+    def seats_at(self, round: int) -> dict[ClientId, Seat]:
+        """The seats by client in a round."""
+        return self.fleet.seats_at(round)
 
 
 def survey(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None) -> Survey:
@@ -91,14 +109,18 @@ def survey(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None)
     source = assets.resolve(recipe.model.source, cache, revision=recipe.model.revision, say=say)
     tokenizer = open_tokenizer(source)
     dice = Dice(recipe.seed)
-    federation = federate(rows, recipe.data, recipe.task, tokenizer, dice)
-    classes = max(2, len(labels_of(rows, recipe.task, recipe.data)))
+    federation = federate(rows, recipe.data, recipe.task, tokenizer, dice, clients=recipe.clients)
+    check_own(recipe, federation)
+    classes = classes_of(federation.task)
     bones = skeleton(source, task, classes=classes, blocks_at=recipe.model.blocks_at)
     kind = adapter_kind(recipe.adapter)
     sized = costs(recipe, bones, kind)
     working = partial(work, recipe, bones, kind)
-    placed = place(recipe, list(federation.shards), sized, working)
-    return Survey(recipe, source, tokenizer, federation, classes, bones, kind, sized, placed, dice)
+    own = own_costs(recipe, source, federation)
+    seated = fleet(recipe, {c: own.get(c, sized) for c in federation.shards}, working)
+    return Survey(
+        recipe, source, tokenizer, federation, classes, bones, kind, sized, seated, dice, own
+    )
 
 
 def prepare(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None) -> Stage:
@@ -111,11 +133,19 @@ def opened(found: Survey) -> Stage:
     """Loads the backbone of a survey and makes everything ready to train."""
     recipe = found.recipe
     strategy = build(recipe.strategy.name, recipe.strategy.options)
-    placed = seats_for(strategy, found, recipe)
-    backbone = Backbone.open(
+    seated = seats_for(strategy, found, recipe)
+    backbone = _backbone(found, recipe.task.kind, found.classes)
+    own = own_of(found.federation, backbone, found.kind, partial(_backbone, found))
+    engine = _engine(strategy, found, recipe, backbone, own)
+    return Stage(found, recipe, strategy, backbone, seated, engine)
+
+
+def _backbone(found: Survey, kind: TaskKind, classes: int) -> Backbone:
+    recipe = found.recipe
+    return Backbone.open(
         found.source,
-        task=recipe.task.kind,
-        classes=found.classes,
+        task=kind,
+        classes=classes,
         seed=recipe.seed,
         dtype=dtype_of(recipe),
         device=recipe.model.device,
@@ -124,23 +154,25 @@ def opened(found: Survey) -> Stage:
         pad=padding_of(found.tokenizer),
         chunked=recipe.mode == "fast",
     )
-    engine = _engine(strategy, found, recipe, backbone)
-    return Stage(found, recipe, strategy, backbone, placed, engine)
 
 
 def with_method(stage: Stage, recipe: Recipe) -> Stage:
     """The same data, model and seats for another method and training; nothing is opened again."""
     found = stage.survey
     strategy = build(recipe.strategy.name, recipe.strategy.options)
-    placed = seats_for(strategy, found, recipe)
-    engine = _engine(strategy, found, recipe, stage.backbone)
+    seated = seats_for(strategy, found, recipe)
+    engine = _engine(strategy, found, recipe, stage.backbone, stage.engine.own)
     # Where adapters begin is worked out here: building skeletons is not safe on two threads.
     engine.initial(SlotSpec())
-    return replace(stage, recipe=recipe, strategy=strategy, placed=placed, engine=engine)
+    return replace(stage, recipe=recipe, strategy=strategy, fleet=seated, engine=engine)
 
 
 def _engine(
-    strategy: Strategy[Any], found: Survey, recipe: Recipe, backbone: Backbone
+    strategy: Strategy[Any],
+    found: Survey,
+    recipe: Recipe,
+    backbone: Backbone,
+    own: Mapping[ClientId, Own],
 ) -> LocalEngine:
     shards = found.federation.shards
     return LocalEngine(
@@ -153,6 +185,7 @@ def _engine(
         profile=recipe.privacy.profile,
         run=recipe.hash()[:12],
         pool=pooled(shards, None, "train") if strategy.kind == "centralised" else None,
+        own=own,
     )
 
 
@@ -177,22 +210,33 @@ def training(recipe: Recipe) -> Training:
     return Training(optim, t.batch, t.steps, t.epochs, t.clip_norm, t.label_prior)
 
 
-def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Mapping[ClientId, Placed]:
+def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Fleet:
     """Where a method's clients sit: as placed, or all at one place with the whole model.
 
-    Raises StrategyError if the method cannot run with this task, adapter, cut or rank.
+    Raises StrategyError if the method cannot run with this task, adapter, cut, rank or fleet.
     """
-    depth = found.bones.depth
+    depth, given = found.bones.depth, replace(found.fleet, solo=strategy.alone)
     if strategy.kind == "centralised":
         reason = "one place has the whole model and all rows"
-        return {c: Placed("one place", uncut(depth), 0, reason) for c in found.placed}
-    seats = {c: p.seat for c, p in found.placed.items()}
+        placed = {c: Placed("one place", uncut(depth), 0, reason) for c in found.placed}
+        given = replace(given, placed=placed, moves=())
+    for seats in given.seatings():
+        refusal = strategy.refuses(setting_of(found, recipe, seats))
+        if strategy.split.startswith("no") and any(not s.near_only(depth) for s in seats.values()):
+            reason = strategy.split.partition(":")[2].strip()
+            refusal = f"{reason} Give every client the whole model with plan.cut=[{depth},0]."
+        lone = any(given.alone(r) for r in range(recipe.rounds))
+        if not refusal and lone and "personal" not in strategy.slots:
+            refusal = 'it has no slot "personal" to train alone. Remove alone from participation.'
+        if refusal:
+            raise StrategyError(f'Method "{strategy.name}" cannot run here: {refusal}')
+    return given
+
+
+def setting_of(found: Survey, recipe: Recipe, seats: Mapping[ClientId, Seat]) -> Setting:
+    """What a method is asked to run in."""
+    federation = found.federation
+    heads = {c: space_of(federation.task_of(c)) for c in federation.shards}
+    head = recipe.adapter.head and any(space[0] == "classification" for space in heads.values())
     kind = adapter_kind(recipe.adapter)
-    head = recipe.task.kind == "classification" and recipe.adapter.head
-    refusal = strategy.refuses(Setting(recipe.task.kind, kind, seats, depth, head))
-    if strategy.split.startswith("no") and any(not s.near_only(depth) for s in seats.values()):
-        reason = strategy.split.partition(":")[2].strip()
-        refusal = f"{reason} Give every client the whole model with plan.cut=[{depth},0]."
-    if refusal:
-        raise StrategyError(f'Method "{strategy.name}" cannot run here: {refusal}')
-    return found.placed
+    return Setting(recipe.task.kind, kind, seats, found.bones.depth, head, heads)

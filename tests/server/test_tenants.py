@@ -8,24 +8,19 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from toys import backbone, batches_for, play, same, shard, toy_task, whole
+from toys import backbone, play, same, whole
 
 from flexp.checkpoint import encode_state
-from flexp.client.desk import Desk, Training
+from flexp.client.desk import Desk
 from flexp.dice import Dice
-from flexp.engine.base import Arrival, Assignment
-from flexp.engine.local import LocalEngine
-from flexp.errors import AdapterError, CutError, EgressError, LinkError
-from flexp.link.metered import Ledger
+from flexp.errors import AdapterError, CutError, LinkError
 from flexp.model.adapter import Lora
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Assign, Dot, Optim, SlotSpec, Step
 from flexp.model.slots import moments
 from flexp.parcel import Parcel
-from flexp.privacy.egress import Leave
 from flexp.server.tenants import Tenants
-from flexp.strategies.base import Turn
 from flexp.strategies.flexp import FlexP
 from flexp.strategies.local import Local
 from flexp.tensors import Tensors, Term, total
@@ -268,102 +263,55 @@ def test_clients_train_one_trunk_in_turn() -> None:
 # ---- another cut
 
 
-class Moving(Local):
-    """Declares that the personal adapter may leave, as a change of cut needs."""
-
-    leaves = (Leave("personal*", why="blocks that become far"),)
-
-
-def test_a_recut_drops_what_is_no_longer_far() -> None:
-    server = tenants(a=A)
-    server.recut("a", B)
-    assert {body().block_of(k) for k in held(server, "a")} == {2}
-    with pytest.raises(CutError, match="together at most 4"):
-        server.recut("a", Seat(Cut(3, 2)))
-    assert server["a"].seat == B
-
-
-def test_who_joins_at_another_seat_is_recut_unless_something_lasts() -> None:
+def test_who_moves_keeps_what_stays_and_hands_over_the_rest() -> None:
     server = tenants(a=A)
     server.do("a", [double()])
+    before = held(server, "a")
+    server.leave("a")
+    server.join("a", B, {"personal": RUN})
+    home = server["a"]
+    assert home.seat == B
+    assert {body().block_of(k) for k in home.leaving["personal"]} == {1}
+    assert {body().block_of(k) for _, k in home.awaited} == {3}
+    with pytest.raises(LinkError, match="and 3 more have not come"):
+        server.settled("a")
+    arriving = {k: v + 1 for k, v in initial().items() if body().block_of(k) == 3}
+    server.hand_in("a", "personal", arriving)
+    server.settled("a")
+    middle = {k: v for k, v in before.items() if body().block_of(k) == 2}
+    assert same(held(server, "a"), {**middle, **arriving})
+    with pytest.raises(LinkError, match="no block of them has moved"):
+        server.hand_in("a", "personal", arriving)
+
+
+def test_nobody_hands_anything_in_without_moving() -> None:
+    server = tenants(a=A)
+    with pytest.raises(LinkError, match="no block of them has moved"):
+        server.hand_in("a", "personal", {})
+
+
+def test_a_failed_turn_takes_the_seat_back_as_well() -> None:
+    server = tenants(a=A)
+    server.do("a", [double()])
+    server.leave("a")
     before = state_of(server, "a")
-    with pytest.raises(CutError, match="would be lost"):
-        server.join("a", B, {"personal": RUN})
-    assert equal(before, server, "a")
-    server.join("a", B, {"personal": SlotSpec()})
-    assert server["a"].seat == B
-    assert same(held(server, "a"), far(B, initial()))
+    server.join("a", B, {"personal": RUN})
+    for bad in (Seat(Cut(3, 2)), Seat(Cut(2, 0), rank=2)):
+        server.rollback("a")
+        with pytest.raises(CutError, match='lient "a"'):
+            server.join("a", bad, {"personal": RUN})
+        server.rollback("a")
+        assert server["a"].seat == A
+        assert equal(before, server, "a")
+    server.join("a", A, {"personal": RUN})
+    assert not server["a"].moving
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [(A, B), (B, A), (Seat(Cut(1, 2)), Seat(Cut(3), "logits")), (Seat(Cut(2), "loss"), A)],
-    ids=str,
-)
-def test_cutting_a_then_b_is_the_monolith(first: Seat, second: Seat) -> None:
-    batches = batches_for(body(), 6)
-    with desk_at(whole(4), Moving()) as (_, desk):
-        desk.fit(batches=iter(batches), clip_norm=0.05)
-        expected = desk.whole("personal")
-    with desk_at(first, Moving()) as (engine, desk):
-        desk.fit(batches=iter(batches[:3]), clip_norm=0.05)
-        recut(engine, desk, second)
-        desk.fit(batches=iter(batches[3:]), clip_norm=0.05)
-        assert same(desk.whole("personal"), expected)
-
-
-def test_a_recut_needs_leave_to_upload() -> None:
-    with desk_at(A, Local()) as (engine, desk):
-        desk.fit(batches=iter(batches_for(body(), 1)))
-        with pytest.raises(EgressError, match="Declare it"):
-            recut(engine, desk, Seat(Cut(1, 0)))
-
-
-def test_another_seat_in_the_next_turn_loses_nothing() -> None:
-    with desk_at(A, Local()) as (engine, _):
-        arrivals: list[Arrival] = []
-        for r, seat in enumerate((A, B)):
-            turn = Turn(r, 2, 0, True, {"me": seat}, {}, body().block_of, body().depth)
-            arrivals += engine.run(Local(), [Assignment("me", seat, Parcel())], turn)
-        assert arrivals[1].failure is not None
-        assert "would be lost" in arrivals[1].failure.error
-        near = engine.memories["me"].slots["slot/personal"]
-        assert near.keys() | held(engine.tenants, "me").keys() == initial().keys()
-
-
-class desk_at:  # noqa: N801
-    """A visit that shows the engine too."""
-
-    def __init__(self, seat: Seat, strategy: Local) -> None:
-        self.engine = LocalEngine(
-            body(), toy_task(body()), {"me": shard(1)}, kind=KIND, dice=Dice(3), profile="open",
-            training=Training(Optim(lr=1e-2), batch=4),
-        )  # fmt: skip
-        turn = Turn(0, 1, 0, True, {"me": seat}, {}, body().block_of, body().depth)
-        self.visit = self.engine.visit(strategy, Assignment("me", seat, Parcel()), turn, Ledger())
-
-    def __enter__(self) -> tuple[LocalEngine, Desk]:
-        return self.engine, self.visit.__enter__()[0]
-
-    def __exit__(self, *problem: object) -> None:
-        try:
-            self.visit.__exit__(*problem)  # pyright: ignore[reportArgumentType]
-        finally:
-            self.engine.close()
-
-
-def recut(engine: LocalEngine, desk: Desk, seat: Seat) -> None:
-    """Fetch what becomes near, let the server move the seat, put what becomes far."""
-    near, session = desk.model.near, desk.session
-    slots = ("personal", *moments("personal"))
-    values = {s: {**near[s], **session.fetch(s, far=True)} for s in slots}
-    was_near = set(near["personal"])
-    engine.tenants.recut("me", seat)
-    desk.seat = desk.model.seat = seat
-    near.place = lambda name: body().place(name, seat)
-    for slot, value in values.items():
-        session.put(slot, {k: v for k, v in far(seat, value).items() if k in was_near})
-        near.put(slot, {k: v for k, v in value.items() if near.place(k).side == "near"})
+def test_who_has_nothing_that_lasts_moves_freely() -> None:
+    server = tenants(a=A)
+    server.join("a", Seat(Cut(2, 0), rank=2), {"personal": SlotSpec()})
+    server.settled("a")
+    assert {v.shape[0] for k, v in held(server, "a").items() if "lora_A" in k} == {2}
 
 
 # ---- law 5: personal state lives with its owner

@@ -341,9 +341,9 @@ def test_clients_see_and_move_only_their_own() -> None:
         trunk.close()
 
 
-def test_near_tensors_may_not_be_put(wire: Wire) -> None:
+def test_nothing_may_be_put_without_moving(wire: Wire) -> None:
     near = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
-    with pytest.raises(AdapterError, match="is not far"):
+    with pytest.raises(LinkError, match="no block of them has moved"):
         wire.send(Put(wire.key("put"), "personal", {near: torch.zeros(3, H)}))
 
 

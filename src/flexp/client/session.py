@@ -64,9 +64,14 @@ class Session:
         stem = f"slot/{slot}/"
         return {k.removeprefix(stem): v for k, v in answer.tensors.items()}
 
-    def put(self, slot: str, values: Mapping[str, Tensor]) -> None:
+    def move_out(self, slot: str) -> Tensors:
+        """What the tenancy had of a slot until the client moved, and what is near now."""
+        answer = self._send(Fetch(self._key("fetch"), slot, leaving=True))
+        stem = f"slot/{slot}/"
+        return {k.removeprefix(stem): v for k, v in answer.tensors.items()}
+
+    def move_in(self, slot: str, values: Mapping[str, Tensor]) -> None:
         """Hands tensors of blocks that have become far to the tenancy."""
-        self.flush()
         self._send(Put(self._key("put"), slot, values))
 
     def forward(

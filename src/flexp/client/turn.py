@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor
@@ -16,9 +17,9 @@ from flexp.client.desk import Desk, Training
 from flexp.client.memory import Memory
 from flexp.client.session import Session
 from flexp.data.examples import Examples, Shard
-from flexp.data.tasks import Balanced, Classification, Task, log_prior
+from flexp.data.tasks import Balanced, Classification, Loss, Task, log_prior
 from flexp.dice import Dice
-from flexp.errors import CutError
+from flexp.errors import CutError, LinkError
 from flexp.link.messages import Link
 from flexp.model.adapter import Kind, alpha_of, dropout_of
 from flexp.model.backbone import Backbone
@@ -28,9 +29,10 @@ from flexp.model.personal import PersonalModel
 from flexp.model.slots import Slots
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Egress, Leave, Profile
-from flexp.tensors import NEAR, Tensors, select
+from flexp.tensors import FAR, NEAR, Tensors, select
 
 Specs = Mapping[str, SlotSpec]
+ALONE = "alone until"  # a fact of a client's memory
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Client:
     """One client as it comes to every turn: what is its own, and the backbone of its process.
 
     ``pool`` are training rows that stand in for its own, where a method is not federated.
+    ``objective`` is what it minimises instead of its task's loss.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Client:
     initial: Initial
     profile: Profile = "u-shape"
     pool: Examples | None = None
+    objective: Loss | None = None
 
     def open(
         self,
@@ -70,12 +74,17 @@ class Client:
         does not depend on the wave, only on the client's turns ``before`` in this round.
         """
         near = self._near(seat, specs)
-        egress = Egress(leaves, seat.labels, self.profile, near.place)
+        moving = {s: far for s, v in near.values.items() if (far := select(v, FAR, near.place))}
+        moved = frozenset(f"slot/{s}/{k}" for s, held in moving.items() for k in held)
+        egress = Egress(leaves, seat.labels, self.profile, near.place, moved)
         session = Session(link, egress, run, round, wave)
         answer = session.join(seat, {s: spec.optim or Optim() for s, spec in specs.items()})
         facts = cast("dict[str, Any]", answer.facts)
+        begun = partial(self._begun, near, seat, specs)
+        if moving or facts["moved"]:
+            self._move(near, moving, session, facts["moved"], begun)
         offered = {slot for slot, names in facts["offered"].items() if names}
-        near.missing = self._on_first_use(near, seat, specs, offered, session.fetch)
+        near.missing = self._on_first_use(near, specs, offered, begun, session.fetch)
         for slot in offered:
             near.values.pop(slot, None)
         desk = Desk(
@@ -105,12 +114,42 @@ class Client:
                 near.put(slot, kept)
         return near
 
+    def _begun(self, near: Slots, seat: Seat, specs: Specs, slot: str) -> Tensors:
+        """The near part that a slot begins with; nothing of one that is no slot of the method."""
+        whole = self.initial(specs[slot], seat.rank) if slot in specs else {}
+        return select(whole, NEAR, near.place)
+
+    def _move(
+        self,
+        near: Slots,
+        moving: Mapping[str, Tensors],
+        session: Session,
+        moved: Any,
+        begun: Callable[[str], Tensors],
+    ) -> None:
+        """Puts what has become far into the tenancy, and fetches what has become near."""
+        if moved is None:
+            raise LinkError(
+                f'Client "{self.name}" has adapters of blocks that are at the server, which does '
+                "not know that it moved. Both sides must resume from the same checkpoint."
+            )
+        for slot, held in sorted(moving.items()):
+            there = moved["there"].get(slot, ())
+            if lacking := {k: v for k, v in held.items() if k not in there}:
+                session.move_in(slot, lacking)
+            near.put(slot, select(near[slot], NEAR, near.place))
+        for slot in moved["leaving"]:
+            below = near.values.get(slot, {})
+            if slot not in near.values:  # a client that is alone before its first turn
+                below = begun(slot)
+            near.put(slot, {**below, **session.move_out(slot)})
+
     def _on_first_use(
         self,
         near: Slots,
-        seat: Seat,
         specs: Specs,
         offered: Collection[str],
+        begun: Callable[[str], Tensors],
         fetch: Callable[[str], Tensors],
     ) -> Callable[[str], Tensors | None]:
         """Finds a slot's near part: what was kept, or its beginning, under what is offered."""
@@ -119,9 +158,7 @@ class Client:
         def missing(slot: str) -> Tensors | None:
             if slot not in specs and slot not in offered:
                 return None
-            below = kept.get(slot, {})
-            if slot not in kept and slot in specs:
-                below = select(self.initial(specs[slot], seat.rank), NEAR, near.place)
+            below = kept[slot] if slot in kept else begun(slot)
             above = fetch(slot) if slot in offered else {}
             return dict(sorted({**below, **above}.items()))
 
@@ -142,30 +179,39 @@ class Client:
     def _model(self, seat: Seat, near: Slots, session: Session, specs: Specs) -> PersonalModel:
         layout = {k for spec in specs.values() for k in self.initial(spec, seat.rank)}
         prior = self._prior(seat, self.shard.train if self.pool is None else self.pool)
+        loss = self.objective or self.task
         return PersonalModel(
             self.backbone,
             seat,
             near,
-            task=self.task if prior is None else Balanced(self.task, prior),
+            task=loss if prior is None else Balanced(loss, prior),
             far=None if seat.near_only(self.backbone.depth) else session,
             layout=sorted(layout),
             dropout=dropout_of(self.kind),
         )
 
 
-def hand_in(desk: Desk, reply: Parcel) -> None:
+def hand_in(desk: Desk, reply: Parcel, *, alone: int | None = None) -> None:
     """Ends a turn: the reply goes out, what lasts goes into memory, and memory counts from now.
 
-    If this or anything before it fails, the turn did not happen: roll the memory back.
+    ``alone`` is the round up to which the client is on its own, if it is. If this or anything
+    before it fails, the turn did not happen: roll the memory back.
     """
     desk.session.submit(reply)
     _put_away(desk)
+    desk.memory.facts.pop(ALONE, None)
+    if alone is not None:
+        desk.memory.facts[ALONE] = alone
     desk.session.leave()
     desk.memory.commit()
 
 
 def _put_away(desk: Desk) -> None:
     near = desk.model.near
-    for slot in near.lasting(desk.specs):
+    lasting = near.lasting(desk.specs)
+    for slot in lasting:
         if slot in near.values or slot in desk.specs:
             desk.memory.put(f"slot/{slot}", near[slot])
+    for key in [k for k in desk.memory.slots if k.startswith("slot/")]:
+        if key.removeprefix("slot/") not in lasting:
+            del desk.memory.slots[key]

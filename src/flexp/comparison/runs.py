@@ -235,7 +235,8 @@ def _said(document: Mapping[str, Any]) -> str:
         for r in document["rows"]
         if r["client"] == "all" and r["metric"] == metric
     }
-    return f"{metric} {means['own']:.4g} own, {means['global']:.4g} everybody's"
+    words = {"own": "own", "global": "everybody's"}
+    return f"{metric} " + ", ".join(f"{means[k]:.4g} {w}" for k, w in words.items() if k in means)
 
 
 def table(whole: Comparison, found: Survey) -> dict[str, Any]:

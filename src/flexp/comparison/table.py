@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from flexp.events import SeatTaken, TurnEnded, read
+from flexp.events import SeatMoved, SeatTaken, TurnEnded, read
 from flexp.plan.clock import Load, Work, run_seconds
 from flexp.plan.costs import BlockCosts, near_bytes
 from flexp.plan.devices import Device
@@ -67,7 +66,7 @@ class Ground:
     server: float | None
     costs: BlockCosts
 
-    def weights(self, seat: SeatTaken) -> int:
+    def weights(self, seat: SeatTaken | SeatMoved) -> int:
         """Bytes of the frozen weights that a seat holds."""
         head = seat.labels == "keep"
         return near_bytes(self.costs, seat.front, seat.back, head_near=head)["weights"]
@@ -78,7 +77,8 @@ def of_run(folder: Path, label: str, seed: int, ground: Ground) -> list[Row]:
 
     Bytes and operations are sums over the run; ``peak_bytes`` are near weights and the most that a
     turn held beside them, the largest client's for all together. What a method that is not
-    federated would take is no question, so it is blank.
+    federated would take is no question, so it is blank, and so is the simulated time of a run in
+    which a client changed its device. Who never took part has no row.
     """
     result = cast("Row", json.loads((folder / "result.json").read_text("utf-8")))
     scores = cast("list[Row]", result["rows"])
@@ -86,7 +86,9 @@ def of_run(folder: Path, label: str, seed: int, ground: Ground) -> list[Row]:
     events = list(read(folder / "events.jsonl"))
     turns = [e for e in events if isinstance(e, TurnEnded)]
     rows: list[Row] = []
-    for seat in (e for e in events if isinstance(e, SeatTaken)):
+    seats = [e for e in events if isinstance(e, SeatTaken | SeatMoved)]
+    known = {s["client"] for s in scores}
+    for seat in (e for e in seats if isinstance(e, SeatTaken) and e.client in known):
         held = [t for t in turns if t.client == seat.client]
         row: Row = {"method": label, "seed": seed, "client": seat.client, "metric": metric}
         row |= {name: _score(scores, seat.client, cell, metric) for name, cell in AFTER.items()}
@@ -95,13 +97,14 @@ def of_run(folder: Path, label: str, seed: int, ground: Ground) -> list[Row]:
             "sent_bytes": sum(t.sent_bytes for t in held),
             "received_bytes": sum(t.received_bytes for t in held),
             "client_flops": sum(_count(t, "near_flops") for t in held),
-            "peak_bytes": ground.weights(seat)
+            "peak_bytes": max(ground.weights(s) for s in seats if s.client == seat.client)
             + max((_count(t, "peak_bytes") for t in held), default=0),
             "simulated_seconds": None,
         }
         rows.append(row)
     every = _all_together(rows, higher=bool(result["higher_is_better"]))
-    every["simulated_seconds"] = run_seconds(map(_work, turns), ground.devices, ground.server)
+    if all(e.device == ground.devices[e.client].name for e in seats if isinstance(e, SeatMoved)):
+        every["simulated_seconds"] = run_seconds(map(_work, turns), ground.devices, ground.server)
     rows.append(every)
     if result["kind"] == "centralised":
         rows = [{**row, **dict.fromkeys(COSTS)} for row in rows]
@@ -110,8 +113,9 @@ def of_run(folder: Path, label: str, seed: int, ground: Ground) -> list[Row]:
 
 def _all_together(rows: Sequence[Row], *, higher: bool) -> Row:
     out: Row = {**rows[0], "client": EVERYBODY}
-    out |= {name: statistics.fmean(row[name] for row in rows) for name in AFTER}
-    out["worst_decile"] = worst_decile([row["own"] for row in rows], higher=higher)
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in AFTER}
+    out |= {name: statistics.fmean(held) if held else None for name, held in known.items()}
+    out["worst_decile"] = worst_decile(known["own"], higher=higher) if known["own"] else None
     for name in ("sent_bytes", "received_bytes", "client_flops"):
         out[name] = sum(row[name] for row in rows)
     out["peak_bytes"] = max(row["peak_bytes"] for row in rows)
@@ -124,11 +128,11 @@ def _work(turn: TurnEnded) -> Work:
     return Work(turn.round, turn.wave, turn.client, Load(near, far, *crossed))
 
 
-def _score(scores: Sequence[Row], client: str, cell: str, metric: str) -> float:
+def _score(scores: Sequence[Row], client: str, cell: str, metric: str) -> float | None:
     for s in scores:
         if (s["client"], s["cell"], s["metric"]) == (client, cell, metric):
             return float(s["value"])
-    return math.nan
+    return None
 
 
 def _count(turn: TurnEnded, name: str) -> int:
@@ -153,7 +157,7 @@ def _gain(rows: Sequence[Row], label: str, what: str, *, higher: bool) -> Row | 
         return {
             (r["seed"], r["client"]): r[what]
             for r in rows
-            if r["method"] == method and r["client"] != EVERYBODY
+            if r["method"] == method and r["client"] != EVERYBODY and r[what] is not None
         }
 
     mine, local = values(label), values("local")

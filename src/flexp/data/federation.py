@@ -4,29 +4,50 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from flexp.data import partition
 from flexp.data.columns import label_names, label_of, text_of
 from flexp.data.examples import Shard
+from flexp.data.objectives import Objective, objective_of
 from flexp.data.shards import check
 from flexp.data.sources import SPLITS, Row
 from flexp.data.tasks import CausalLM, Classification, Task
 from flexp.dice import Dice
-from flexp.errors import DataError
+from flexp.errors import DataError, nearest
 from flexp.recipe import DataRecipe, TaskRecipe
+from flexp.recipe_clients import ClientRecipe, OwnTaskRecipe
 
 
 @dataclass(frozen=True)
 class Federation:
-    """Everybody's shards, the task they share, and what was noticed about the data."""
+    """Everybody's shards, the recipe's task, and what was noticed about the data.
+
+    ``own`` are the tasks of clients that have another one, ``objectives`` what clients minimise
+    that do not take their task's loss.
+    """
 
     shards: Mapping[str, Shard]
     task: Task
     findings: tuple[str, ...]
     skew: float | None
+    own: Mapping[str, Task] = field(default_factory=dict[str, Task])
+    objectives: Mapping[str, Objective] = field(default_factory=dict[str, Objective])
+
+    def task_of(self, client: str) -> Task:
+        """What a client learns."""
+        return self.own.get(client, self.task)
+
+
+Space = tuple[str, ...]  # the kind of a task, then its labels
+
+
+def space_of(task: Task) -> Space:
+    """What two clients must have in common for their heads to mean the same."""
+    return (task.name, *(task.labels if isinstance(task, Classification) else ()))
 
 
 def make_task(
@@ -54,21 +75,67 @@ def federate(
     task_recipe: TaskRecipe,
     tokenizer: PreTrainedTokenizerBase,
     dice: Dice,
+    *,
+    clients: Mapping[str, ClientRecipe] | None = None,
 ) -> Federation:
     """Shards of all clients. Raises DataError for rows and partitions that cannot be used."""
-    labels = labels_of(rows, task_recipe, data)
+    parts, clients = divide(rows, data, task_recipe, dice), clients or {}
+    for client in clients:
+        if client not in parts:
+            raise DataError(f'clients: no client "{client}". {nearest(client, parts)}')
+    alike = {c: held for c, held in parts.items() if not _has_own(clients.get(c))}
+    common = [rows[n] for held in (alike or parts).values() for n in held]
+    labels = labels_of(common if clients else rows, task_recipe, data)
     task = make_task(task_recipe, data, tokenizer, labels)
-    parts = divide(rows, data, task_recipe, dice)
+    own = {
+        client: own_task(clients[client], task_recipe, data, task, [rows[n] for n in held])
+        for client, held in parts.items()
+        if client not in alike
+    }
     shards: dict[str, Shard] = {}
     for client, held in parts.items():
         places = _places(rows, _capped(held, data, dice, client), data, dice, client)
-        train, val, test = (task.encode([rows[n] for n in chosen]) for chosen in places)
+        mine = own.get(client, task)
+        train, val, test = (mine.encode([rows[n] for n in chosen]) for chosen in places)
         shards[client] = Shard(train, val, test)
-    findings = check(shards, task, one_class=data.one_class)
-    skew = None
-    if labels:
-        skew = partition.skew([label_of(row, data.label) for row in rows], parts)
-    return Federation(shards, task, tuple(findings), skew)
+    findings = check(shards, task, own, one_class=data.one_class)
+    objectives = {
+        client: objective_of(asked.objective, own.get(client, task), shards[client].train, client)
+        for client, asked in clients.items()
+        if asked.objective is not None
+    }
+    skew = _skew(rows, data, alike) if labels and alike else None
+    return Federation(shards, task, tuple(findings), skew, own, objectives)
+
+
+def own_task(
+    asked: ClientRecipe, recipe: TaskRecipe, data: DataRecipe, shared: Task, rows: Sequence[Row]
+) -> Task:
+    """A client's own task: what it does not say is the recipe's; its labels may be its rows'."""
+    told = asked.task or OwnTaskRecipe()
+    columns = {k: getattr(asked, k) for k in ("text", "label", "prompt")}
+    data = data.model_copy(update={k: v for k, v in columns.items() if v is not None})
+    mine = told.model_dump(exclude_none=True)
+    if told.labels is None and asked.label is None and told.kind in (None, recipe.kind):
+        mine["labels"] = getattr(shared, "labels", ())
+    elif told.labels is None:
+        mine["labels"] = ()
+    recipe = recipe.model_copy(update=mine)
+    labels = labels_of(rows, recipe, data)
+    return make_task(recipe, data, cast("Any", shared).tokenizer, labels)
+
+
+def _has_own(asked: ClientRecipe | None) -> bool:
+    """Whether a client's task or columns differ from the recipe's."""
+    return asked is not None and any((asked.task, asked.text, asked.label, asked.prompt))
+
+
+def _skew(rows: Sequence[Row], data: DataRecipe, parts: Mapping[str, list[int]]) -> float:
+    """The label skew of the clients with the recipe's task."""
+    used = sorted(n for held in parts.values() for n in held)
+    place = {n: at for at, n in enumerate(used)}
+    names = [label_of(rows[n], data.label) for n in used]
+    return partition.skew(names, {c: [place[n] for n in held] for c, held in parts.items()})
 
 
 def divide(
@@ -105,10 +172,10 @@ def divide(
 
 def label_table(federation: Federation) -> list[tuple[str, int, int, int, dict[str, int]]]:
     """Client, rows of train, validation and test, and how often each label is in train."""
-    task = federation.task
     out: list[tuple[str, int, int, int, dict[str, int]]] = []
     for client, shard in federation.shards.items():
         counts: dict[str, int] = {}
+        task = federation.task_of(client)
         if isinstance(task, Classification):
             found = Counter(label for label in shard.train.labels if isinstance(label, int))
             counts = {name: found.get(n, 0) for n, name in enumerate(task.labels)}

@@ -11,9 +11,15 @@ from flexp.errors import DataError
 
 
 def check(
-    shards: Mapping[str, Shard], task: Task, *, one_class: Literal["refuse", "allow"] = "refuse"
+    shards: Mapping[str, Shard],
+    task: Task,
+    own: Mapping[str, Task] | None = None,
+    *,
+    one_class: Literal["refuse", "allow"] = "refuse",
 ) -> list[str]:
     """Findings in plain sentences; raises DataError for what would make the results wrong.
+
+    ``own`` are the tasks of clients that have another than ``task``.
 
     Wrong are: no clients, a client without training rows, a row in two places, and, unless allowed,
     a client whose training rows are all of one class.
@@ -27,7 +33,11 @@ def check(
                 "or leave the client out."
             )
     _apart(shards)
-    findings = [found for client, shard in shards.items() for found in _alike(client, shard, task)]
+    findings = [
+        found
+        for client, shard in shards.items()
+        for found in _alike(client, shard, (own or {}).get(client, task))
+    ]
     if findings and one_class == "refuse":
         raise DataError(
             f"{findings[0]} {_others(len(findings) - 1)}Raise data.alpha, give each client more "

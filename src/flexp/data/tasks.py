@@ -33,6 +33,7 @@ __all__ = [
     "Task",
     "label_names",
     "log_prior",
+    "shifted",
 ]
 
 
@@ -58,6 +59,12 @@ class Task(Protocol):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor: ...
     def measure(self, logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]: ...
     def finish(self, sums: Sums) -> dict[str, float]: ...
+
+
+class Loss(Protocol):
+    """A mean loss in nats: a task's own, or what a client minimises instead."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ class Balanced:
     it is served with log p(y) added, anywhere else without. ``log_prior``: [labels], add-one.
     """
 
-    task: Task
+    task: Loss
     log_prior: Tensor
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -189,7 +196,7 @@ class CausalLM:
         return Batch(pad(picked.ids, _filler(self.tokenizer), self.side), labels)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        flat, targets = _shifted(logits, labels)
+        flat, targets = shifted(logits, labels)
         return functional.cross_entropy(wide(flat), targets, ignore_index=IGNORED)
 
     def fused(self, hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tensor:
@@ -197,12 +204,12 @@ class CausalLM:
 
         Logits of all tokens are never there at once, and of a prompt or padding never at all.
         """
-        flat, targets = _shifted(hidden, labels)
+        flat, targets = shifted(hidden, labels)
         wanted = targets != IGNORED
         return chunked_loss(flat[wanted], output, targets[wanted])
 
     def measure(self, logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
-        flat, targets = _shifted(logits, labels)
+        flat, targets = shifted(logits, labels)
         wanted = targets != IGNORED
         return counted(wide(flat[wanted]), targets[wanted])
 
@@ -282,7 +289,7 @@ def _positive(max_length: int) -> None:
         raise DataError(f"max_length is {max_length}. Set it to 4 or more.")
 
 
-def _shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [BT, V] against the token after each; moving the logits would copy them."""
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return logits.flatten(0, 1), targets.flatten()

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flexp.data.tasks import Loss, Task
 from flexp.link.metered import Ledger
+from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
 from flexp.parcel import Parcel
 from flexp.strategies.base import ClientId, Strategy, Turn
@@ -26,6 +28,15 @@ class Assignment:
     seat: Seat
     offer: Parcel
     before: int = 0
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a client has otherwise than the rest: a task, a backbone with its head, an objective."""
+
+    task: Task
+    backbone: Backbone
+    objective: Loss | None = None
 
 
 @dataclass(frozen=True)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from flexp.client.desk import Desk, Training
 from flexp.client.memory import Memory
-from flexp.client.turn import Client, hand_in
+from flexp.client.turn import ALONE, Client, hand_in
 from flexp.data.examples import Examples, Shard
 from flexp.data.tasks import Task
 from flexp.dice import Dice
-from flexp.engine.base import Arrival, Assignment, Failure, Give, Measured
+from flexp.engine.base import Arrival, Assignment, Failure, Give, Measured, Own
 from flexp.engine.flow import Flow
+from flexp.link.apart import NoLink
 from flexp.link.local import LocalLink
 from flexp.link.messages import Link
 from flexp.link.metered import Ledger, MeteredLink
 from flexp.model.adapter import Kind, alpha_of, dropout_of
 from flexp.model.backbone import Backbone
+from flexp.model.cut import Seat, uncut
 from flexp.model.meter import Meter
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
@@ -29,6 +32,8 @@ from flexp.server.tenants import Tenants
 from flexp.server.trunk import Trunk
 from flexp.strategies.base import ClientId, Strategy, Turn
 from flexp.tensors import Tensors
+
+PERSONAL = "personal"  # the slot that a client trains when it is alone
 
 
 class LocalEngine:
@@ -48,16 +53,18 @@ class LocalEngine:
         wrap: Callable[[ClientId, Link], Link] = lambda client, link: link,
         keep_crossings: bool = False,
         pool: Examples | None = None,
+        own: Mapping[ClientId, Own] | None = None,
     ) -> None:
         self.backbone, self.task, self.shards = backbone, task, shards
         self.kind, self.training, self.dice = kind, training, dice
         self.profile: Profile = profile
         self.pool = pool  # everybody's training rows, for a method that is not federated
+        self.own = own or {}
         self.name, self.keep_crossings = run, keep_crossings
         self.wrap: Callable[[ClientId, Link], Link] = wrap
         self.measures = False  # whether turns are measured, which takes a little time
         self.memories: dict[ClientId, Memory] = {c: Memory() for c in shards}
-        self.begun: dict[tuple[Kind, int | None, float | None], Tensors] = {}
+        self.begun: dict[tuple[int, Kind, int | None, float | None], Tensors] = {}
         self.tenants = Tenants(backbone, self.initial)
         self.trunk = Trunk(backbone, self.tenants, task, dropout=dropout_of(kind))
 
@@ -67,13 +74,27 @@ class LocalEngine:
 
     def initial(self, spec: SlotSpec, rank: int | None = None) -> Tensors:
         """The adapter that a slot begins with, the same on both sides."""
+        return self._begun(self.backbone, spec, rank)
+
+    def initial_of(self, client: ClientId, spec: SlotSpec, rank: int | None = None) -> Tensors:
+        """The same for a client, whose head may be its own."""
+        return self._begun(self.backbone_of(client), spec, rank)
+
+    def _begun(self, body: Backbone, spec: SlotSpec, rank: int | None) -> Tensors:
         kind, rows = spec.kind or self.kind, spec.head_rows
-        if (kind, rank, rows) not in self.begun:
-            begun = self.backbone.initial(kind, self.dice("initial"), rank)
-            self.begun[kind, rank, rows] = (
-                begun if rows is None else self.backbone.scaled(begun, rows)
-            )
-        return self.begun[kind, rank, rows]
+        key = (0 if body is self.backbone else id(body), kind, rank, rows)
+        if key not in self.begun:
+            begun = body.initial(kind, self.dice("initial"), rank)
+            self.begun[key] = begun if rows is None else body.scaled(begun, rows)
+        return self.begun[key]
+
+    def backbone_of(self, client: ClientId) -> Backbone:
+        """The backbone of a client's side: the server's, or one with its own head."""
+        return self.own[client].backbone if client in self.own else self.backbone
+
+    def task_of(self, client: ClientId) -> Task:
+        """What a client learns."""
+        return self.own[client].task if client in self.own else self.task
 
     def run(
         self, strategy: Strategy[Any], work: Iterable[Assignment], turn: Turn
@@ -103,11 +124,9 @@ class LocalEngine:
             desk, offer = self._open(strategy, work, turn, ledger)
             with self._measuring(desk) as found:
                 hand_in(desk, strategy.train(desk, offer))
+            self.tenants.commit(work.client)
         except Exception as problem:  # noqa: BLE001 whatever a client does, the round goes on
-            self._undo(work.client)
-            failure = Failure(f"{type(problem).__name__}: {problem}")
-            seconds = time.monotonic() - started
-            return Arrival(work.client, failure=failure, seconds=seconds, ledger=ledger)
+            return self._failed(work.client, problem, started, ledger)
         home = self.tenants[work.client]
         rows = desk.rows if desk.model.far is None else home.rows
         seconds = time.monotonic() - started
@@ -119,6 +138,64 @@ class LocalEngine:
             ledger=ledger,
             measured=found[0] if found else None,
         )
+
+    def alone(self, strategy: Strategy[Any], work: Assignment, turn: Turn) -> Arrival:
+        """A turn without the server: the client trains its whole personal model by itself.
+
+        Unless it was alone in the round before, it first takes along what is offered and what is
+        far: all that crosses the link. ``work.seat`` is its ordinary seat.
+        """
+        started, ledger = time.monotonic(), Ledger(crossings=[] if self.keep_crossings else None)
+        try:
+            if self.memories[work.client].facts.get(ALONE) != turn.round - 1:
+                self._go(strategy, work, turn, ledger)
+            desk, _ = self._apart(strategy, work, turn)
+            with self._measuring(desk) as found:
+                reply = Parcel(facts=desk.fit(train=strategy.moving()))
+                hand_in(desk, reply, alone=turn.round)
+        except Exception as problem:  # noqa: BLE001 as in any turn
+            return self._failed(work.client, problem, started, ledger)
+        seconds, measured = time.monotonic() - started, found[0] if found else None
+        return Arrival(
+            work.client,
+            reply,
+            rows=desk.rows,
+            seconds=seconds,
+            ledger=ledger,
+            measured=measured,
+        )
+
+    def _go(self, strategy: Strategy[Any], work: Assignment, turn: Turn, ledger: Ledger) -> None:
+        """Moves a client to a seat with the whole model, its personal slot as it is offered."""
+        specs = self._solo(strategy)
+        if work.client not in self.tenants.homes:  # a copy for all is taken along from its seat
+            self.tenants.join(work.client, work.seat, specs, alpha=alpha_of(self.kind))
+        mine = {s: v for s, v in work.offer.adapters.items() if s == PERSONAL}
+        going = replace(work, seat=self._whole(work), offer=Parcel(mine))
+        desk, _ = self._open(strategy, going, turn, ledger, specs)
+        hand_in(desk, Parcel(), alone=turn.round - 1)
+        self.tenants.commit(work.client)
+
+    def _apart(self, strategy: Strategy[Any], work: Assignment, turn: Turn) -> tuple[Desk, Parcel]:
+        """The desk of a client that is alone: it has what it took along."""
+        work = replace(work, seat=self._whole(work))
+        return self._sit(NoLink(work.client), strategy, work, turn, self._solo(strategy))
+
+    def _whole(self, work: Assignment) -> Seat:
+        return replace(uncut(self.backbone.depth), rank=work.seat.rank)
+
+    def _solo(self, strategy: Strategy[Any]) -> dict[str, SlotSpec]:
+        """The slots of who is alone: the personal one lasts until it comes back."""
+        specs = self.training.specs(strategy.slots)
+        return {s: replace(v, lasts="run") if s == PERSONAL else v for s, v in specs.items()}
+
+    def _failed(
+        self, client: ClientId, problem: Exception, started: float, ledger: Ledger
+    ) -> Arrival:
+        self._undo(client)
+        failure = Failure(f"{type(problem).__name__}: {problem}")
+        seconds = time.monotonic() - started
+        return Arrival(client, failure=failure, seconds=seconds, ledger=ledger)
 
     @contextmanager
     def _measuring(self, desk: Desk) -> Generator[list[Measured]]:
@@ -140,20 +217,39 @@ class LocalEngine:
         self, strategy: Strategy[Any], work: Assignment, turn: Turn, ledger: Ledger
     ) -> Generator[tuple[Desk, Parcel]]:
         """A client's desk to look at, as after its last turn; nothing that happens there lasts."""
+        apart = work.client in turn.alone and ALONE in self.memories[work.client].facts
         try:
-            yield self._open(strategy, work, turn, ledger)
+            if apart:
+                yield self._apart(strategy, work, turn)
+            else:
+                yield self._open(strategy, work, turn, ledger)
         finally:
             self._undo(work.client)
 
     def _open(
-        self, strategy: Strategy[Any], work: Assignment, turn: Turn, ledger: Ledger
+        self,
+        strategy: Strategy[Any],
+        work: Assignment,
+        turn: Turn,
+        ledger: Ledger,
+        specs: Mapping[str, SlotSpec] | None = None,
     ) -> tuple[Desk, Parcel]:
         """Both sides of a turn: the tenancy at the server, and the client at its desk."""
-        name, specs = work.client, self.training.specs(strategy.specs())
+        name, specs = work.client, specs or self.training.specs(strategy.specs())
         self.trunk.tables.pop(name, None)
         self.tenants.join(name, work.seat, specs, offer=work.offer, alpha=alpha_of(self.kind))
         link = MeteredLink(self.wrap(name, LocalLink(name, self.trunk.handle)), ledger)
-        return self._client(name).open(
+        return self._sit(link, strategy, work, turn, specs)
+
+    def _sit(
+        self,
+        link: Link,
+        strategy: Strategy[Any],
+        work: Assignment,
+        turn: Turn,
+        specs: Mapping[str, SlotSpec],
+    ) -> tuple[Desk, Parcel]:
+        return self._client(work.client).open(
             link,
             work.seat,
             specs,
@@ -165,17 +261,19 @@ class LocalEngine:
         )
 
     def _client(self, name: ClientId) -> Client:
+        own = self.own.get(name)
         return Client(
             name,
-            self.backbone,
-            task=self.task,
+            self.backbone_of(name),
+            task=self.task_of(name),
+            objective=None if own is None else own.objective,
             shard=self.shards[name],
             pool=self.pool,
             memory=self.memories[name],
             dice=self.dice,
             kind=self.kind,
             training=self.training,
-            initial=self.initial,
+            initial=partial(self.initial_of, name),
             profile=self.profile,
         )
 

@@ -48,12 +48,16 @@ class Join:
 
 @dataclass(frozen=True)
 class Fetch:
-    """Asks for near parts of an offered slot, or (``far``) for the client's own far part of one."""
+    """Asks for near parts of an offered slot, or (``far``) for the client's own far part of one.
+
+    ``leaving``: for what was far until the client moved and is near now.
+    """
 
     key: StepKey
     slot: str
     far: bool = False
     where: Where = ALL
+    leaving: bool = False
 
     def tensors(self) -> Tensors:
         """The tensors on board, by name."""
@@ -62,7 +66,7 @@ class Fetch:
 
 @dataclass(frozen=True)
 class Put:
-    """Hands far tensors of a slot to the tenancy (after a change of cut)."""
+    """Hands tensors of a slot to the tenancy that were near until the client moved."""
 
     key: StepKey
     slot: str

@@ -72,7 +72,7 @@ class Backbone:
                 module.forward = Wearing(module, path, _worn_now)
         self._layouts: dict[tuple[Kind, int | None], Layout] = {}
         with lent(model, [block.forward for block in blocks], self.held):
-            self._check()
+            self.check(self)
             self.output = self._tapped() if chunked and task == "causal-lm" else None
 
     @classmethod
@@ -246,17 +246,18 @@ class Backbone:
             raise ModelError(f"The blocks of {self.name} do not pass on one hidden state.")
         return in_tuple, int(first.shape[-1])
 
-    def _check(self) -> None:
+    def check(self, trunk: Backbone) -> None:
+        """Raises ModelError unless a cut forward, its trunk run by ``trunk``, is the whole one."""
         inputs = self._on_device(self._sample())
         cut, last = max(1, self.depth // 3), self.depth - 1
-        blank = self.blanks(
+        blank = trunk.blanks(
             {k: tuple(v.shape) for k, v in inputs.items()}, inputs.get("attention_mask")
         )
         with torch.no_grad():
             whole = self.run(inputs)
             try:
                 front = self.run(inputs, last=cut)
-                middle = self.run(blank, first=cut, last=last, feed=front)
+                middle = trunk.run(blank, first=cut, last=last, feed=front)
                 cut_up = self.run(inputs, first=last, feed=middle)
             except (KeyError, TypeError, RuntimeError, IndexError, AttributeError) as problem:
                 raise ModelError(f"{self.name} cannot be cut: {problem}") from problem

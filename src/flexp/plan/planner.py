@@ -16,10 +16,10 @@ from flexp.errors import PlanError
 from flexp.plan.aims import Aims
 from flexp.plan.costs import BlockCosts
 from flexp.plan.devices import Device, Server, format_bytes
-from flexp.plan.fleet import best
 from flexp.plan.options import Limits, Option, fitting, trunk_bytes
 from flexp.plan.prices import Item, Shared
 from flexp.plan.reasons import Problem, how, problem_of, server_full, too_small, why
+from flexp.plan.search import best
 from flexp.plan.work import BlockWork
 
 Goal = Literal["optimized", "memory_only", "static", "random"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexp.errors import CutError, EgressError
 from flexp.model.cut import Labels
-from flexp.tensors import ALL, Place, Where
+from flexp.tensors import ALL, FAR, Place, Where
 
 Profile = Literal["open", "u-shape"]
 
@@ -28,12 +28,16 @@ class Leave:
 
 @dataclass(frozen=True)
 class Egress:
-    """Checks every outgoing tensor; the structural ones come with the cut itself."""
+    """Checks every outgoing tensor; the structural ones come with the cut itself.
+
+    ``moved`` are the names under which blocks leave that are far since the client sits elsewhere.
+    """
 
     leaves: Sequence[Leave]
     labels: Labels
     profile: Profile
     place: Callable[[str], Place]
+    moved: frozenset[str] = frozenset()
 
     def structural(self) -> tuple[Leave, ...]:
         """What the cut alone sends, whatever the method."""
@@ -43,8 +47,12 @@ class Egress:
             Leave("grad", when="every step", why="the server's adapters learn from it"),
             Leave("coef/*", when="every step", why="weights of a mix, one number per block"),
         )
-        more = (Leave("labels", when="every step", why="the loss is computed at the server"),)
-        return out + more if self.labels == "loss" else out
+        if self.labels == "loss":
+            why = "the loss is computed at the server"
+            out += (Leave("labels", when="every step", why=why),)
+        if self.moved:
+            out += (Leave("slot/*", FAR, "after a change of seat", "a block moved to the server"),)
+        return out
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises EgressError if any tensor is not declared."""
@@ -57,6 +65,8 @@ class Egress:
 
     def _declared(self, name: str) -> bool:
         kind, _, rest = name.partition("/")
+        if name in self.moved:
+            return True
         if kind == "slot":
             slot, _, tensor = rest.partition("/base_model.")
             slot, tensor = (slot, f"base_model.{tensor}") if tensor else rest.rsplit("/", 1)

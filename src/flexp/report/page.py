@@ -110,6 +110,12 @@ def fleet(runs: Sequence[Run], formats: Formats) -> Html:
         if len(plans) > 1:
             parts.append(tag("h3", ", ".join(run.label for run in alike)))
         parts.append(_seats(alike[0], seats, formats))
+        told = [
+            f"Round {move.round + 1}: {move.client} sits on {move.device}, {move.front} | "
+            f"{server_blocks(alike[0], move)} | {move.back} ({move.reason})"
+            for move in alike[0].moves
+        ]
+        parts += [tag("ul", *(tag("li", line) for line in told))] if told else []
     looks = (
         ((1, 0, 0), "front, at the device"),
         ((0, 1, 0), "at the server"),

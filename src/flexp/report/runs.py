@@ -17,6 +17,7 @@ from flexp.events import (
     RunEnded,
     RunStarted,
     Scored,
+    SeatMoved,
     SeatTaken,
     TurnEnded,
     TurnFailed,
@@ -46,6 +47,10 @@ class Run:
     @property
     def seats(self) -> tuple[SeatTaken, ...]:
         return tuple(e for e in self.events if isinstance(e, SeatTaken))
+
+    @property
+    def moves(self) -> tuple[SeatMoved, ...]:
+        return tuple(e for e in self.events if isinstance(e, SeatMoved))
 
     @property
     def turns(self) -> tuple[TurnEnded, ...]:
@@ -218,6 +223,7 @@ def _plain(run: Run) -> dict[str, Any]:
         "ended": run.ended,
         "rounds": rounds_done(run),
         "seats": [asdict(seat) | {"server": server_blocks(run, seat)} for seat in run.seats],
+        "moves": [asdict(seat) | {"server": server_blocks(run, seat)} for seat in run.moves],
         "loss": {c: [held.get(r) for r in rounds] for c, held in losses(run).items()},
         "scores": [asdict(score) for score in scores(run)],
         "bytes": {c: {"sent": s, "received": r} for c, (s, r) in traffic(run).items()},
@@ -227,7 +233,7 @@ def _plain(run: Run) -> dict[str, Any]:
     return _finite(document)
 
 
-def server_blocks(run: Run, seat: SeatTaken) -> int | None:
+def server_blocks(run: Run, seat: SeatTaken | SeatMoved) -> int | None:
     """Blocks of the model that the server holds for a seat."""
     return None if run.blocks is None else run.blocks - seat.front - seat.back
 

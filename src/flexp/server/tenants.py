@@ -16,14 +16,18 @@ from flexp.model.cut import Seat, uncut
 from flexp.model.ops import Initial, Op, Optim, SlotSpec, Step
 from flexp.model.slots import Slots, moments
 from flexp.parcel import JSON, Facts, Parcel
-from flexp.tensors import ALL, BlockScalars, Place, Tensors, Where, select
+from flexp.tensors import ALL, FAR, NEAR, BlockScalars, Place, Tensors, Where, select
 
 Held = dict[str, Tensors]
 
 
 @dataclass
 class Tenancy:
-    """One client's residence: its seat, its far slots, and what it was offered for this turn."""
+    """One client's residence: its seat, its far slots, and what it was offered for this turn.
+
+    After a change of seat, ``leaving`` waits for the client to fetch it. ``there`` are the names by
+    slot that it need not hand in, ``awaited`` the far tensors (slot, name) that have yet to come.
+    """
 
     client: str
     seat: Seat
@@ -36,9 +40,13 @@ class Tenancy:
     counted: int = -1
     reply: Parcel | None = None
     counted_rows: int = 0
-    before: tuple[Held, Held, int] | None = None
+    before: tuple[Seat, Held, Held, int] | None = None
     seen: int = 0  # steps of server slots before its newest forward
     stepped: int = 0  # its own of this turn
+    moving: bool = False
+    leaving: Held = field(default_factory=dict[str, Tensors])
+    there: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
+    awaited: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
 
 
 class Tenants:
@@ -64,44 +72,87 @@ class Tenants:
         offer: Parcel | None = None,
         alpha: float = 16.0,
     ) -> None:
-        """Opens a client's turn: what lasts is kept, the rest begins anew, offers are put in."""
+        """Opens a client's turn: what lasts is kept, the rest begins anew, offers are put in.
+
+        At another seat than before, what lasts moves: see ``_move``. CutError at another rank.
+        """
         home = self.homes.get(client)
         if home is None:
             held = Slots(self._placer(seat), self.backbone.depth, alpha)
             home = self.homes[client] = Tenancy(client, seat, slots, held)
-        elif home.seat != seat:
-            if home.slots.lasting(slots) & home.slots.values.keys():
-                raise CutError(
-                    f'Client "{client}" moved from cut {home.seat.cut} to {seat.cut} between '
-                    "turns, and adapters that last would be lost. Recut it within a turn first."
-                )
-            self.recut(client, seat)
+        shared = dict(self.shared.values)
+        home.before = (home.seat, dict(home.slots.values), shared, self.steps)
         home.specs, home.rows, home.counted, home.reply = slots, 0, -1, None
         home.counted_rows = 0
-        home.before = (dict(home.slots.values), dict(self.shared.values), self.steps)
         home.seen, home.stepped = self.steps, 0
+        home.moving, home.leaving, home.there, home.awaited = False, {}, {}, set()
         home.slots.alpha = alpha
         home.slots.end_turn(slots)
         offer = offer or Parcel()
+        if home.seat != seat:
+            self._move(home, seat, offer)
         for slot, spec in slots.items():
             self._begin(home, slot, spec)
         for slot, tensors in offer.adapters.items():
-            self.put(client, slot, select(tensors, Where(side="far"), home.slots.place))
+            self.put(client, slot, select(tensors, FAR, home.slots.place))
         home.offered = {
-            slot: select(tensors, Where(side="near"), home.slots.place)
+            slot: select(tensors, NEAR, home.slots.place)
             for slot, tensors in offer.adapters.items()
         }
         home.loose, home.facts = offer.tensors, offer.facts
 
+    def _move(self, home: Tenancy, seat: Seat, offer: Parcel) -> None:
+        """Takes another seat: what is near from now on leaves, what is far is awaited.
+
+        Nothing is awaited that is offered, or of which the server has the one copy for all.
+        """
+        seat.check(self.backbone.depth, open_profile=True, who=home.client)
+        lasting = sorted(home.slots.lasting(home.specs))
+        there = {s: self._far(home, s) for s in lasting}
+        if seat.rank != home.seat.rank and home.slots.values:
+            raise CutError(
+                f'Client "{home.client}" moved from rank {home.seat.rank} to {seat.rank}, but its '
+                "adapters last and keep their rank. Only its cut and its device may change."
+            )
+        home.seat, home.moving = seat, True
+        home.slots.place = self._placer(seat)
+        home.leaving = {s: select(v, NEAR, home.slots.place) for s, v in there.items()}
+        home.slots.values = {
+            s: select(v, FAR, home.slots.place) for s, v in home.slots.values.items()
+        }
+        home.there = {s: self._present(home, s) | offer.adapters.get(s, {}).keys() for s in lasting}
+        for slot in [s for s in lasting if s in home.specs and s in home.slots.values]:
+            names = select(self.initial(home.specs[slot], seat.rank), FAR, home.slots.place)
+            home.awaited |= {(slot, name) for name in names if name not in home.there[slot]}
+
+    def _far(self, home: Tenancy, slot: str) -> Tensors:
+        """What a tenancy has of a slot, by its seat: the one copy of all, or its own."""
+        spec = home.specs.get(slot.partition("@")[0])
+        held = self.shared if spec is not None and spec.home == "server" else home.slots
+        return select(held.values.get(slot, {}), FAR, home.slots.place)
+
+    def _present(self, home: Tenancy, slot: str) -> set[str]:
+        """Names of a slot that are far already; moments of a copy for all come with its values."""
+        owner = slot.partition("@")[0]
+        shared = owner in home.specs and home.specs[owner].home == "server"
+        return set(self._far(home, owner if shared else slot))
+
     def _begin(self, home: Tenancy, slot: str, spec: SlotSpec) -> None:
-        far = Where(side="far")
-        if spec.home == "server" and slot not in self.shared.values:
-            self.shared.put(slot, self.initial(spec, home.seat.rank))
-        if slot not in home.slots.values:
+        if spec.home == "server":
+            self._begin_shared(home, slot, spec)
+        elif slot not in home.slots.values:
             value = self.initial(spec, home.seat.rank)
-            home.slots.put(slot, select(value, far, home.slots.place))
+            home.slots.put(slot, select(value, FAR, home.slots.place))
         if spec.optim is not None:
             home.slots.optims[slot] = spec.optim
+
+    def _begin_shared(self, home: Tenancy, slot: str, spec: SlotSpec) -> None:
+        """The one copy has a tensor from when the first client has it far."""
+        value = select(self.initial(spec, home.seat.rank), FAR, home.slots.place)
+        held = self.shared.values.get(slot, {})
+        fresh = {k: v.clone() for k, v in value.items() if (slot, k) not in home.awaited}
+        self.shared.values[slot] = {**fresh, **held}
+        home.slots.put(slot, select(self.shared.values[slot], FAR, home.slots.place))
 
     def optims(self, client: str, optims: Mapping[str, Optim]) -> None:
         """Sets the optimizers that the client trains with."""
@@ -147,18 +198,35 @@ class Tenants:
         self.wear_shared(home)
         return {s: select(home.slots[s], where, home.slots.place) for s in slots}
 
-    def recut(self, client: str, seat: Seat) -> None:
-        """Moves a client to another seat: blocks that are no longer far are dropped.
-
-        The client fetches those before, and puts the ones that become far after.
-        """
+    def hand_in(self, client: str, slot: str, tensors: Mapping[str, Tensor]) -> None:
+        """Takes in what a client that moves had near; LinkError for anything else."""
         home = self[client]
-        seat.check(self.backbone.depth, open_profile=True, who=client)
-        home.seat = seat
-        home.slots.place = self._placer(seat)
-        home.slots.values = {
-            s: select(v, Where(side="far"), home.slots.place) for s, v in home.slots.values.items()
-        }
+        there = home.there.get(slot)
+        if there is None or there & tensors.keys():
+            raise LinkError(
+                f'Client "{client}" handed in tensors of slot "{slot}", but no block of them has '
+                "moved to the server."
+            )
+        self.put(client, slot, tensors)
+        if home.specs[slot.partition("@")[0]].home == "server":
+            held, fresh = self.shared.values.get(slot, {}), home.slots.values[slot]
+            self.shared.values[slot] = {**held, **{k: fresh[k] for k in tensors}}
+        there.update(tensors)
+        home.awaited -= {(slot, name) for name in tensors}
+
+    def settled(self, client: str) -> None:
+        """LinkError if a client that moved has not handed in what has become far."""
+        missing = sorted(self[client].awaited)
+        if missing:
+            slot, name = missing[0]
+            raise LinkError(
+                f'Client "{client}" has moved, but "{name}" of slot "{slot}" and '
+                f"{len(missing) - 1} more have not come. Hand them in first."
+            )
+
+    def commit(self, client: str) -> None:
+        """Makes the turn that is over count."""
+        self[client].before = None
 
     def rollback(self, client: str) -> None:
         """Takes the tenancy back to what it was before the turn that failed.
@@ -168,7 +236,8 @@ class Tenants:
         """
         home = self.homes.get(client)
         if home is not None and home.before is not None:
-            slots, shared, steps = home.before
+            seat, slots, shared, steps = home.before
+            home.seat, home.slots.place = seat, self._placer(seat)
             home.slots.values, home.slots.grads = dict(slots), {}
             if self.steps == steps + home.stepped:
                 self.shared.values = dict(shared)
@@ -178,6 +247,7 @@ class Tenants:
         home = self[client]
         home.slots.end_turn(home.specs)
         home.offered, home.loose, home.facts = {}, {}, {}
+        home.moving, home.leaving, home.there = False, {}, {}
 
     # ---- slots with one far copy for all
 
@@ -188,7 +258,7 @@ class Tenants:
                 for name in (slot, *moments(slot)):
                     if name in self.shared.values:
                         home.slots.values[name] = select(
-                            self.shared.values[name], Where(side="far"), home.slots.place
+                            self.shared.values[name], FAR, home.slots.place
                         )
 
     def return_shared(self, home: Tenancy) -> None:

@@ -29,7 +29,7 @@ from flexp.model.dress import Leaves, dress, dropping
 from flexp.model.meter import Meter
 from flexp.model.personal import Objective
 from flexp.model.worn import Worn
-from flexp.parcel import Parcel
+from flexp.parcel import JSON, Parcel
 from flexp.server.steps import StepTable
 from flexp.server.tenants import Tenancy, Tenants
 from flexp.tensors import PerRow, select, terms
@@ -97,22 +97,24 @@ class Trunk:
 
     def _carried_out(self, home: Tenancy, message: Message) -> Answer:
         client = home.client
+        if isinstance(message, Fetch):
+            return self._fetch(home, message)
+        if isinstance(message, Join):
+            return self._join(home, message)
+        if isinstance(message, Put):
+            self.tenants.hand_in(client, message.slot, message.values)
+            return Answer()
+        self.tenants.settled(client)
+        return self._at_work(home, message)
+
+    def _at_work(self, home: Tenancy, message: Forward | Backward | Do | Submit | Leave) -> Answer:
         if isinstance(message, Forward):
             return self._forward(home, message)
         if isinstance(message, Backward):
             return self._backward(home, message)
         if isinstance(message, Do):
-            return Answer(scalars=tuple(self.tenants.do(client, message.ops)))
-        if isinstance(message, Fetch):
-            return self._fetch(home, message)
-        if isinstance(message, Join):
-            return self._join(home, message)
-        if isinstance(message, Submit):
-            return self._submit(home, message)
-        if isinstance(message, Put):
-            self.tenants.put(client, message.slot, message.values)
-            return Answer()
-        return self._leave(home, message)
+            return Answer(scalars=tuple(self.tenants.do(home.client, message.ops)))
+        return self._submit(home, message) if isinstance(message, Submit) else self._leave(home)
 
     def _join(self, home: Tenancy, message: Join) -> Answer:
         if message.seat != home.seat:
@@ -124,10 +126,17 @@ class Trunk:
         self.pending[home.client] = {}
         offered = {slot: sorted(held) for slot, held in home.offered.items()}
         loose = {f"tensor/{k}": v for k, v in home.loose.items()}
-        return Answer(loose, facts={"offered": offered, "facts": dict(home.facts)})
+        facts: dict[str, JSON] = {"offered": offered, "facts": dict(home.facts), "moved": None}
+        if home.moving:
+            there = {slot: sorted(names) for slot, names in home.there.items()}
+            leaving = [slot for slot, held in home.leaving.items() if held]
+            facts["moved"] = {"leaving": leaving, "there": there}
+        return Answer(loose, facts=facts)
 
     def _fetch(self, home: Tenancy, message: Fetch) -> Answer:
-        if message.far:
+        if message.leaving:
+            held = home.leaving.get(message.slot, {})
+        elif message.far:
             held = self.tenants.take(home.client, [message.slot], message.where)[message.slot]
         else:
             held = home.offered.get(message.slot, {})
@@ -142,8 +151,7 @@ class Trunk:
         home.reply = Parcel(adapters, dict(message.loose), message.facts)
         return Answer()
 
-    def _leave(self, home: Tenancy, message: Leave) -> Answer:
-        del message
+    def _leave(self, home: Tenancy) -> Answer:
         self.pending.pop(home.client, None)
         self.tenants.leave(home.client)
         return Answer()

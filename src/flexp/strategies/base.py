@@ -8,7 +8,7 @@ is offered and joins what comes back, so the same file runs whole and at any cut
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
@@ -21,7 +21,7 @@ from flexp.model.cut import Seat
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
-from flexp.tensors import NONE, Tensors, Wear, Where, select
+from flexp.tensors import ALL, NONE, Place, Tensors, Wear, Where, select
 
 ClientId = str
 State = TypeVar("State")
@@ -34,7 +34,8 @@ MethodKind = Literal[
 class Setting:
     """What a method is asked to run in, known before any weight is read.
 
-    ``head`` is whether the adapter has tensors after the last block.
+    ``head`` is whether the adapter has tensors after the last block. ``heads`` are the kinds of
+    task and the labels by client, where some have their own.
     """
 
     task: str
@@ -42,6 +43,9 @@ class Setting:
     seats: Mapping[ClientId, Seat]
     depth: int
     head: bool
+    heads: Mapping[ClientId, tuple[str, ...]] = field(
+        default_factory=dict[ClientId, tuple[str, ...]]
+    )
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Turn:
     """Which round and wave it is. ``rows`` are training rows as the server saw them in this turn.
 
     Of a client without a server part the server sees none; then they are the client's claim.
-    ``chosen`` are the clients of the whole round.
+    ``chosen`` are the clients of the whole round; ``alone`` are those that train without the server
+    in it, of which a method sees nothing.
     """
 
     round: int
@@ -71,6 +76,7 @@ class Turn:
     block_of: Callable[[str], int]
     depth: int
     chosen: tuple[ClientId, ...] = ()
+    alone: tuple[ClientId, ...] = ()
 
     def select(self, client: ClientId, tensors: Tensors, where: Where) -> Tensors:
         """The part of an adapter that a selection takes at that client's cut."""
@@ -96,6 +102,7 @@ class Strategy(Protocol[State]):
 
     The first line of the class's docstring is what `flexp methods` says that it does. ``own`` is
     the part of what it serves that may differ between clients; the rest is equal for all.
+    ``alone``: whether a client may go on training its slot "personal" without the server.
     """
 
     name: ClassVar[str]
@@ -104,12 +111,29 @@ class Strategy(Protocol[State]):
     own: ClassVar[Where] = NONE
     reconstruction: ClassVar[str] = ""
     split: ClassVar[str] = "yes"
+    alone: ClassVar[bool] = True
     slots: ClassVar[Mapping[str, SlotSpec]]
     leaves: ClassVar[tuple[Leave, ...]] = ()
 
     def refuses(self, setting: Setting) -> str:
         """Why the method cannot run in this setting, and what to change; empty if it can."""
-        return self.unequal_ranks(setting)
+        return self.unequal_ranks(setting) or self.unequal_heads(setting)
+
+    def unequal_heads(self, setting: Setting) -> str:
+        """The refusal of methods for which heads or rows of all clients come together."""
+        groups: dict[tuple[str, ...], list[ClientId]] = {}
+        for client, space in setting.heads.items():
+            groups.setdefault(space, []).append(client)
+        head = Place("near", "head", setting.depth, setting.depth)
+        leaves = setting.head and any(leave.where.holds("head", head) for leave in self.leaves)
+        if len(groups) < 2 or not (leaves or self.kind == "centralised"):
+            return ""
+        odd = sorted(groups.values(), key=len)[:-1]
+        names = ", ".join(f'"{client}"' for group in odd for client in group)
+        return (
+            f"it brings the heads of all clients together, but {names} learn other labels or "
+            "another task. Remove them from clients, or choose a method whose heads stay near."
+        )
 
     def unequal_ranks(self, setting: Setting) -> str:
         """The refusal of methods that average factors of all clients."""
@@ -130,6 +154,10 @@ class Strategy(Protocol[State]):
     def owns(self) -> Where:
         """What ``own`` is in this setting of the method."""
         return self.own
+
+    def moving(self) -> Where:
+        """What of its personal model trains when a client is alone."""
+        return ALL
 
     def start(self, scene: Scene) -> State:
         """The server's state before the first round."""

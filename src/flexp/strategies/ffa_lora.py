@@ -35,7 +35,7 @@ class FfaLora(FedAvg):
     def refuses(self, setting: Setting) -> str:
         if not isinstance(setting.adapter, Lora):
             return "it freezes LoRA's A, and this adapter has none. Set adapter.kind=lora."
-        return self.unequal_ranks(setting)
+        return super().refuses(setting)
 
     def start(self, scene: Scene) -> Tensors:
         begun = scene.initial(self.slots["personal"])

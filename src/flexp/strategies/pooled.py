@@ -36,6 +36,7 @@ class Pooled(Strategy[Centre]):
     paper: ClassVar[str] = "no federation"
     kind: ClassVar[MethodKind] = "centralised"
     split: ClassVar[str] = "no: all rows and the whole model are in one place."
+    alone: ClassVar[bool] = False
     slots: ClassVar[Mapping[str, SlotSpec]] = {"personal": SlotSpec(lasts="run", moments="keep")}
     leaves: ClassVar[tuple[Leave, ...]] = (
         Leave("rows", when="before the run", why="all rows are put in one place"),
@@ -43,7 +44,7 @@ class Pooled(Strategy[Centre]):
     )
 
     def refuses(self, setting: Setting) -> str:
-        return ""  # one model in one place: no cut and no rank to agree on
+        return self.unequal_heads(setting)  # one place: no cut and no rank to agree on
 
     def start(self, scene: Scene) -> Centre:
         return Centre(scene.clients[0], scene.initial(self.slots["personal"]))

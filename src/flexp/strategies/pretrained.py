@@ -20,6 +20,7 @@ class Base(Strategy[None]):
     name: ClassVar[str] = "base"
     paper: ClassVar[str] = "the pretrained model"
     kind: ClassVar[MethodKind] = "reference"
+    alone: ClassVar[bool] = False
     slots: ClassVar[Mapping[str, SlotSpec]] = {"personal": SlotSpec()}
 
     def start(self, scene: Scene) -> None:

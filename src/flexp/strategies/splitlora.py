@@ -39,7 +39,7 @@ class SplitLora(SplitFedV2):
             return "both sides train LoRA. Set adapter.kind=lora."
         if self.every < 1:
             return f"every is {self.every}: client adapters are averaged after 1 or more rounds."
-        return self.unequal_ranks(setting)
+        return super().refuses(setting)
 
     def due(self, round: int) -> bool:
         return (round + 1) % self.every == 0

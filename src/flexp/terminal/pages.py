@@ -18,14 +18,12 @@ def show_run(document: Row, console: Console) -> None:
     """Own and global scores per client, and where everything was written."""
     rows: list[Row] = document["rows"]
     metric = rows[0]["metric"] if rows else "accuracy"
-    clients = list(dict.fromkeys(row["client"] for row in rows))
-    lines = [
-        [
-            client,
-            *(shown(metric, value_of(rows, client, data, metric)) for data in ("own", "global")),
-        ]
-        for client in clients
-    ]
+    main = {row["client"]: row["metric"] for row in reversed(rows)}  # a client's first one
+    lines: list[list[str]] = []
+    for client in dict.fromkeys(row["client"] for row in rows):
+        mine = main[client]
+        pair = [shown(mine, value_of(rows, client, data, mine)) for data in ("own", "global")]
+        lines.append([client if mine == metric else f"{client} ({mine})", *pair])
     title = f"{document['method']}: {metric} of each personal model on its own and on all test data"
     console.print(grid(title, ["client", "own", "global"], lines))
     console.print(f"Results, events and checkpoints: {document['out']}", highlight=False)
@@ -110,14 +108,14 @@ def show_doctor(document: Row, console: Console) -> None:
     console.print(grid("This machine", ["what", "value"], lines))
     if "clients" not in document:
         return
-    names = list(document["clients"][0]["labels"])
+    names = list(dict.fromkeys(label for c in document["clients"] for label in c["labels"]))
     rows = [
         [
             c["client"],
             str(c["train"]),
             str(c["val"]),
             str(c["test"]),
-            *map(str, c["labels"].values()),
+            *(str(c["labels"].get(name, "")) for name in names),
         ]
         for c in document["clients"]
     ]

@@ -38,6 +38,10 @@ def show_plan(document: Row, console: Console) -> None:
     console.print(grid(title, [*columns, *(["time"] if timed else [])], lines))
     for reason in dict.fromkeys(f"{s['device']}: {s['reason']}" for s in document["seats"]):
         console.print(reason, highlight=False, markup=False)
+    for move in document["changes"]:
+        where = f"{move['client']} on {move['device']}, {blocks(move)}"
+        told = f"from round {move['round']}: {where}: {move['reason']}"
+        console.print(told, highlight=False, markup=False)
 
 
 def show_cuts(document: Row, console: Console, *, every: bool = False) -> None:

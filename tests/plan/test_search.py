@@ -23,11 +23,11 @@ from flexp.plan import (
     near_bytes,
     plan,
 )
-from flexp.plan.fleet import best
 from flexp.plan.options import Option, menu, trunk_bytes
 from flexp.plan.planner import ROOM, SCALE, score
 from flexp.plan.prices import Item, Shared
 from flexp.plan.reasons import Problem
+from flexp.plan.search import best
 from flexp.plan.work import BlockWork
 
 MB = 10**6

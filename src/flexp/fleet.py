@@ -1,0 +1,152 @@
+"""Who sits where, and who is there, round by round: a recipe's changes and its participation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flexp.errors import PlanError, nearest
+from flexp.model.cut import Seat
+from flexp.plan.costs import BlockCosts, near_bytes
+from flexp.plan.devices import Device, format_bytes
+from flexp.plan.work import BlockWork
+from flexp.recipe import PlanRecipe, Recipe
+from flexp.recipe_clients import ChangeRecipe, ParticipationRecipe
+from flexp.seating import Placed, devices_of, place
+from flexp.strategies.base import ClientId
+
+BY_CLIENT = ("cuts", "assign", "ranks")  # of a plan
+
+
+@dataclass(frozen=True)
+class Move:
+    """From this round on, a client sits elsewhere."""
+
+    round: int
+    client: ClientId
+    placed: Placed
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Everybody's place in round 0, who moves when, and who is there; rounds count from 0.
+
+    ``solo``: whether clients may train alone with this method; else who would is just not there.
+    """
+
+    placed: Mapping[ClientId, Placed]
+    moves: tuple[Move, ...] = ()
+    presence: Mapping[ClientId, ParticipationRecipe] = field(
+        default_factory=dict[ClientId, ParticipationRecipe]
+    )
+    solo: bool = True
+
+    def placed_at(self, round: int) -> dict[ClientId, Placed]:
+        """Where everybody sits in a round."""
+        return {**self.placed, **{m.client: m.placed for m in self.moves if m.round <= round}}
+
+    def seats_at(self, round: int) -> dict[ClientId, Seat]:
+        """Everybody's seat in a round."""
+        return {client: placed.seat for client, placed in self.placed_at(round).items()}
+
+    def seatings(self) -> list[dict[ClientId, Seat]]:
+        """The seats of the beginning, and those after each change."""
+        return [self.seats_at(r) for r in sorted({0, *(m.round for m in self.moves)})]
+
+    def present(self, round: int) -> list[ClientId]:
+        """Who can be chosen in a round, in order of names."""
+        return sorted(c for c in self.placed if self._is(c, round) == "here")
+
+    def alone(self, round: int) -> list[ClientId]:
+        """Who trains without the server in a round, in order of names."""
+        return sorted(c for c in self.placed if self.solo and self._is(c, round) == "alone")
+
+    def known(self, rounds: int) -> list[ClientId]:
+        """Who could take part in one of the first ``rounds`` rounds, or was alone in one."""
+        seen = {c for r in range(rounds) for c in (*self.present(r), *self.alone(r))}
+        return sorted(seen)
+
+    def _is(self, client: ClientId, round: int) -> str:
+        held = self.presence.get(client)
+        return "here" if held is None else held.at(round)
+
+
+def fleet(
+    recipe: Recipe,
+    sized: Mapping[ClientId, BlockCosts],
+    working: Callable[[], BlockWork] | None = None,
+) -> Fleet:
+    """The fleet of a recipe; PlanError for a client, device or cut that cannot be.
+
+    ``sized`` is what each client's model costs: those with a head of their own have other costs.
+    ``working`` gives the work of blocks, as in ``place``.
+    """
+    clients = list(sized)
+    for client in recipe.participation:
+        if client not in clients:
+            raise PlanError(f'participation: no client "{client}". {nearest(client, clients)}')
+    placed = _placed(recipe, recipe.plan, sized, working)
+    moves: list[Move] = []
+    plans = [(0, recipe.plan)]
+    for change in sorted(recipe.plan.changes, key=lambda c: (c.round, c.client)):
+        asked = _changed(plans[-1][1], change, clients)
+        there = _placed(recipe, asked, sized, working)
+        moves.append(Move(change.round, change.client, there[change.client]))
+        plans.append((change.round, asked))
+    for client, held in recipe.participation.items():
+        for round in held.alone:
+            asked = [plan for since, plan in plans if since <= round][-1]
+            _fits_alone(client, devices_of(asked, clients)[client], sized[client], round)
+    return Fleet(placed, tuple(moves), dict(recipe.participation))
+
+
+def _placed(
+    recipe: Recipe,
+    asked: PlanRecipe,
+    sized: Mapping[ClientId, BlockCosts],
+    working: Callable[[], BlockWork] | None,
+) -> dict[ClientId, Placed]:
+    """Everybody's place, those of equal costs planned together."""
+    clients, found = list(sized), dict[ClientId, Placed]()
+    if all(one is sized[clients[0]] for one in sized.values()):
+        return place(recipe.model_copy(update={"plan": asked}), clients, sized[clients[0]], working)
+    devices = devices_of(asked, clients)
+    for cost in {id(one): one for one in sized.values()}.values():
+        some = [c for c in clients if sized[c] is cost]
+        kept = {k: {c: v for c, v in getattr(asked, k).items() if c in some} for k in BY_CLIENT}
+        if asked.devices:
+            kept["assign"] = {c: devices[c].name for c in some}
+        plan = asked.model_copy(update=kept)
+        found |= place(recipe.model_copy(update={"plan": plan}), some, cost, working)
+    return {c: found[c] for c in clients}
+
+
+def _changed(asked: PlanRecipe, change: ChangeRecipe, clients: Sequence[ClientId]) -> PlanRecipe:
+    """The plan after a change: the others stay as they are."""
+    where = f"plan.changes, round {change.round}:"
+    if change.client not in clients:
+        raise PlanError(f'{where} no client "{change.client}". {nearest(change.client, clients)}')
+    devices = [d.name or d.profile or "" for d in asked.devices]
+    assign, cuts = dict(asked.assign), dict(asked.cuts)
+    if change.device is not None:
+        if change.device not in devices:
+            hint = nearest(change.device, devices) if devices else "plan.devices has none."
+            raise PlanError(f'{where} no device "{change.device}". {hint}')
+        assign[change.client] = change.device
+    if asked.cut is not None:  # a cut of everybody's would hold for the one that changes as well
+        cuts = {client: cuts.get(client, asked.cut) for client in clients}
+    if change.cut is None:
+        cuts.pop(change.client, None)
+    else:
+        cuts[change.client] = change.cut
+    return asked.model_copy(update={"assign": assign, "cuts": cuts, "cut": None})
+
+
+def _fits_alone(client: ClientId, device: Device, sized: BlockCosts, round: int) -> None:
+    needed = near_bytes(sized, sized.blocks, 0, head_near=True)["total"]
+    if needed > device.memory:
+        raise PlanError(
+            f'participation: client "{client}" cannot be alone in round {round}: the whole model '
+            f'needs {format_bytes(needed)}, and "{device.name}" has {format_bytes(device.memory)}, '
+            f"{format_bytes(needed - device.memory)} ({needed - device.memory} bytes) too little."
+        )
