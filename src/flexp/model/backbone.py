@@ -156,15 +156,17 @@ class Backbone:
         last: int | None = None,
         feed: Tensor | None = None,
         tap: bool = False,
+        recompute: bool = False,
     ) -> Tensor:
         """Blocks ``first`` to ``last`` of one forward, from ``feed`` if given.
 
         Returns the hidden state [rows, length, width] at ``last``, or the logits if it is None;
-        with ``tap`` what the output embedding would have read.
+        with ``tap`` what the output embedding would have read. ``recompute`` keeps nothing from
+        inside a block for the backward pass, which runs it again.
         """
         if feed is not None and first == last:
             return feed
-        return run(self.model, Pass(first, last, feed, worn or Worn(), tap), inputs)
+        return run(self.model, Pass(first, last, feed, worn or Worn(), tap, recompute), inputs)
 
     def blanks(self, shapes: Mapping[str, tuple[int, ...]], mask: Tensor | None) -> dict[str, Any]:
         """Inputs that say nothing but shape and padding, for the side that has no real ones.

@@ -67,7 +67,8 @@ class Tenants:
             held = Slots(self._placer(seat), self.backbone.depth, alpha)
             home = self.homes[client] = Tenancy(client, seat, slots, held)
         elif home.seat != seat:
-            if home.slots.lasting(slots) & home.slots.values.keys():
+            how = replace(home.seat, recompute=seat.recompute, accumulate=seat.accumulate)
+            if how != seat and home.slots.lasting(slots) & home.slots.values.keys():
                 raise CutError(
                     f'Client "{client}" moved from cut {home.seat.cut} to {seat.cut} between '
                     "turns, and adapters that last would be lost. Recut it within a turn first."
