@@ -9,12 +9,14 @@ import torch
 
 from flexp.dice import Dice
 from flexp.errors import ModelError, PlanError
-from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, layout
+from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, dropout_of, layout
 from flexp.model.cut import Cut, Seat
 from flexp.model.skeleton import Skeleton, head_leaves
-from flexp.plan.costs import BlockCosts, measure_costs
+from flexp.plan.costs import BlockCosts
 from flexp.plan.devices import Device, parse_bytes
 from flexp.plan.planner import Choice, Limits, near_bytes, plan
+from flexp.plan.sizes import adapter_bytes, measure_costs, tried
+from flexp.plan.trial import Shape
 from flexp.recipe import AdapterRecipe, DeviceRecipe, PlanRecipe, Recipe
 from flexp.strategies.base import ClientId
 
@@ -68,26 +70,28 @@ def costs(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockCosts:
     head = (
         () if recipe.task.kind == "causal-lm" else head_leaves(bones.model, None, bones.blocks_path)
     )
-    itemsize = torch.empty((), dtype=dtype_of(recipe)).element_size()
+    dtype, train = dtype_of(recipe), recipe.train
+    prompt = kind.tokens if isinstance(kind, Prompt) else 0
     sized = measure_costs(
-        bones.model,  # pyright: ignore[reportArgumentType]
+        bones.model,
         bones.blocks_path,
         {},
-        batch=recipe.train.batch,
-        length=recipe.task.max_length,
-        itemsize=itemsize,
+        batch=train.batch,
+        length=recipe.task.max_length + prompt,
+        itemsize=dtype.itemsize,
     )
+    stored = getattr(bones.config, "dtype", None) or torch.float32
     shapes = layout(bones.model, kind, bones.blocks_path, head)
-    per_block = [0] * sized.blocks
-    outside = 0
-    for name, shape in shapes.items():
-        size = 4 * int(torch.Size(shape).numel())
-        inner = name.partition(f"{bones.blocks_path}.")[2]
-        if inner:
-            per_block[int(inner.split(".", 1)[0])] += size
-        else:
-            outside += size
-    return replace(sized, adapter_block_bytes=tuple(per_block), adapter_head_bytes=outside)
+    per_block, outside = adapter_bytes(shapes, bones.blocks_path, sized.blocks, 4)
+    sized = replace(
+        sized,
+        adapter_block_bytes=per_block,
+        adapter_head_bytes=outside,
+        moments=2 if train.optimizer == "adamw" else int(train.momentum > 0),
+        file_itemsize=None if stored == dtype else stored.itemsize,
+    )
+    shape = Shape(train.batch, recipe.task.max_length, recipe.mode == "fast", dropout_of(kind))
+    return tried(sized, bones, recipe.task.kind, shapes, shape, dtype=dtype)
 
 
 def place(recipe: Recipe, clients: list[ClientId], sized: BlockCosts) -> dict[ClientId, Placed]:

@@ -5,7 +5,7 @@ A check at open compares a cut forward with a whole one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,13 +62,7 @@ class Backbone:
         self.dtype = next(model.parameters()).dtype
         with lent(model, list(blocks), self.held):
             self.in_tuple, self.width = self._probe(blocks)
-        for index, block in enumerate(blocks):
-            block.forward = Station(block, index, self.depth, self.in_tuple[index])
-        for path, module in modules(model).items():
-            inside = path.startswith(f"{self.blocks_path}.")
-            leaf = not list(module.children()) and list(module.parameters(recurse=False))
-            if path in self.head or (inside and leaf):
-                module.forward = Wearing(module, path, _worn_now)
+        equip(model, self.blocks_path, blocks, self.in_tuple, self.head)
         self._layouts: dict[tuple[Kind, int | None], Layout] = {}
         with lent(model, [block.forward for block in blocks], self.held):
             self._check()
@@ -266,6 +260,23 @@ class Backbone:
     def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
         return {k: v.to(device) for k, v in inputs.items()}
+
+
+def equip(
+    model: nn.Module,
+    path: str,
+    blocks: nn.ModuleList,
+    in_tuple: Sequence[bool],
+    head: Sequence[str],
+) -> None:
+    """Sets a station before every block, and lets leaves of blocks and head wear something."""
+    for index, block in enumerate(blocks):
+        block.forward = Station(block, index, len(blocks), in_tuple[index])
+    for name, module in modules(model).items():
+        inside = name.startswith(f"{path}.")
+        leaf = not list(module.children()) and list(module.parameters(recurse=False))
+        if name in head or (inside and leaf):
+            module.forward = Wearing(module, name, _worn_now)
 
 
 def _worn_now() -> Worn | None:

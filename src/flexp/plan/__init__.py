@@ -3,13 +3,13 @@
 from flexp.plan.costs import (
     BlockCosts,
     Form,
-    measure_costs,
     message_bytes,
     near_bytes,
     step_bytes,
 )
 from flexp.plan.devices import Device, format_bytes, measure, parse_bytes
 from flexp.plan.planner import Choice, Goal, Limits, plan
+from flexp.plan.sizes import measure_costs, tried
 
 __all__ = [
     "BlockCosts",
@@ -26,4 +26,5 @@ __all__ = [
     "parse_bytes",
     "plan",
     "step_bytes",
+    "tried",
 ]
