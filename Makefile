@@ -15,7 +15,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-families check format bench docs lock clean
+.PHONY: help install demo test test-slow test-families check format bench bench-memory docs lock clean
 
 help:  ## Print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ bench: $(STAMP)  ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/demos.py quick
 	$(BIN)/python benchmarks/demos.py shakespeare
 	$(BIN)/python benchmarks/partial.py
+
+bench-memory: $(STAMP)  ## A client's memory, predicted against measured (15 minutes, 3 GB of disk)
+	$(BIN)/python benchmarks/memory.py
 
 docs: $(STAMP)  ## Build the documentation into build/site
 	$(PIP) install -q -e ".[docs]"

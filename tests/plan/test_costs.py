@@ -27,16 +27,16 @@ from flexp.plan.trial import Held, Trial
 FULL = Trial(
     rows=2,
     message=120,
-    first=Held(900, 70),
-    blocks=(Held(1000, 80), Held(1100, 90), Held(1200, 50)),
+    first=(Held(900, 170), Held(800, 160), Held(700, 150)),
+    blocks=(Held(1000, 180), Held(1100, 190), Held(1200, 150)),
     again=(Held(120, 1500), Held(120, 1600), Held(120, 1700)),
     end=Held(200, 100),
 )
 SINGLE = Trial(
     rows=1,
     message=60,
-    first=Held(500, 40),
-    blocks=(Held(600, 50), Held(650, 60), Held(700, 40)),
+    first=(Held(500, 90), Held(450, 90), Held(400, 90)),
+    blocks=(Held(600, 100), Held(650, 110), Held(700, 90)),
     again=(Held(60, 800), Held(60, 850), Held(60, 900)),
     end=Held(150, 90),
 )
@@ -58,23 +58,24 @@ COSTS = BlockCosts(
 
 
 def test_bytes_by_part_are_those_worked_out_by_hand() -> None:
-    # The embeddings' output, what blocks 0 and 2 keep, and then the end, which needs most.
+    # What blocks 0 and 2 keep, then the end, which needs most. Block 0's input, the embeddings'
+    # output, is there as well, but one of the link's two messages is not.
     assert near_bytes(COSTS, 1, 1) == {
         "weights": 1000 + 10 + 40 + 300,
         "adapters": 5 * (1 + 4 + 7),
-        "activations": 120 + 900 + 1200 + 300,
+        "activations": 900 + 1200 + 300,
         "link": 240,
         "process": 33,
-        "total": 1350 + 60 + 2520 + 240 + 33,
+        "total": 1350 + 60 + 2400 + 240 + 33,
     }
     # With the head far, the backward of block 1 needs most.
     assert near_bytes(COSTS, 2, 0, head_near=False) == {
         "weights": 1000 + 10 + 20,
         "adapters": 5 * (1 + 2),
-        "activations": 120 + 900 + 1100 + 90,
+        "activations": 900 + 1100 + 190,
         "link": 240,
         "process": 33,
-        "total": 1030 + 15 + 2210 + 240 + 33,
+        "total": 1030 + 15 + 2190 + 240 + 33,
     }
 
 
@@ -83,17 +84,17 @@ def activations(costs: BlockCosts, *cut: int, **how: Any) -> int:
 
 
 def test_recomputed_blocks_keep_their_input_and_one_works_at_a_time() -> None:
-    assert activations(COSTS, 2, 0, recompute=True) == 120 + 2 * 120 + 1600
-    assert activations(COSTS, 1, 1, recompute=True) == 120 + 2 * 120 + 1700
-    assert activations(COSTS, 1, 0, recompute=True, head_near=False) == 120 + 120 + 1500
+    assert activations(COSTS, 2, 0, recompute=True) == 2 * 120 + 1600
+    assert activations(COSTS, 1, 1, recompute=True) == 2 * 120 + 1700
+    assert activations(COSTS, 1, 0, recompute=True, head_near=False) == 120 + 1500
 
 
 def test_a_batch_in_parts_holds_the_rows_of_one() -> None:
-    assert activations(COSTS, 1, 1, accumulate=2) == 60 + 500 + 700 + 240
+    assert activations(COSTS, 1, 1, accumulate=2) == 500 + 700 + 240
     assert near_bytes(COSTS, 1, 1, accumulate=2)["link"] == 120
     # Between the trials and beyond them on a line: 3 of 6 rows.
     six = replace(COSTS, batch=6)
-    assert activations(six, 1, 0, accumulate=2, head_near=False) == 180 + 1300 + 100
+    assert activations(six, 1, 0, accumulate=2, head_near=False) == 1300 + 250
 
 
 def test_only_a_whole_model_near_needs_no_link() -> None:
@@ -108,11 +109,17 @@ def test_logits_that_come_back_are_held_with_their_gradient() -> None:
     assert near_bytes(costs, 1, 0)["link"] == 240
 
 
+def test_what_waits_at_the_crossing_counts_with_both_messages() -> None:
+    idle = replace(FULL, first=(Held(900, 10),) * 3)
+    costs = replace(COSTS, full=idle, single=None)
+    assert activations(costs, 1, 0, head_near=False) == 120 + 900
+
+
 def test_blocks_before_the_first_that_trains_keep_nothing() -> None:
     costs = replace(COSTS, adapter_block_bytes=(0, 2, 0))
-    assert activations(costs, 2, 0, head_near=False) == 120 + 1100 + 90
-    assert activations(costs, 1, 0, head_near=False) == 120 + 70
-    assert activations(costs, 1, 1) == 120 + 1200 + 300  # its input has a gradient
+    assert activations(costs, 2, 0, head_near=False) == 800 + 170
+    assert activations(costs, 1, 0, head_near=False) == 170
+    assert activations(costs, 1, 1) == 1200 + 300  # its input has a gradient
 
 
 def test_a_step_copies_what_it_moves() -> None:

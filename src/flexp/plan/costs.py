@@ -129,12 +129,12 @@ class _Rows:
     def block(self, i: int, trained: bool) -> Held:
         """Block ``i``; ``trained``: something before it trains, so gradients go through it."""
         if not trained and not self.costs.adapter_block_bytes[i]:
-            return Held(0, self.at(lambda t: t.first.work))
+            return Held(0, self.at(lambda t: t.first[i].work))
 
         def of(trial: Trial) -> Held:
             if self.recompute:
                 return trial.again[i]
-            return trial.first if i == 0 and not trained else trial.blocks[i]
+            return (trial.blocks if trained else trial.first)[i]
 
         return Held(self.at(lambda t: of(t).kept), self.at(lambda t: of(t).work))
 
@@ -149,11 +149,14 @@ def _training(held: _Rows, cut_front: int, cut_back: int, head_near: bool) -> in
     front = [held.block(i, before[i]) for i in range(cut_front)]
     tail = [held.block(i, before[i]) for i in range(costs.blocks - cut_back, costs.blocks)]
     kept = held.message + sum(one.kept for one in front)  # the embeddings' output feeds block 0
-    most = kept + max((one.work for one in front), default=0)
+    crossing, most = kept, kept + max((one.work for one in front), default=0)
     kept += sum(one.kept for one in tail)
     if head_near:
         most = max(most, kept + held.at(lambda t: t.end.kept + t.end.work))
-    return max(most, kept + max((one.work for one in tail), default=0))
+    most = max(most, kept + max((one.work for one in tail), default=0))
+    whole = head_near and len(front) + len(tail) == costs.blocks
+    # While anything works, one of the link's two messages is gone already.
+    return most if whole else max(crossing, most - held.message)
 
 
 def message_bytes(costs: BlockCosts) -> int:

@@ -67,7 +67,9 @@ def _rough(costs: BlockCosts, rows: int) -> Trial:
     message = message_bytes(costs) * rows // costs.batch
     one, again = Held(ROUGH * message, ROUGH * message), Held(message, 2 * ROUGH * message)
     blocks = costs.blocks
-    return Trial(rows, message, one, (one,) * blocks, (again,) * blocks, one, rough=True)
+    return Trial(
+        rows, message, (one,) * blocks, (one,) * blocks, (again,) * blocks, one, rough=True
+    )
 
 
 def measure_costs(

@@ -47,14 +47,14 @@ class Held:
 class Trial:
     """A step's bytes at one number of rows, part by part.
 
-    ``first`` is block 0 behind embeddings that do not train, ``blocks`` each block behind something
-    that does, ``again`` the same recomputed, ``end`` what follows: norm, head and loss.
+    ``first`` is each block as the first that trains, ``blocks`` each behind something that trains,
+    ``again`` the same recomputed, ``end`` what follows: norm, head and loss.
     ``message`` is one hidden state. ``rough``: by a formula, not tried.
     """
 
     rows: int
     message: int
-    first: Held
+    first: tuple[Held, ...]
     blocks: tuple[Held, ...]
     again: tuple[Held, ...]
     end: Held
@@ -130,12 +130,13 @@ class _Model:
         """Each kind of block once, and the end."""
         kinds = [self._kind(n, block) for n, block in enumerate(self.blocks)]
         alike = {kind: kinds.index(kind) for kind in kinds}
+        start = {kind: self._block(n, grad=self.prompt is not None) for kind, n in alike.items()}
         once = {kind: self._block(n, grad=True) for kind, n in alike.items()}
         twice = {kind: self._block(n, grad=True, recompute=True) for kind, n in alike.items()}
         return Trial(
             rows=self.shape.rows,
             message=self.hidden.numel() * self.hidden.element_size(),
-            first=self._block(0, grad=self.prompt is not None),
+            first=tuple(start[kind] for kind in kinds),
             blocks=tuple(once[kind] for kind in kinds),
             again=tuple(twice[kind] for kind in kinds),
             end=self._end(),
