@@ -15,7 +15,8 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-families check format bench bench-protocol docs lock clean
+.PHONY: help install demo test test-slow test-families check format bench bench-memory \
+  bench-protocol docs lock clean
 
 help:  ## Print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +70,9 @@ bench-protocol: $(STAMP)  ## Methods against each other, as benchmarks/protocol.
 	$(BIN)/python benchmarks/protocol.py quick
 	$(BIN)/python benchmarks/protocol.py spam
 	$(BIN)/python benchmarks/protocol.py shakespeare
+
+bench-memory: $(STAMP)  ## A client's memory, predicted against measured (15 minutes, 3 GB of disk)
+	$(BIN)/python benchmarks/memory.py
 
 docs: $(STAMP)  ## Build the documentation into build/site
 	$(PIP) install -q -e ".[docs]"

@@ -102,8 +102,10 @@ def read(path: Path, strategy: Strategy[Any], engine: LocalEngine) -> Any:
         for file in sorted((path / "tenants").iterdir()):
             client, parcel = unquote(file.stem), load(file)
             facts = cast("dict[str, Any]", parcel.facts)
-            a, b, labels, rank = facts["seat"]
-            engine.tenants.join(client, Seat(Cut(a, b), labels, rank=rank), {})
+            a, b, labels, rank, *how = facts["seat"]
+            recompute, accumulate = how or (False, 1)
+            seat = Seat(Cut(a, b), labels, None, rank, recompute, accumulate)
+            engine.tenants.join(client, seat, {})
             _restore(engine.tenants[client].slots, parcel)
         _restore(engine.tenants.shared, load(path / "shared.parcel"))
         return decode_state(load(path / "state.parcel"), strategy)
@@ -173,7 +175,8 @@ def decode_state(parcel: Parcel, strategy: Strategy[Any]) -> Any:
 def _tenancy(slots: Slots, seat: Seat | None) -> Parcel:
     facts: dict[str, JSON] = {}
     if seat is not None:
-        facts["seat"] = [seat.cut.front, seat.cut.back, seat.labels, seat.rank]
+        how = [seat.recompute, seat.accumulate]
+        facts["seat"] = [seat.cut.front, seat.cut.back, seat.labels, seat.rank, *how]
     return Parcel(slots.values, facts=facts)
 
 

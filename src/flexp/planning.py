@@ -89,7 +89,7 @@ def _seat(found: Survey, client: ClientId, placed: Placed) -> dict[str, Any]:
     return {
         "client": client,
         "device": placed.device,
-        **_row(sized, limits, cut, placed.accumulate, placed.recompute),
+        **_row(sized, limits, cut, placed.seat.accumulate, placed.seat.recompute),
         "labels": placed.seat.labels,
         "seconds": placed.seconds,
         "reason": placed.reason,

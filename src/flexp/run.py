@@ -18,7 +18,7 @@ from typing import Any
 from flexp import checkpoint, export
 from flexp.dice import Dice
 from flexp.engine.base import Arrival, Assignment, Engine, FlowEngine, replies
-from flexp.engine.flow import Flow, Pace
+from flexp.engine.flow import Flow
 from flexp.errors import FlexpError
 from flexp.evaluate import Score, evaluate
 from flexp.events import (
@@ -125,7 +125,7 @@ def play(
         return
     first = begun[0].round
     recorded = None if replay is None else replay.get(first, ())
-    flow = Flow({c: stage.paces.get(c, Pace()) for c in stage.placed}, recorded)
+    flow = Flow(stage.paces_at(first), recorded)
     yield from flow_of(strategy, engine, state, begun, flow, tell=told)
     stream.write(Interleaved(first, begun[-1].round, tuple(flow.order)))
 

@@ -9,14 +9,16 @@ from typing import Any, cast
 import torch
 
 from flexp.dice import Dice
+from flexp.engine.flow import Pace
 from flexp.errors import CutError, ModelError, PlanError
-from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, layout
+from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, dropout_of, layout
 from flexp.model.cut import Cut, Seat
 from flexp.model.skeleton import Skeleton, head_leaves
 from flexp.plan import (
     BlockCosts,
     BlockWork,
     Choice,
+    Device,
     aims_of,
     default_goal,
     devices_of,
@@ -25,9 +27,15 @@ from flexp.plan import (
     measure_work,
     near_bytes,
     plan,
+    seconds_of,
     server_of,
+    step_load,
     step_seconds,
+    tried,
 )
+from flexp.plan.declared import FORMS
+from flexp.plan.sizes import adapter_bytes
+from flexp.plan.trial import Shape
 from flexp.recipe import AdapterRecipe, PlanRecipe, Recipe
 from flexp.strategies.base import ClientId
 
@@ -36,17 +44,16 @@ from flexp.strategies.base import ClientId
 class Placed:
     """Where a client was put: its device, its seat, the bytes it needs there, and why.
 
-    A batch goes in ``accumulate`` parts; ``recompute`` computes activations again instead of
-    keeping them. ``seconds`` are of one step, None where a speed is not known.
+    ``seconds`` are of one step and ``pace`` says what they are made of; None where a speed is not
+    known.
     """
 
     device: str
     seat: Seat
     bytes: int
     reason: str
-    accumulate: int = 1
-    recompute: bool = False
     seconds: float | None = None
+    pace: Pace | None = None
 
 
 def adapter_kind(recipe: AdapterRecipe) -> Kind:
@@ -91,26 +98,28 @@ def costs(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockCosts:
     head = (
         () if recipe.task.kind == "causal-lm" else head_leaves(bones.model, None, bones.blocks_path)
     )
-    itemsize = torch.empty((), dtype=dtype_of(recipe)).element_size()
+    dtype, train = dtype_of(recipe), recipe.train
+    prompt = kind.tokens if isinstance(kind, Prompt) else 0
     sized = measure_costs(
-        bones.model,  # pyright: ignore[reportArgumentType]
+        bones.model,
         bones.blocks_path,
         {},
-        batch=recipe.train.batch,
-        length=recipe.task.max_length,
-        itemsize=itemsize,
+        batch=train.batch,
+        length=recipe.task.max_length + prompt,
+        itemsize=dtype.itemsize,
     )
+    stored = getattr(bones.config, "dtype", None) or torch.float32
     shapes = layout(bones.model, kind, bones.blocks_path, head)
-    per_block = [0] * sized.blocks
-    outside = 0
-    for name, shape in shapes.items():
-        size = 4 * int(torch.Size(shape).numel())
-        inner = name.partition(f"{bones.blocks_path}.")[2]
-        if inner:
-            per_block[int(inner.split(".", 1)[0])] += size
-        else:
-            outside += size
-    return replace(sized, adapter_block_bytes=tuple(per_block), adapter_head_bytes=outside)
+    per_block, outside = adapter_bytes(shapes, bones.blocks_path, sized.blocks, 4)
+    sized = replace(
+        sized,
+        adapter_block_bytes=per_block,
+        adapter_head_bytes=outside,
+        moments=2 if train.optimizer == "adamw" else int(train.momentum > 0),
+        file_itemsize=None if stored == dtype else stored.itemsize,
+    )
+    shape = Shape(train.batch, recipe.task.max_length, recipe.mode == "fast", dropout_of(kind))
+    return tried(sized, bones, recipe.task.kind, shapes, shape, dtype=dtype)
 
 
 def work(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockWork:
@@ -159,18 +168,41 @@ def place(
             choice = chosen[client]
         else:
             choice = replace(chosen[client], reason="no plan.devices were given to fit it to")
-        seat = Seat(Cut(choice.front, choice.back), asked.labels, rank=asked.ranks.get(client))
+        seat = Seat(
+            Cut(choice.front, choice.back),
+            asked.labels,
+            rank=asked.ranks.get(client),
+            recompute=choice.recompute,
+            accumulate=choice.accumulate,
+        )
         seat.check(sized.blocks, open_profile=recipe.privacy.profile != "u-shape", who=client)
         out[client] = Placed(
             devices[client].name,
             seat,
             choice.bytes,
             choice.reason,
-            choice.accumulate,
-            choice.recompute,
             choice.seconds,
+            None if found is None else _pace(seat, sized, found, devices[client], server.flops),
         )
     return out
+
+
+def _pace(
+    seat: Seat, sized: BlockCosts, work: BlockWork, device: Device, server: float | None
+) -> Pace | None:
+    """How fast a client is at its seat; None if a speed that it needs is not known."""
+    cut, form = (seat.cut.front, seat.cut.back), FORMS[seat.labels]
+    how = {"recompute": seat.recompute, "accumulate": seat.accumulate}
+    load = step_load(sized, work, cut, form, **how)
+    if seconds_of(load, device, server) is None:
+        return None
+    return Pace(
+        near=load.near_flops / (device.flops or 1.0),
+        far=load.far_flops / server if server else 0.0,
+        up=1 / device.uplink if device.uplink else 0.0,
+        down=1 / device.downlink if device.downlink else 0.0,
+        latency=device.latency,
+    )
 
 
 def _as_asked(recipe: Recipe, client: ClientId, cut: tuple[int, int], sized: BlockCosts) -> Choice:

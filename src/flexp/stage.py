@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,12 @@ class Stage:
     backbone: Backbone
     fleet: Fleet
     engine: LocalEngine
-    paces: Mapping[ClientId, Pace] = field(default_factory=dict[ClientId, Pace])
+
+    def paces_at(self, round: int) -> dict[ClientId, Pace]:
+        """How fast everybody is in a round; all alike where no speeds are declared."""
+        placed = self.fleet.placed_at(round)
+        known = all(p.pace is not None for p in placed.values())
+        return {c: (p.pace if known and p.pace else Pace()) for c, p in placed.items()}
 
     @property
     def placed(self) -> Mapping[ClientId, Placed]:

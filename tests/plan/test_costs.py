@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,25 @@ from transformers import (
 
 from flexp.errors import CutError, ModelError, PlanError
 from flexp.plan import BlockCosts, measure_costs, message_bytes, near_bytes, step_bytes
+from flexp.plan.trial import Held, Trial
 
 # Two rows of 5 positions, width 3, 4 bytes per number: one message is 120 bytes.
+FULL = Trial(
+    rows=2,
+    message=120,
+    first=(Held(900, 170), Held(800, 160), Held(700, 150)),
+    blocks=(Held(1000, 180), Held(1100, 190), Held(1200, 150)),
+    again=(Held(120, 1500), Held(120, 1600), Held(120, 1700)),
+    end=Held(200, 100),
+)
+SINGLE = Trial(
+    rows=1,
+    message=60,
+    first=(Held(500, 90), Held(450, 90), Held(400, 90)),
+    blocks=(Held(600, 100), Held(650, 110), Held(700, 90)),
+    again=(Held(60, 800), Held(60, 850), Held(60, 900)),
+    end=Held(150, 90),
+)
 COSTS = BlockCosts(
     blocks=3,
     width=3,
@@ -33,25 +51,50 @@ COSTS = BlockCosts(
     batch=2,
     length=5,
     itemsize=4,
-    activation_factor=10,
+    full=FULL,
+    single=SINGLE,
+    process_bytes=33,
 )
 
 
 def test_bytes_by_part_are_those_worked_out_by_hand() -> None:
+    # What blocks 0 and 2 keep, then the end, which needs most. Block 0's input, the embeddings'
+    # output, is there as well, but one of the link's two messages is not.
     assert near_bytes(COSTS, 1, 1) == {
         "weights": 1000 + 10 + 40 + 300,
-        "adapters": 4 * (1 + 4 + 7),
-        "activations": 10 * 120 * 2,
+        "adapters": 5 * (1 + 4 + 7),
+        "activations": 900 + 1200 + 300,
         "link": 240,
-        "total": 1350 + 48 + 2400 + 240,
+        "process": 33,
+        "total": 1350 + 60 + 2400 + 240 + 33,
     }
+    # With the head far, the backward of block 1 needs most.
     assert near_bytes(COSTS, 2, 0, head_near=False) == {
         "weights": 1000 + 10 + 20,
-        "adapters": 4 * (1 + 2),
-        "activations": 10 * 120 * 2,
+        "adapters": 5 * (1 + 2),
+        "activations": 900 + 1100 + 190,
         "link": 240,
-        "total": 1030 + 12 + 2400 + 240,
+        "process": 33,
+        "total": 1030 + 15 + 2190 + 240 + 33,
     }
+
+
+def activations(costs: BlockCosts, *cut: int, **how: Any) -> int:
+    return near_bytes(costs, *cut, **how)["activations"]
+
+
+def test_recomputed_blocks_keep_their_input_and_one_works_at_a_time() -> None:
+    assert activations(COSTS, 2, 0, recompute=True) == 2 * 120 + 1600
+    assert activations(COSTS, 1, 1, recompute=True) == 2 * 120 + 1700
+    assert activations(COSTS, 1, 0, recompute=True, head_near=False) == 120 + 1500
+
+
+def test_a_batch_in_parts_holds_the_rows_of_one() -> None:
+    assert activations(COSTS, 1, 1, accumulate=2) == 500 + 700 + 240
+    assert near_bytes(COSTS, 1, 1, accumulate=2)["link"] == 120
+    # Between the trials and beyond them on a line: 3 of 6 rows.
+    six = replace(COSTS, batch=6)
+    assert activations(six, 1, 0, accumulate=2, head_near=False) == 1300 + 250
 
 
 def test_only_a_whole_model_near_needs_no_link() -> None:
@@ -60,11 +103,36 @@ def test_only_a_whole_model_near_needs_no_link() -> None:
     assert near_bytes(COSTS, 0, 0)["link"] == 240
 
 
-def test_logits_are_held_where_the_head_is() -> None:
+def test_logits_that_come_back_are_held_with_their_gradient() -> None:
     costs = replace(COSTS, logits_bytes=50)
-    for head_near, more in ((True, 100), (False, 0)):
-        with_logits = near_bytes(costs, 1, 0, head_near=head_near)["total"]
-        assert with_logits - near_bytes(COSTS, 1, 0, head_near=head_near)["total"] == more
+    assert near_bytes(costs, 1, 0, head_near=False)["link"] == 240 + 3 * 50
+    assert near_bytes(costs, 1, 0)["link"] == 240
+
+
+def test_what_waits_at_the_crossing_counts_with_both_messages() -> None:
+    idle = replace(FULL, first=(Held(900, 10),) * 3)
+    costs = replace(COSTS, full=idle, single=None)
+    assert activations(costs, 1, 0, head_near=False) == 120 + 900
+
+
+def test_blocks_before_the_first_that_trains_keep_nothing() -> None:
+    costs = replace(COSTS, adapter_block_bytes=(0, 2, 0))
+    assert activations(costs, 2, 0, head_near=False) == 800 + 170
+    assert activations(costs, 1, 0, head_near=False) == 170
+    assert activations(costs, 1, 1) == 1200 + 300  # its input has a gradient
+
+
+def test_a_step_copies_what_it_moves() -> None:
+    costs = replace(COSTS, adapter_block_bytes=(10_000, 0, 0))
+    assert activations(costs, 1, 0) == 4 * (10_000 + 7)
+    plain = replace(costs, moments=0)
+    assert near_bytes(plain, 1, 0)["adapters"] == 3 * (10_000 + 7)
+    assert activations(plain, 1, 0) == 2 * (10_000 + 7)
+
+
+def test_a_checkpoint_of_another_type_is_there_while_it_is_read() -> None:
+    costs = replace(COSTS, embed_bytes=100_000, file_itemsize=2)
+    assert activations(costs, 1, 0) == (100_000 + 10 + 300) // 2
 
 
 @pytest.mark.parametrize("cut", [(2, 2), (4, 0), (-1, 1), (1, -1)])

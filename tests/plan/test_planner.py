@@ -25,7 +25,6 @@ COSTS = BlockCosts(
     batch=1,
     length=1,
     itemsize=1,
-    activation_factor=0,
 )
 
 

@@ -25,6 +25,7 @@ from flexp.tensors import (
     ALL,
     BlockScalars,
     Mix,
+    PerRow,
     Tensors,
     Term,
     Wear,
@@ -145,12 +146,25 @@ class Desk:
     def _descend(
         self, batch: Batch, loss: LossFn | None, wear: Wear, chosen: Mapping[str, Where]
     ) -> float:
-        """The loss of a batch; its gradient goes into the slots "<name>@g"."""
+        """The loss of a batch; its gradient goes into the slots "<name>@g".
+
+        Of a batch in parts each part counts by what its mean is over, so that the sum is the
+        batch's own. A loss of the caller's counts as a mean over the same.
+        """
         self.counter += 1
+        parts = batch.parts(self.seat.accumulate) if self.seat.accumulate > 1 else [batch]
+        total, row = 0.0, 0
         with self.model.training(chosen, self.dice("dropout", step=self.counter)):
-            value = self.model.loss(batch, wear) if loss is None else loss(self.model, batch)
-            self.grad(value, list(chosen), [f"{slot}@g" for slot in chosen])
-        return float(value.detach())
+            for part in parts:
+                worn = _rows(wear, row, part.rows)
+                value = self.model.loss(part, worn) if loss is None else loss(self.model, part)
+                if len(parts) > 1:
+                    value = value * (part.counted / batch.counted)
+                self._differentiate(value)
+                total += float(value.detach())
+                row += part.rows
+        self._gathered(list(chosen), [f"{slot}@g" for slot in chosen])
+        return total
 
     def _bend(self, chosen: Mapping[str, Where], add: Mix, pull: Sequence[Drag]) -> None:
         for slot, where in chosen.items():
@@ -182,14 +196,21 @@ class Desk:
 
     def grad(self, loss: Tensor, of: Sequence[str], into: Sequence[str]) -> None:
         """Differentiates a loss into slots, without a step; other slots' gradients are dropped."""
+        self._differentiate(loss)
+        self._gathered(of, into)
+
+    def _differentiate(self, loss: Tensor) -> None:
+        """Adds the gradient of a loss to what is gathered, and counts its rows on both sides."""
         if loss.requires_grad:
             loss.backward()  # pyright: ignore[reportUnknownMemberType]
         self.rows, self.model.rows = self.rows + self.model.rows, 0
         for slot, held in self.model.leaves.grads().items():
             self.model.near.gather(slot, held)
         self.model.leaves = type(self.model.leaves)()
-        self._apply(Grad(tuple(of), tuple(into)))
         self.session.next_step()
+
+    def _gathered(self, of: Sequence[str], into: Sequence[str]) -> None:
+        self._apply(Grad(tuple(of), tuple(into)))
 
     def step(
         self, slot: str, *, grad: str | None = None, scale: float = 1.0, where: Where = ALL
@@ -262,3 +283,10 @@ class Desk:
         if self.model.far is not None:
             out |= self.session.fetch(wear, far=True)
         return dict(sorted(out.items()))
+
+
+def _rows(wear: Wear, first: int, count: int) -> Wear:
+    """What some rows of a batch wear."""
+    if not isinstance(wear, PerRow):
+        return wear
+    return replace(wear, row=wear.row[first : first + count])

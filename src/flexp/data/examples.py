@@ -30,6 +30,18 @@ class Batch:
         """The number of examples."""
         return self.labels.shape[0]
 
+    @property
+    def counted(self) -> int:
+        """What a mean over this batch counts: rows, or the tokens that are to be predicted."""
+        tokens = self.labels.dim() > 1
+        return int((self.labels[:, 1:] != IGNORED).sum()) if tokens else self.rows
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in at most so many parts of as many rows, the last maybe of fewer."""
+        size = -(-self.rows // count)
+        cuts = [slice(at, at + size) for at in range(0, self.rows, size)]
+        return [Batch({k: v[c] for k, v in self.inputs.items()}, self.labels[c]) for c in cuts]
+
 
 @dataclass(frozen=True)
 class Examples:

@@ -5,7 +5,7 @@ A check at open compares a cut forward with a whole one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,13 +63,7 @@ class Backbone:
         self.dtype = next(model.parameters()).dtype
         with lent(model, list(blocks), self.held):
             self.in_tuple, self.width = self._probe(blocks)
-        for index, block in enumerate(blocks):
-            block.forward = Station(block, index, self.depth, self.in_tuple[index])
-        for path, module in modules(model).items():
-            inside = path.startswith(f"{self.blocks_path}.")
-            leaf = not list(module.children()) and list(module.parameters(recurse=False))
-            if path in self.head or (inside and leaf):
-                module.forward = Wearing(module, path, _worn_now)
+        equip(model, self.blocks_path, blocks, self.in_tuple, self.head)
         self._layouts: dict[tuple[Kind, int | None], Layout] = {}
         with lent(model, [block.forward for block in blocks], self.held):
             self.check(self)
@@ -162,15 +156,17 @@ class Backbone:
         last: int | None = None,
         feed: Tensor | None = None,
         tap: bool = False,
+        recompute: bool = False,
     ) -> Tensor:
         """Blocks ``first`` to ``last`` of one forward, from ``feed`` if given.
 
         Returns the hidden state [rows, length, width] at ``last``, or the logits if it is None;
-        with ``tap`` what the output embedding would have read.
+        with ``tap`` what the output embedding would have read. ``recompute`` keeps nothing from
+        inside a block for the backward pass, which runs it again.
         """
         if feed is not None and first == last:
             return feed
-        return run(self.model, Pass(first, last, feed, worn or Worn(), tap), inputs)
+        return run(self.model, Pass(first, last, feed, worn or Worn(), tap, recompute), inputs)
 
     def blanks(self, shapes: Mapping[str, tuple[int, ...]], mask: Tensor | None) -> dict[str, Any]:
         """Inputs that say nothing but shape and padding, for the side that has no real ones.
@@ -271,6 +267,23 @@ class Backbone:
     def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
         return {k: v.to(device) for k, v in inputs.items()}
+
+
+def equip(
+    model: nn.Module,
+    path: str,
+    blocks: nn.ModuleList,
+    in_tuple: Sequence[bool],
+    head: Sequence[str],
+) -> None:
+    """Sets a station before every block, and lets leaves of blocks and head wear something."""
+    for index, block in enumerate(blocks):
+        block.forward = Station(block, index, len(blocks), in_tuple[index])
+    for name, module in modules(model).items():
+        inside = name.startswith(f"{path}.")
+        leaf = not list(module.children()) and list(module.parameters(recurse=False))
+        if name in head or (inside and leaf):
+            module.forward = Wearing(module, name, _worn_now)
 
 
 def _worn_now() -> Worn | None:

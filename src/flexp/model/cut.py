@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from flexp.errors import CutError
 from flexp.model.worn import Worn
@@ -35,17 +37,21 @@ class Cut:
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a client sits: its cut, who sees labels and logits, its models and its rank.
+    """Where and how a client computes: its cut, who sees labels and logits, its models and rank.
 
     ``labels``: "keep" is the U-shape (tail, head, loss and labels at the client); the other two
     are the V-shape, where the server also runs the tail and the head: with "logits" they come back
     and loss and labels stay, with "loss" the labels travel and only the loss comes back.
+    ``recompute`` runs near blocks again in the backward pass instead of keeping what is inside
+    them; ``accumulate`` takes each batch in that many parts. Both save memory and train alike.
     """
 
     cut: Cut
     labels: Labels = "keep"
     models: Mapping[str, str] | None = None
     rank: int | None = None
+    recompute: bool = False
+    accumulate: int = 1
 
     def check(self, depth: int, *, open_profile: bool = False, who: str = "") -> None:
         """Raises CutError unless this is a legal cut of a model with ``depth`` blocks."""
@@ -65,6 +71,10 @@ class Seat:
             raise CutError(
                 f'{name} has labels "{self.labels}" with {b} back blocks, but then the server runs '
                 'the tail. Set the back to 0, or labels to "keep".'
+            )
+        if self.accumulate < 1:
+            raise CutError(
+                f"{name} takes a batch in {self.accumulate} parts. Set accumulate to 1 or more."
             )
 
     def near_only(self, depth: int) -> bool:
@@ -99,6 +109,7 @@ class Pass:
     feed: Tensor | None = None
     worn: Worn | None = None
     tap: bool = False  # stop before the output embedding
+    recompute: bool = False  # keep only what enters a block, and run it again in the backward
 
 
 PASS: ContextVar[Pass | None] = ContextVar("flexp_pass", default=None)
@@ -131,13 +142,34 @@ class Station:
             hidden = now.feed
         if self.index == now.last:
             raise Stopped(hidden)
-        if args:
-            out = self.forward(hidden, *args[1:], **kwargs)
+        if now.recompute and torch.is_grad_enabled():
+            out = self._twice(now, hidden, args, kwargs)
         else:
-            out = self.forward(**{**kwargs, "hidden_states": hidden})
+            out = self._block(hidden, args, kwargs)
         if self.index == self.depth - 1 and now.last == self.depth:
             raise Stopped(out[0] if self.in_tuple else out)
         return out
+
+    def _block(self, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if args:
+            return self.forward(hidden, *args[1:], **kwargs)
+        return self.forward(**{**kwargs, "hidden_states": hidden})
+
+    def _twice(
+        self, now: Pass, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The block now and again in the backward, wearing what it wears now."""
+
+        def again(hidden: Tensor) -> Any:
+            # By the backward the pass is over; without it the block would run undressed.
+            token = PASS.set(now)
+            try:
+                return self._block(hidden, args, kwargs)
+            finally:
+                PASS.reset(token)
+
+        # No generator needs to be put back: dropout is keyed by call and layer.
+        return cast("Any", checkpoint)(again, hidden, use_reentrant=False, preserve_rng_state=False)
 
     def _wrap(self, hidden: Tensor | None) -> Any:
         return (hidden,) if self.in_tuple else hidden

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -36,21 +36,22 @@ class Meter(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        for one in _tensors((*args, *kwargs.values())):
+            self._hold(one, new=False)
         out: Any = func(*args, **kwargs)
         self.flops += operations(func.overloadpacket, args, kwargs, out)
-        held = cast("Sequence[Any]", out) if isinstance(out, list | tuple) else (out,)
-        for one in held:
-            if isinstance(one, Tensor):
-                self._hold(one)
+        for one in _tensors((out,)):
+            self._hold(one, new=True)
         self.peak = max(self.peak, self.live)
-        return cast("Any", out)
+        return out
 
-    def _hold(self, tensor: Tensor) -> None:
+    def _hold(self, tensor: Tensor, *, new: bool) -> None:
+        """Counts a storage once; what comes in unknown was there before, and so are its views."""
         storage: Any = tensor.untyped_storage()
-        key: int = storage.data_ptr()
-        if key in self._known or not key:
+        key = id(storage)  # the same object while the storage lives, with or without an address
+        if key in self._known:
             return
-        size: int = storage.nbytes()
+        size: int = storage.nbytes() if new else 0
         self._known.add(key)
         self.live += size
         weakref.finalize(storage, self._drop, key, size).atexit = False
@@ -58,6 +59,14 @@ class Meter(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(cast("Sequence[Any]", value))
 
 
 def operations(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:

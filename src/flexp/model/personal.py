@@ -153,7 +153,7 @@ class PersonalModel:
         if at == "last":
             return self._forward(batch, wear, "hidden", None)
         worn, inputs = self._begin(batch, wear, None)[:2]
-        return self.backbone.run(inputs, worn, last=self.seat.cut.front)
+        return self._near(inputs, worn, last=self.seat.cut.front)
 
     # ---- inside
 
@@ -195,9 +195,9 @@ class PersonalModel:
         stop = depth if until == "hidden" else None
         tap = until == "tap"
         if self.seat.near_only(depth):
-            out = self.backbone.run(inputs, worn, last=stop, tap=tap)
+            out = self._near(inputs, worn, last=stop, tap=tap)
         else:
-            front = self.backbone.run(inputs, worn, last=cut.front)
+            front = self._near(inputs, worn, last=cut.front)
             ends_far = self.seat.labels != "keep"
             ask = Ask(
                 wear=_bare(wear),
@@ -211,13 +211,16 @@ class PersonalModel:
             out = self._cross(ask, front, [c for c in coefs if c is not None])
             if not ends_far:
                 first = depth - cut.back
-                out = self.backbone.run(inputs, worn, first=first, last=stop, feed=out, tap=tap)
+                out = self._near(inputs, worn, first=first, last=stop, feed=out, tap=tap)
         if worn.prompt is not None and until in ("logits", "tap") and out.dim() == 3:
             out = out[:, len(worn.prompt) :]
         if out.requires_grad:
             count = partial(self._count, rows)
             out.register_hook(count)  # pyright: ignore[reportUnknownMemberType]
         return out
+
+    def _near(self, inputs: Mapping[str, Tensor], worn: Worn, **way: Any) -> Tensor:
+        return self.backbone.run(inputs, worn, recompute=self.seat.recompute, **way)
 
     def _count(self, rows: int, grad: Tensor) -> None:
         del grad

@@ -5,7 +5,6 @@ from flexp.plan.clock import Load, finish_times, run_seconds, seconds_of, step_l
 from flexp.plan.costs import (
     BlockCosts,
     Form,
-    measure_costs,
     message_bytes,
     near_bytes,
     step_bytes,
@@ -15,6 +14,7 @@ from flexp.plan.devices import Device, Server, format_bytes, measure, parse_byte
 from flexp.plan.options import Limits
 from flexp.plan.planner import Choice, Goal, default_goal, plan
 from flexp.plan.profiles import PROFILES, Profile, profile
+from flexp.plan.sizes import measure_costs, tried
 from flexp.plan.work import BlockWork, far_flops, measure_work, near_flops
 
 __all__ = [
@@ -52,4 +52,5 @@ __all__ = [
     "step_bytes",
     "step_load",
     "step_seconds",
+    "tried",
 ]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
-from typing import Any, Literal, cast
+from typing import Literal
 
-from torch import nn
-
-from flexp.errors import CutError, ModelError, PlanError
+from flexp.errors import CutError, PlanError
+from flexp.plan.trial import Held, Trial
 
 Form = Literal["u", "logits", "loss"]
 
@@ -22,7 +19,10 @@ class BlockCosts:
     ``block_bytes`` and ``adapter_block_bytes`` have one entry per block. ``batch`` is in rows,
     ``length`` in positions per row, ``itemsize`` in bytes per number. ``tied_bytes`` is the part
     of ``embed_bytes`` that is the head's weight too: counted once, needed at both ends.
-    ``logits_bytes`` and ``label_bytes`` are of one batch, as they are held and sent.
+    ``logits_bytes`` and ``label_bytes`` are of one batch, as they cross the link. ``full`` is a
+    step tried at ``batch`` rows and ``single`` at one; without them activations count as nothing.
+    ``moments`` are kept by the optimizer per number; ``file_itemsize`` is that of the checkpoint
+    where it is another (None: the same).
     """
 
     blocks: int
@@ -35,10 +35,14 @@ class BlockCosts:
     batch: int
     length: int
     itemsize: int
-    activation_factor: int = 14
     tied_bytes: int = 0
     logits_bytes: int = 0
     label_bytes: int = 0
+    moments: int = 2
+    file_itemsize: int | None = None
+    process_bytes: int = 0
+    full: Trial | None = None
+    single: Trial | None = None
 
     def __post_init__(self) -> None:
         for field in ("block_bytes", "adapter_block_bytes"):
@@ -58,43 +62,101 @@ def near_bytes(
     recompute: bool = False,
     accumulate: int = 1,
 ) -> Mapping[str, int]:
-    """Memory in bytes at the client by part, and their sum as ``total``.
+    """What a device must lend, in bytes by part, and their sum as ``total``.
 
-    Weights are the embeddings, the near blocks and the head if it is near; adapters count four
-    times, for parameter, gradient and two moments of Adam; activations are those kept for the
-    backward pass, with recomputation the inputs of blocks and the inside of one; the link holds one
-    message on its way out and one in. Of a batch in ``accumulate`` parts one is held at a time.
+    Weights are the embeddings, the near blocks and the head if it is near. Adapters are there as
+    they begin, as they are, as gradient and as moments of the optimizer. Activations are the most
+    that opening, training or stepping needs beside those. The link holds one message on its way
+    out and one in. The process is what no tensor holds: code, buffers of libraries, the allocator.
     """
-    if min(cut_front, cut_back) < 0 or cut_front + cut_back > costs.blocks:
-        raise CutError(
-            f"Cut ({cut_front}, {cut_back}) does not fit: the model has {costs.blocks} blocks. "
-            "Choose a front and a back that together have no more."
-        )
-    if cut_back and not head_near:
-        raise CutError(
-            f"Cut ({cut_front}, {cut_back}) has blocks behind the server's, which has the head. "
-            "Set the back to 0, or keep the labels."
-        )
+    _check(costs, cut_front, cut_back, head_near)
     near = [*range(cut_front), *range(costs.blocks - cut_back, costs.blocks)]
     whole = head_near and len(near) == costs.blocks
+    weights = costs.embed_bytes + sum(costs.block_bytes[i] for i in near)
+    weights += costs.head_bytes if head_near else 0
+    adapter = sum(costs.adapter_block_bytes[i] for i in near)
+    adapter += costs.adapter_head_bytes if head_near else 0
     rows = -(-costs.batch // accumulate)
-    hidden = message_bytes(costs) * rows // costs.batch
-    logits = costs.logits_bytes * rows // costs.batch
-    inside = costs.activation_factor * (min(1, len(near)) if recompute else len(near))
+    file = 0 if costs.file_itemsize is None else weights * costs.file_itemsize // costs.itemsize
+    training = _training(_Rows(costs, rows, recompute), cut_front, cut_back, head_near)
+    # A step copies what it moves: the tensors, the scaled gradient and the moments.
     parts = {
-        "weights": costs.embed_bytes
-        + sum(costs.block_bytes[i] for i in near)
-        + (costs.head_bytes if head_near else 0),
-        "adapters": 4
-        * (
-            sum(costs.adapter_block_bytes[i] for i in near)
-            + (costs.adapter_head_bytes if head_near else 0)
-        ),
-        "activations": (inside + (len(near) if recompute else 0)) * hidden
-        + (2 * logits if head_near else 0),
-        "link": 0 if whole else 2 * hidden,
+        "weights": weights,
+        "adapters": (3 + costs.moments) * adapter,
+        "activations": max(training, (2 + costs.moments) * adapter, file),
+        "link": 0 if whole else 2 * message_bytes(costs) * rows // costs.batch,
+        "process": costs.process_bytes,
     }
+    if not head_near:  # logits that come back, their softmax and their gradient
+        parts["link"] += 3 * costs.logits_bytes * rows // costs.batch
     return parts | {"total": sum(parts.values())}
+
+
+def _check(costs: BlockCosts, front: int, back: int, head_near: bool) -> None:
+    if min(front, back) < 0 or front + back > costs.blocks:
+        raise CutError(
+            f"Cut ({front}, {back}) does not fit: the model has {costs.blocks} blocks. "
+            "Choose a front and a back that together have no more."
+        )
+    if back and not head_near:
+        raise CutError(
+            f"Cut ({front}, {back}) has blocks behind the server's, which has the head. "
+            "Set the back to 0, or keep the labels."
+        )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What blocks hold at some number of rows: between the trials, and on a line beyond them."""
+
+    costs: BlockCosts
+    rows: int
+    recompute: bool
+
+    def at(self, of: Callable[[Trial], int]) -> int:
+        full, single = self.costs.full, self.costs.single
+        if full is None:
+            return 0
+        if single is None or single.rows == full.rows:
+            return of(full)
+        slope = (of(full) - of(single)) / (full.rows - single.rows)
+        return round(of(single) + slope * (self.rows - single.rows))
+
+    @property
+    def message(self) -> int:
+        return self.at(lambda t: t.message)
+
+    def block(self, i: int, trained: bool) -> Held:
+        """Block ``i``; ``trained``: something before it trains, so gradients go through it."""
+        if not trained and not self.costs.adapter_block_bytes[i]:
+            return Held(0, self.at(lambda t: t.first[i].work))
+
+        def of(trial: Trial) -> Held:
+            if self.recompute:
+                return trial.again[i]
+            return (trial.blocks if trained else trial.first)[i]
+
+        return Held(self.at(lambda t: of(t).kept), self.at(lambda t: of(t).work))
+
+
+def _training(held: _Rows, cut_front: int, cut_back: int, head_near: bool) -> int:
+    """The most bytes of activations: in the end, in the tail, or in the front with the tail done.
+
+    What a block keeps is there until its backward pass, which comes in the opposite order.
+    """
+    costs = held.costs
+    before = [any(costs.adapter_block_bytes[:i]) for i in range(costs.blocks)]
+    front = [held.block(i, before[i]) for i in range(cut_front)]
+    tail = [held.block(i, before[i]) for i in range(costs.blocks - cut_back, costs.blocks)]
+    kept = held.message + sum(one.kept for one in front)  # the embeddings' output feeds block 0
+    crossing, most = kept, kept + max((one.work for one in front), default=0)
+    kept += sum(one.kept for one in tail)
+    if head_near:
+        most = max(most, kept + held.at(lambda t: t.end.kept + t.end.work))
+    most = max(most, kept + max((one.work for one in tail), default=0))
+    whole = head_near and len(front) + len(tail) == costs.blocks
+    # While anything works, one of the link's two messages is gone already.
+    return most if whole else max(crossing, most - held.message)
 
 
 def message_bytes(costs: BlockCosts) -> int:
@@ -115,112 +177,3 @@ def step_bytes(costs: BlockCosts, form: Form = "u", front_trains: bool = True) -
         "loss": costs.label_bytes,
     }
     return (2 if front_trains else 1) * hidden + extra[form]
-
-
-def measure_costs(
-    model: nn.Module,
-    blocks_path: str,
-    adapters: Mapping[str, tuple[int, ...]],
-    *,
-    batch: int,
-    length: int,
-    itemsize: int,
-) -> BlockCosts:
-    """The sizes of a Hugging Face model, maybe on the meta device: no weight is read.
-
-    Parameters outside the block list count as embeddings if they are the input embeddings or are
-    registered before the blocks, else as head. Each is counted once, at ``itemsize`` bytes per
-    number, and so are the adapter's tensors, given as name and shape; those outside the blocks
-    count as head. Buffers are not counted.
-    """
-    blocks = _block_list(model, blocks_path)
-    embed, head, seen_block = 0, 0, False
-    sizes, early = [0] * len(blocks), set[int]()
-    inputs = {id(p) for p in _input_embeddings(model)}
-    for name, parameter in model.named_parameters():
-        size = parameter.numel() * itemsize
-        index = _block_of(name, blocks_path)
-        if index is not None:
-            sizes[index] += size
-            seen_block = True
-        elif id(parameter) in inputs or not seen_block:
-            embed += size
-            early.add(id(parameter))
-        else:
-            head += size
-    adapter_sizes, adapter_head = _adapter_bytes(adapters, blocks_path, len(blocks), itemsize)
-    return BlockCosts(
-        blocks=len(blocks),
-        width=_width(model),
-        embed_bytes=embed,
-        block_bytes=tuple(sizes),
-        head_bytes=head,
-        adapter_block_bytes=adapter_sizes,
-        adapter_head_bytes=adapter_head,
-        batch=batch,
-        length=length,
-        itemsize=itemsize,
-        tied_bytes=_tied(model, blocks_path, early) * itemsize,
-    )
-
-
-def _block_list(model: nn.Module, path: str) -> nn.ModuleList:
-    try:
-        found = model.get_submodule(path)
-    except AttributeError as error:
-        raise ModelError(f'The model has no module "{path}": {error}. Check blocks_at.') from error
-    if not isinstance(found, nn.ModuleList) or len(found) == 0:
-        raise ModelError(f'"{path}" is no list of blocks but a {type(found).__name__}.')
-    return found
-
-
-def _input_embeddings(model: nn.Module) -> list[nn.Parameter]:
-    try:
-        return list(cast("Any", model).get_input_embeddings().parameters())
-    except NotImplementedError:  # a few classes name none; order of registration decides then
-        return []
-
-
-def _width(model: nn.Module) -> int:
-    config = cast("Any", model).config.get_text_config()
-    width = getattr(config, "hidden_size", None)
-    if not isinstance(width, int):
-        raise ModelError(
-            f"{type(config).__name__} has no hidden_size. Choose a model with one width throughout."
-        )
-    return width
-
-
-def _block_of(name: str, path: str) -> int | None:
-    """The block that a parameter belongs to; adapter names carry a prefix before the path."""
-    match = re.search(rf"(?:^|\.){re.escape(path)}\.(\d+)\.", name)
-    return int(match.group(1)) if match else None
-
-
-def _adapter_bytes(
-    adapters: Mapping[str, tuple[int, ...]], path: str, blocks: int, itemsize: int
-) -> tuple[tuple[int, ...], int]:
-    sizes, head = [0] * blocks, 0
-    for name, shape in adapters.items():
-        index = _block_of(name, path)
-        if index is None:
-            head += prod(shape) * itemsize
-        elif index < blocks:
-            sizes[index] += prod(shape) * itemsize
-        else:
-            raise ModelError(
-                f'Adapter tensor "{name}" is in block {index}, but the model has {blocks}. '
-                "Make the adapter for this model."
-            )
-    return tuple(sizes), head
-
-
-def _tied(model: nn.Module, path: str, early: set[int]) -> int:
-    """Numbers of the early parameters that are registered behind the blocks once more."""
-    seen_block, tied = False, 0
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if _block_of(name, path) is not None:
-            seen_block = True
-        elif seen_block and id(parameter) in early:
-            tied += parameter.numel()
-    return tied

@@ -1,0 +1,104 @@
+"""A step tried without memory holds what the same step holds with it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from toys import V, at_desk, backbone, task_of
+
+from flexp.data.examples import Batch
+from flexp.model.adapter import Dense, Kind, Lora
+from flexp.model.backbone import Backbone
+from flexp.model.cut import Cut, Seat
+from flexp.model.meter import Meter
+from flexp.model.skeleton import TaskKind, bare
+from flexp.plan import BlockCosts, measure_costs, near_bytes, tried
+from flexp.plan.sizes import adapter_bytes
+from flexp.plan.trial import Shape
+
+ROWS, LENGTH, DEPTH = 24, 32, 4
+U = Seat(Cut(2, 1))
+
+
+def costs_of(config: Any, task: TaskKind, adapter: Any, head: tuple[str, ...] = ()) -> BlockCosts:
+    bones = bare(config, task)
+    sized = measure_costs(bones.model, bones.blocks_path, {}, batch=ROWS, length=LENGTH, itemsize=4)
+    blocks, outside = adapter_bytes(adapter, bones.blocks_path, bones.depth, 4)
+    sized = replace(sized, adapter_block_bytes=blocks, adapter_head_bytes=outside)
+    return tried(sized, bones, task, adapter, Shape(ROWS, LENGTH), dtype=torch.float32)
+
+
+def peak(body: Backbone, seat: Seat, kind: Kind) -> int:
+    """The most that two steps made, in bytes, the slots among it."""
+    ids = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % (V - 3) + 3
+    mask = torch.ones_like(ids)
+    mask[0, -1], ids[0, -1] = 0, 0
+    labels = torch.zeros(ROWS, dtype=torch.int64)
+    if body.task == "causal-lm":
+        labels = torch.where(mask.bool(), ids, -100)
+    batches = [Batch({"input_ids": ids, "attention_mask": mask}, labels)] * 2
+    with at_desk(body, seat, kind=kind) as (desk, _), Meter() as meter:
+        desk.fit(batches=iter(batches))
+    return meter.peak
+
+
+@pytest.mark.parametrize(
+    ("family", "seat", "kind"),
+    [
+        ("bert-cls", U, Lora(rank=2)),
+        ("bert-cls", Seat(Cut(2), "logits"), Lora(rank=2)),
+        ("bert-cls", replace(U, recompute=True), Lora(rank=2)),
+        ("llama", U, Lora(rank=2)),
+        ("llama", replace(U, accumulate=3), Lora(rank=2)),
+        ("gpt2", U, Lora(rank=2)),
+        ("modernbert-cls", U, Lora(rank=2, dora=True)),
+        ("gemma3", U, Lora(rank=2, targets=("up_proj", "down_proj"))),
+        ("distilbert-cls", U, Dense(("distilbert.transformer.layer.1.ffn.lin1",))),
+    ],
+    ids=str,
+)
+def test_a_prediction_is_what_the_meter_counts(family: str, seat: Seat, kind: Kind) -> None:
+    body = backbone(family, DEPTH)
+    body.config.max_position_embeddings = LENGTH
+    costs = costs_of(body.config, body.task, body.layout(kind), body.head)
+    assert costs.full is not None
+    assert not costs.full.rough
+    parts = near_bytes(
+        costs,
+        seat.cut.front,
+        seat.cut.back,
+        head_near=seat.labels == "keep",
+        recompute=seat.recompute,
+        accumulate=seat.accumulate,
+    )
+    expected = parts["activations"] + parts["link"] + parts["adapters"]
+    assert peak(body, seat, kind) == pytest.approx(expected, rel=0.15)
+
+
+def test_images_are_tried_too() -> None:
+    body = backbone("vit", 2)
+    costs = costs_of(body.config, task_of(body.model), body.layout(Lora(rank=2)))
+    assert costs.full is not None
+    assert not costs.full.rough
+    assert costs.full.rows == ROWS
+    assert costs.full.blocks[0].kept > costs.full.message
+
+
+def test_a_family_that_cannot_be_tried_gets_a_rough_formula(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = hf.MixtralConfig(
+        **sizes, vocab_size=V, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4
+    )
+    with caplog.at_level(logging.ERROR):
+        costs = costs_of(config, "causal-lm", {})
+    assert costs.full is not None
+    assert costs.full.rough
+    assert costs.full.blocks[0].kept == 20 * costs.full.message
+    assert not caplog.records
