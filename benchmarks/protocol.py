@@ -47,6 +47,11 @@ class Task:
     out: Path
     cache: assets.Cache
 
+    @property
+    def methods(self) -> list[str]:
+        """The methods that are compared on this task."""
+        return self.protocol["tasks"][self.name].get("methods", list(self.protocol["methods"]))
+
     def recipe(self, method: str, seed: int, **more: Any) -> Recipe:
         """The recipe of one run."""
         task = self.protocol["tasks"][self.name]
@@ -148,14 +153,14 @@ class Sent:
 
 def trials(task: Task, found: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     done = {(t["method"], t["train.lr"]) for t in found["search"]["trials"]}
-    methods = [m for m in task.protocol["methods"] if m != "base"]
+    methods = [m for m in task.methods if m != "base"]
     rates = task.protocol["tasks"][task.name]["rates"]
     return [(m, {"train.lr": lr}) for lr in rates for m in methods if (m, lr) not in done]
 
 
 def finals(task: Task, found: dict[str, Any], seed: int) -> list[tuple[str, dict[str, float]]]:
     done = {(c["method"], c["seed"]) for c in found["costs"]}
-    methods = [m for m in task.protocol["methods"] if (m, seed) not in done]
+    methods = [m for m in task.methods if (m, seed) not in done]
     return [(m, found["chosen"].get(m, {})) for m in methods]
 
 
