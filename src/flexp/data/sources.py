@@ -10,10 +10,11 @@ from pathlib import Path
 
 from flexp.data import formats
 from flexp.data.formats import Value
+from flexp.data.mail import read_mail
 from flexp.errors import AssetError, DataError, nearest
 
 SPLITS = ("train", "validation", "test")
-SHIPPED = ("vader", "shakespeare")
+SHIPPED = ("vader", "shakespeare", "spam")
 
 _DOMAINS = ("tweets", "movies", "amazon", "nyt")
 _ROLE = re.compile(r"\*\*(.+)\*\*\s*")
@@ -54,6 +55,8 @@ def shipped(name: str, folder: Path) -> list[Row]:
     ``vader``: text, label (negative below -0.5, positive above 0.5, else neutral), domain.
     ``shakespeare``: text (one speech), role (with its play), play, cue (the speech before it in
     the scene and the name of who speaks now, laid out as in a play).
+    ``spam``: text (subject and beginning of an e-mail), label (ham or spam), list (the mailing
+    list by which it came, or direct).
     """
     if name == "vader":
         return [row for domain in _DOMAINS for row in _ratings(folder, domain)]
@@ -62,6 +65,11 @@ def shipped(name: str, folder: Path) -> list[Row]:
         if not plays:
             raise AssetError(f"shakespeare: no plays in {folder}. Fetch the asset again.")
         return [row for play in plays for row in _speeches(play)]
+    if name == "spam":
+        mails = sorted((folder / "mail").glob("*/*.txt"))
+        if not mails:
+            raise AssetError(f"spam: no mail in {folder}. Fetch the asset again.")
+        return [row for mail in mails for row in _mail(mail)]
     raise DataError(f'"{name}" is not a packaged data set. {nearest(name, SHIPPED)}')
 
 
@@ -208,8 +216,24 @@ def _name(raw: str) -> str:
     return " ".join([named[0], *small])
 
 
+def _mail(path: Path) -> Iterator[Row]:
+    """The row of one e-mail; none where it has no text at all."""
+    try:
+        text, came_by = read_mail(path.read_bytes())
+    except OSError as broken:
+        raise _damaged(path) from broken
+    group = path.parent.name
+    label = "spam" if group.startswith("spam") else "ham"
+    if text:
+        yield Row({"text": text, "label": label, "list": came_by}, f"spam/{group}/{path.name}")
+
+
 def _asset(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as broken:
-        raise AssetError(f"{path}: missing or damaged. Fetch the asset again.") from broken
+        raise _damaged(path) from broken
+
+
+def _damaged(path: Path) -> AssetError:
+    return AssetError(f"{path}: missing or damaged. Fetch the asset again.")
