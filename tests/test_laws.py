@@ -17,6 +17,7 @@ from flexp.model.cut import Cut
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
+from flexp.selection import ALL, Where
 from flexp.strategies.base import ClientId, Served, Setting, Strategy, Turn
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.fedprox import FedProx
@@ -26,7 +27,7 @@ from flexp.strategies.pooled import Pooled
 from flexp.strategies.pretrained import Base
 from flexp.strategies.splitfed_v1 import SplitFedV1
 from flexp.strategies.splitfed_v2 import SplitFedV2
-from flexp.tensors import ALL, Mix, Tensors, Term, Where, mean
+from flexp.tensors import Mix, Tensors, Term, mean
 
 # ---- methods that keep them
 

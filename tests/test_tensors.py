@@ -14,18 +14,12 @@ from torch import Tensor
 from flexp.errors import AdapterError
 from flexp.model.cut import Cut, Seat
 from flexp.model.dress import spread
+from flexp.selection import ALL, FAR, HEAD, NEAR, NONE, Place, Where, select
 from flexp.tensors import (
-    ALL,
-    FAR,
-    HEAD,
-    NEAR,
-    NONE,
     PerRow,
-    Place,
     Stacked,
     Tensors,
     Term,
-    Where,
     add,
     add_blocks,
     block_dots,
@@ -34,7 +28,6 @@ from flexp.tensors import (
     mixed,
     norm,
     scale,
-    select,
     slots_of,
     terms,
     total,

@@ -28,7 +28,7 @@ from flexp.model.cut import Cut, Labels, Seat, uncut
 from flexp.model.ops import Optim, SlotSpec
 from flexp.model.skeleton import TaskKind
 from flexp.parcel import Parcel
-from flexp.run import flow_of, waves_of
+from flexp.rounds import flow_of, waves_of
 from flexp.strategies.base import Scene, Strategy, Turn
 from flexp.strategies.local import Local
 from flexp.tensors import Tensors

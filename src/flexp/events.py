@@ -113,7 +113,7 @@ class Merged:
 
 @dataclass(frozen=True)
 class Interleaved:
-    """After rounds without a barrier: whose messages the server heard, one after another."""
+    """After rounds without a barrier: whose messages the server heard, in that order."""
 
     first: int
     round: int

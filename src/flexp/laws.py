@@ -33,7 +33,7 @@ from flexp.model.cut import Cut, Seat, uncut
 from flexp.model.ops import Optim
 from flexp.model.weights import fill
 from flexp.parcel import Parcel, decode, encode
-from flexp.run import waves_of
+from flexp.rounds import waves_of
 from flexp.strategies import about
 from flexp.strategies.base import ClientId, MethodKind, Scene, Setting, Strategy, Turn
 

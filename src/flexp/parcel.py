@@ -26,7 +26,8 @@ from torch import Tensor
 
 from flexp import safe
 from flexp.errors import ParcelError
-from flexp.tensors import Tensors, Where
+from flexp.selection import Where
+from flexp.tensors import Tensors
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 Facts = Mapping[str, JSON]

@@ -7,8 +7,7 @@ their data lives, replies are merged, scores and checkpoints are written.
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flexp import checkpoint, export
-from flexp.dice import Dice
-from flexp.engine.base import Arrival, Assignment, Engine, FlowEngine, replies
+from flexp.engine.base import Arrival, Assignment, replies
 from flexp.engine.flow import Flow
 from flexp.errors import FlexpError
 from flexp.evaluate import Score, evaluate
@@ -37,8 +35,9 @@ from flexp.events import (
 from flexp.link.metered import Ledger
 from flexp.parcel import file_name
 from flexp.recipe import Recipe
+from flexp.rounds import flow_of, waves_of
 from flexp.stage import Stage
-from flexp.strategies.base import ClientId, Scene, Strategy, Turn
+from flexp.strategies.base import ClientId, Scene, Turn
 from flexp.telling import moved, seat_facts, tell
 
 # The order in which the server heard its clients, by the first round of a span.
@@ -128,66 +127,6 @@ def play(
     flow = Flow(stage.paces_at(first), recorded)
     yield from flow_of(strategy, engine, state, begun, flow, tell=told)
     stream.write(Interleaved(first, begun[-1].round, tuple(flow.order)))
-
-
-def flow_of(
-    strategy: Strategy[Any],
-    engine: FlowEngine,
-    state: Any,
-    begun: Sequence[Turn],
-    flow: Flow,
-    *,
-    tell: Callable[[Turn, Arrival], None] = lambda turn, arrival: None,
-) -> Iterator[tuple[Turn, list[Arrival], Any]]:
-    """Rounds without a barrier: every client gets its next assignment when it has arrived.
-
-    Gives each arrival's turn and the state that it was merged into.
-    """
-    todo = {c: [turn for turn in begun if c in turn.chosen] for c in flow.lines}
-    now: dict[ClientId, Turn] = {}
-
-    def give(client: ClientId) -> tuple[Assignment, Turn] | None:
-        if not todo[client]:
-            return None
-        turn = now[client] = todo[client].pop(0)
-        offer = strategy.offer(state, client, turn)
-        return Assignment(client, turn.seats[client], offer), turn
-
-    for arrival in engine.flow(strategy, give, flow):
-        turn = now[arrival.client]
-        tell(turn, arrival)
-        turn = replace(turn, rows={arrival.client: arrival.rows})
-        state = strategy.merge(state, replies([arrival]), turn)
-        yield turn, [arrival], state
-
-
-def waves_of(
-    strategy: Strategy[Any],
-    engine: Engine,
-    state: Any,
-    begun: Turn,
-    dice: Dice,
-    *,
-    tell: Callable[[Turn, Arrival], None] = lambda turn, arrival: None,
-) -> Iterator[tuple[Turn, list[Arrival], Any]]:
-    """One round: offers go out, clients train, replies are merged, wave by wave.
-
-    Gives each wave's turn, arrivals and merged state; ``tell`` hears of an arrival as it comes.
-    """
-    had = Counter[ClientId]()
-    waves = strategy.waves(state, begun.chosen, dice)
-    for w, wave in enumerate(waves):
-        turn = replace(begun, wave=w, last_wave=w == len(waves) - 1)
-        offers = {c: strategy.offer(state, c, turn) for c in wave}
-        work = [Assignment(c, turn.seats[c], offers[c], had[c]) for c in wave]
-        had.update(wave)
-        arrivals: list[Arrival] = []
-        for arrival in engine.run(strategy, work, turn):
-            tell(turn, arrival)
-            arrivals.append(arrival)
-        turn = replace(turn, rows={a.client: a.rows for a in arrivals})
-        state = strategy.merge(state, replies(arrivals), turn)
-        yield turn, arrivals, state
 
 
 def begin(stage: Stage, stream: Stream, out: Path | None, resume: bool) -> tuple[Any, int]:

@@ -33,7 +33,8 @@ from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
 from flexp.strategies.base import ClientId, MethodKind, Scene, Strategy, Turn
-from flexp.tensors import NONE, Tensors, Where, mean
+from flexp.selection import NONE, Where
+from flexp.tensors import Tensors, mean
 
 
 @dataclass(frozen=True)

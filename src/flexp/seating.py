@@ -192,8 +192,8 @@ def _pace(
 ) -> Pace | None:
     """How fast a client is at its seat; None if a speed that it needs is not known."""
     cut, form = (seat.cut.front, seat.cut.back), FORMS[seat.labels]
-    how = {"recompute": seat.recompute, "accumulate": seat.accumulate}
-    load = step_load(sized, work, cut, form, **how)
+    recompute, parts = seat.recompute, seat.accumulate
+    load = step_load(sized, work, cut, form, recompute=recompute, accumulate=parts)
     if seconds_of(load, device, server) is None:
         return None
     return Pace(

@@ -13,8 +13,9 @@ from flexp.client.desk import Desk
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
+from flexp.selection import ALL, Where
 from flexp.strategies.base import ClientId, MethodKind, Scene, Served, Strategy, Turn
-from flexp.tensors import ALL, Mix, Tensors, Term, Where, mean, total
+from flexp.tensors import Mix, Tensors, Term, mean, total
 
 PEERS, BASES = 2, 3
 

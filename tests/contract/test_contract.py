@@ -33,7 +33,8 @@ from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim
 from flexp.parcel import Parcel, decode, encode
-from flexp.run import waves_of
+from flexp.rounds import waves_of
+from flexp.selection import HEAD, NEAR, NONE, Where
 from flexp.strategies import BUILT_IN, about
 from flexp.strategies.base import MethodKind, Scene, Strategy, Turn
 from flexp.strategies.fedavg import FedAvg
@@ -41,7 +42,7 @@ from flexp.strategies.flexp import FlexP
 from flexp.strategies.splitfed_v2 import SplitFedV2
 from flexp.strategies.splitfed_v3 import SplitFedV3
 from flexp.strategies.splitlora import SplitLora
-from flexp.tensors import HEAD, NEAR, NONE, Tensors, Where
+from flexp.tensors import Tensors
 
 KIND = Lora(rank=3, alpha=6.0)
 MIXED = (Seat(Cut(1, 1)), Seat(Cut(2, 0)), whole(4))

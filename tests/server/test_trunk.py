@@ -33,9 +33,10 @@ from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Assign, Dot, Grad, Optim, SlotSpec, Step
 from flexp.parcel import Parcel
+from flexp.selection import ALL, FAR
 from flexp.server.tenants import Tenants
 from flexp.server.trunk import MAX_PENDING, Trunk
-from flexp.tensors import ALL, FAR, Tensors, Term
+from flexp.tensors import Tensors, Term
 
 KIND = Lora(rank=3, alpha=6.0)
 U, V = Seat(Cut(1, 1)), Seat(Cut(2), "loss")

@@ -22,7 +22,8 @@ from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim, SlotSpec
 from flexp.parcel import Parcel
-from flexp.tensors import FAR, HEAD, NEAR, PerRow, Stacked, Tensors, Term, Wear, Where, dot, total
+from flexp.selection import FAR, HEAD, NEAR, Where
+from flexp.tensors import PerRow, Stacked, Tensors, Term, Wear, dot, total
 
 KIND = Lora(rank=3, alpha=6.0)
 SEATS = [

@@ -25,9 +25,10 @@ from flexp.model.dress import Leaves, Train
 from flexp.model.ops import Optim, SlotSpec
 from flexp.model.slots import Slots, moments
 from flexp.parcel import Parcel
-from flexp.run import waves_of
+from flexp.rounds import waves_of
+from flexp.selection import ALL, FAR, NONE, select
 from flexp.strategies.base import Scene, Strategy, Turn
-from flexp.tensors import ALL, FAR, NONE, Tensors, select
+from flexp.tensors import Tensors
 
 FACTOR = "base_model.model.blocks.0.lora_A.weight"
 FRONT = "base_model.model.blocks.0.lora_B.weight"

@@ -21,6 +21,7 @@ from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim, SlotSpec
 from flexp.parcel import Parcel
 from flexp.products import lora_pairs
+from flexp.selection import ALL, FAR, NEAR, Where
 from flexp.strategies.base import ClientId, Setting, Strategy, Turn
 from flexp.strategies.ditto import Ditto
 from flexp.strategies.fedavg import FedAvg
@@ -35,7 +36,7 @@ from flexp.strategies.splitfed_v1 import SplitFedV1
 from flexp.strategies.splitfed_v2 import SplitFedV2
 from flexp.strategies.splitfed_v3 import SplitFedV3
 from flexp.strategies.splitlora import SplitLora
-from flexp.tensors import ALL, FAR, NEAR, Tensors, Where
+from flexp.tensors import Tensors
 
 U, V = Seat(Cut(1, 1)), Seat(Cut(2), "loss")
 MIXED = (U, Seat(Cut(2, 0)), whole(4))

@@ -17,12 +17,13 @@ from flexp.model.adapter import Lora
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim, Step
 from flexp.parcel import Parcel
+from flexp.selection import NEAR, Where
 from flexp.strategies import build
 from flexp.strategies.base import Setting
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.flexp import FlexP
 from flexp.strategies.flexp_sfl import FlexPSfl
-from flexp.tensors import NEAR, Where, agreed_mean
+from flexp.tensors import agreed_mean
 
 U = Seat(Cut(1, 1))
 HOSTS = (Seat(Cut(1, 0)), Seat(Cut(2, 1)), Seat(Cut(1, 2)))  # far: 1 2 3, 2, 1

@@ -38,11 +38,12 @@ from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim
 from flexp.products import gram_distance, gram_gradient, lora_pairs, stack, truncate
+from flexp.selection import HEAD, Where
 from flexp.strategies.base import Scene, Strategy, Turn
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.flexp import FlexP
 from flexp.strategies.local import Local
-from flexp.tensors import HEAD, Tensors, Term, Wear, Where, lerp, mean, mean_by_name
+from flexp.tensors import Tensors, Term, Wear, lerp, mean, mean_by_name
 
 MIXED = (Seat(Cut(1, 1)), Seat(Cut(2, 0)), whole(4))
 SGD = Training(Optim("sgd", lr=0.5), batch=4, steps=2)

@@ -21,17 +21,15 @@ from flexp.model.cut import Seat
 from flexp.model.ops import Assign, Dot, Grad, Op, Optim, Pull, SlotSpec, Step
 from flexp.model.personal import PersonalModel
 from flexp.parcel import JSON, Facts, Parcel
+from flexp.selection import ALL, Where, select
 from flexp.tensors import (
-    ALL,
     BlockScalars,
     Mix,
     PerRow,
     Tensors,
     Term,
     Wear,
-    Where,
     add_blocks,
-    select,
     slots_of,
     total,
 )

@@ -27,7 +27,8 @@ from flexp.model.ops import Op, Optim
 from flexp.model.personal import Ask
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Egress
-from flexp.tensors import ALL, BlockScalars, Tensors, Where
+from flexp.selection import ALL, Where
+from flexp.tensors import BlockScalars, Tensors
 
 
 @dataclass

@@ -29,7 +29,8 @@ from flexp.model.personal import PersonalModel
 from flexp.model.slots import Slots
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Egress, Leave, Profile
-from flexp.tensors import FAR, NEAR, Tensors, select
+from flexp.selection import FAR, NEAR, select
+from flexp.tensors import Tensors
 
 Specs = Mapping[str, SlotSpec]
 ALONE = "alone until"  # a fact of a client's memory

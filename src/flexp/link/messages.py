@@ -16,7 +16,8 @@ from flexp.dice import Dice
 from flexp.model.cut import Seat
 from flexp.model.ops import Op, Optim
 from flexp.parcel import JSON, Facts
-from flexp.tensors import ALL, BlockScalars, Tensors, Wear, Where
+from flexp.selection import ALL, Where
+from flexp.tensors import BlockScalars, Tensors, Wear
 
 Phase = Literal["join", "fetch", "put", "forward", "backward", "do", "submit", "leave"]
 

@@ -29,7 +29,8 @@ from flexp.model.skeleton import (
 )
 from flexp.model.weights import fill, load
 from flexp.model.worn import PREFIX, Wearing, Worn
-from flexp.tensors import Place, Tensors
+from flexp.selection import Place
+from flexp.tensors import Tensors
 
 
 class Backbone:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVa
 
 from flexp.errors import CutError
 from flexp.model.worn import Worn
-from flexp.tensors import Place
+from flexp.selection import Place
 
 Labels = Literal["keep", "logits", "loss"]
 

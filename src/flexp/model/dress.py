@@ -13,7 +13,8 @@ from flexp.dice import Dice
 from flexp.errors import AdapterError
 from flexp.model.slots import Slots
 from flexp.model.worn import Coef, Worn, read, stacked
-from flexp.tensors import ALL, PerRow, Stacked, Tensors, Wear, Where, mixed, slots_of, terms
+from flexp.selection import ALL, Where
+from flexp.tensors import PerRow, Stacked, Tensors, Wear, mixed, slots_of, terms
 
 Train = Mapping[str, Where] | None  # per slot what of it gets gradients; None: everything
 

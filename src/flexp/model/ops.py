@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flexp.model.adapter import Kind
-from flexp.tensors import ALL, Mix, Tensors, Where
+from flexp.selection import ALL, Where
+from flexp.tensors import Mix, Tensors
 
 
 @dataclass(frozen=True)

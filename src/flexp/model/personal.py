@@ -19,7 +19,8 @@ from flexp.model.cut import Seat
 from flexp.model.dress import Leaves, Train, dress, dropping, spread
 from flexp.model.slots import Slots
 from flexp.model.worn import Worn
-from flexp.tensors import ALL, PerRow, Stacked, Tensors, Wear, slots_of, terms
+from flexp.selection import ALL
+from flexp.tensors import PerRow, Stacked, Tensors, Wear, slots_of, terms
 
 Until = Literal["hidden", "logits", "loss"]
 

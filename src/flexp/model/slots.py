@@ -17,7 +17,8 @@ from torch.optim.sgd import sgd
 from flexp.errors import AdapterError
 from flexp.model.ops import Assign, Dot, Grad, Op, Optim, Pull, SlotSpec, Step
 from flexp.products import gram_gradient, lora_pairs
-from flexp.tensors import BlockScalars, Mix, Place, Tensors, Where, block_dots, mixed
+from flexp.selection import Place, Where
+from flexp.tensors import BlockScalars, Mix, Tensors, block_dots, mixed
 
 
 @dataclass

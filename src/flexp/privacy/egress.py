@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexp.errors import CutError, EgressError
 from flexp.model.cut import Labels
-from flexp.tensors import ALL, FAR, Place, Where
+from flexp.selection import ALL, FAR, Place, Where
 
 Profile = Literal["open", "u-shape"]
 

@@ -16,7 +16,8 @@ from flexp.model.cut import Seat, uncut
 from flexp.model.ops import Initial, Op, Optim, SlotSpec, Step
 from flexp.model.slots import Slots, moments
 from flexp.parcel import JSON, Facts, Parcel
-from flexp.tensors import ALL, FAR, NEAR, BlockScalars, Place, Tensors, Where, select
+from flexp.selection import ALL, FAR, NEAR, Place, Where, select
+from flexp.tensors import BlockScalars, Tensors
 
 Held = dict[str, Tensors]
 

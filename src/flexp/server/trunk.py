@@ -30,9 +30,10 @@ from flexp.model.meter import Meter
 from flexp.model.personal import Objective
 from flexp.model.worn import Worn
 from flexp.parcel import JSON, Parcel
+from flexp.selection import select
 from flexp.server.steps import StepTable
 from flexp.server.tenants import Tenancy, Tenants
-from flexp.tensors import PerRow, select, terms
+from flexp.tensors import PerRow, terms
 
 MAX_PENDING = 16  # forwards of one client that wait for their backward
 

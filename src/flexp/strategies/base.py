@@ -21,7 +21,8 @@ from flexp.model.cut import Seat
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
-from flexp.tensors import ALL, NONE, Place, Tensors, Wear, Where, select
+from flexp.selection import ALL, NONE, Place, Where, select
+from flexp.tensors import Tensors, Wear
 
 ClientId = str
 State = TypeVar("State")

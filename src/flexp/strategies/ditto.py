@@ -16,8 +16,9 @@ from flexp.client.desk import Desk, Drag
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
+from flexp.selection import ALL, Where
 from flexp.strategies.base import ClientId, MethodKind, Scene, Strategy, Turn
-from flexp.tensors import ALL, Tensors, Where, mean
+from flexp.tensors import Tensors, mean
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from flexp.client.desk import Desk
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
+from flexp.selection import HEAD, Where
 from flexp.strategies.base import ClientId, MethodKind, Scene, Setting, Strategy, Turn
-from flexp.tensors import HEAD, Tensors, Where, mean
+from flexp.tensors import Tensors, mean
 
 
 @dataclass(frozen=True)

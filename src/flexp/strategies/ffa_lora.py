@@ -13,9 +13,10 @@ from flexp.client.desk import Desk
 from flexp.model.adapter import Lora
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
+from flexp.selection import Where
 from flexp.strategies.base import ClientId, MethodKind, Scene, Setting, Turn
 from flexp.strategies.fedavg import FedAvg
-from flexp.tensors import Tensors, Where
+from flexp.tensors import Tensors
 
 MOVES = ~Where(names="*.lora_A.*")  # the head and what else is trained move along
 

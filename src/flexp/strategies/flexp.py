@@ -30,20 +30,10 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from flexp.client.desk import Desk, Drag
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
+from flexp.selection import ALL, FAR, FRONT, HEAD, NEAR, Where
 from flexp.strategies.alignment import aligned_loss
 from flexp.strategies.base import ClientId, MethodKind, Scene, Served, Setting, Strategy, Turn
-from flexp.tensors import (
-    ALL,
-    FAR,
-    FRONT,
-    HEAD,
-    NEAR,
-    Tensors,
-    Term,
-    Where,
-    agreed_mean,
-    mean_by_name,
-)
+from flexp.tensors import Tensors, Term, agreed_mean, mean_by_name
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from pydantic import NonNegativeInt
 from flexp.client.desk import Desk
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
+from flexp.selection import ALL, FRONT, NEAR, NONE, Where
 from flexp.strategies.base import ClientId, Setting, Turn
 from flexp.strategies.flexp import FlexP
-from flexp.tensors import ALL, FRONT, NEAR, NONE, Tensors, Where
+from flexp.tensors import Tensors
 
 
 @dataclass(frozen=True)

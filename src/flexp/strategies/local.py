@@ -9,8 +9,8 @@ from typing import ClassVar
 from flexp.client.desk import Desk
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
+from flexp.selection import ALL, Where
 from flexp.strategies.base import ClientId, MethodKind, Scene, Setting, Strategy, Turn
-from flexp.tensors import ALL, Where
 
 
 @dataclass(frozen=True)

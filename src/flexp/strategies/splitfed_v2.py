@@ -17,8 +17,9 @@ from flexp.dice import Dice
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
+from flexp.selection import NEAR
 from flexp.strategies.base import ClientId, MethodKind, Scene, Strategy, Turn
-from flexp.tensors import NEAR, Tensors, mean_by_name
+from flexp.tensors import Tensors, mean_by_name
 
 
 @dataclass(frozen=True)

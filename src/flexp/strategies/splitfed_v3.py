@@ -14,8 +14,9 @@ from typing import ClassVar
 from flexp.client.desk import Desk
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
+from flexp.selection import FAR, NEAR, Where
 from flexp.strategies.base import ClientId, MethodKind, Scene, Strategy, Turn
-from flexp.tensors import FAR, NEAR, Tensors, Where, mean_by_name
+from flexp.tensors import Tensors, mean_by_name
 
 
 @dataclass(frozen=True)
