@@ -62,9 +62,7 @@ def test_people_see_a_table_and_where_things_are(flexp: Flexp, recipe_of: Recipe
 def test_plan_names_blocks_and_bytes_per_client(flexp: Flexp, recipe_of: Recipe) -> None:
     recipe = recipe_of(
         plan__cut=None,
-        plan__devices=[{"name": "watch", "memory": "6MB"}, {"name": "phone", "memory": "60MB"}],
-        train__batch=64,
-        task__max_length=32,
+        plan__devices=[{"name": "watch", "memory": "20.3MB"}, {"name": "phone", "memory": "21MB"}],
     )
     code, out, err = flexp("plan", str(recipe), "--json")
     assert code == 0, err

@@ -19,6 +19,7 @@ from flexp.errors import CheckpointError, FlexpError
 from flexp.events import (
     Checkpointed,
     Event,
+    Interleaved,
     Merged,
     Noted,
     Recorder,
@@ -45,6 +46,7 @@ ONE_OF_EACH: list[Event] = [
     TurnEnded(0, 0, "c0", 0.1 + 0.2, 5, 1.5, 1024, 2048),
     TurnFailed(0, 0, "c1", 'out of "memory"\nat block 3'),
     Merged(0, 0, ("c0",)),
+    Interleaved(0, 0, ("c0", "c1", "c0")),
     Scored(0, "all", "personal/own", "accuracy", 1 / 3),
     Checkpointed(0, "checkpoint/round-0"),
     Noted("warning", "päper ☂"),

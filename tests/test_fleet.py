@@ -25,7 +25,7 @@ from flexp.strategies.local import Local
 from flexp.tensors import Tensors
 
 Recipe = Callable[..., Path]
-PHONE, LAPTOP = {"name": "phone", "memory": "400kB"}, {"name": "laptop", "memory": "1GB"}
+PHONE, LAPTOP = {"name": "phone", "memory": "20.3MB"}, {"name": "laptop", "memory": "1GB"}
 MOVING = [
     {"round": 1, "client": "anna", "cut": [2, 1]},
     {"round": 2, "client": "ben", "cut": [1, 0]},
@@ -115,12 +115,12 @@ def test_changes_that_cannot_be_are_refused_before_anything_runs(
 def test_a_device_that_nothing_fits_is_refused(recipe_of: Recipe, tmp_path: Path) -> None:
     recipe = recipe_of(
         plan={
-            "devices": [LAPTOP, {"name": "watch", "memory": "10kB"}],
+            "devices": [LAPTOP, {"name": "watch", "memory": "5MB"}],
             "assign": {"anna": "laptop", "ben": "laptop", "carl dee": "laptop"},
             "changes": [{"round": 1, "client": "ben", "device": "watch"}],
         }
     )
-    with pytest.raises(PlanError, match='Client "ben" on "watch" has 10 kB'):
+    with pytest.raises(PlanError, match='Client "ben" on "watch" has 5 MB'):
         survey(recipe_file.read(recipe), assets.Cache(tmp_path / "none"))
 
 
@@ -224,7 +224,7 @@ def trained_by_hand(recipe: Path, method: str) -> Tensors:
     turn = after(stage, 2)
     work = Assignment("anna", turn.seats["anna"], stage.strategy.offer(state, "anna", turn))
     with stage.engine.visit(stage.strategy, work, turn, Ledger()) as (desk, _):
-        desk.fit()
+        desk.fit(train=stage.strategy.moving())
         found = desk.whole("personal")
     stage.engine.close()
     return found
@@ -287,7 +287,7 @@ def test_alone_needs_a_device_that_holds_the_whole_model(recipe_of: Recipe, tmp_
         survey(recipe_file.read(recipe), assets.Cache(tmp_path / "none"))
     found = str(caught.value)
     assert 'client "anna" cannot be alone in round 1' in found
-    assert '"phone" has 400 kB' in found
+    assert '"phone" has 20.3 MB' in found
     assert "bytes) too little" in found
 
 

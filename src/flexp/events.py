@@ -156,16 +156,9 @@ class Noted:
 
 
 RoundEvent = (
-    SeatMoved
-    | RoundStarted
-    | WentAlone
-    | TurnEnded
-    | TurnFailed
-    | Merged
-    | Interleaved
-    | Scored
-    | Checkpointed
-)
+    SeatMoved | RoundStarted | WentAlone | TurnEnded | TurnFailed
+    | Merged | Interleaved | Scored | Checkpointed
+)  # fmt: skip
 Event = RunStarted | SeatTaken | RoundEvent | RunEnded | Noted
 Sink = Callable[[Event], None]
 _KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__args__}
