@@ -145,7 +145,7 @@ class Mirror:
     def __call__(self, client: str, message: Message) -> Answer:
         del client
         if isinstance(message, Join):
-            return Answer(facts={"offered": {}, "facts": {}})
+            return Answer(facts={"offered": {}, "facts": {}, "moved": None})
         if isinstance(message, Forward):
             self.shape, self.dtype = message.hidden.shape, message.hidden.dtype
             return Answer({message.until: self._result(message)})
