@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from flexp import assets, commands, events, recipe_file
-from flexp.errors import CheckpointError
+from flexp.errors import CheckpointError, FlexpError
 
 Recipe = Callable[..., Path]
 
@@ -54,6 +54,23 @@ def outcome(folder: Path) -> tuple[dict[str, Any], list[Any], list[Any]]:
         if not isinstance(event, events.TurnEnded | events.RunEnded)
     ]
     return adapters, rows, told
+
+
+FLOWING = ("strategy.name=flexp", "strategy.server=sequential", "evaluate.every=2")
+
+
+def test_a_run_without_barrier_is_resumed_and_replayed(recipe_of: Recipe) -> None:
+    clean = outcome(run(recipe_of(name="clean"), *FLOWING))
+    broken = recipe_of(name="broken")
+    with pytest.raises(Killed):
+        run(broken, *FLOWING, die_at=7)
+    folder = run(broken, *FLOWING, resume=True)
+    assert outcome(folder)[:2] == clean[:2]
+    again = recipe_file.read(recipe_of(name="again"), FLOWING)
+    commands.run(again, assets.Cache(folder / "none"), [], replay=folder)
+    assert outcome(Path(again.out) / again.name)[0] == clean[0]
+    with pytest.raises(FlexpError, match="has no order to replay"):
+        commands.run(again, assets.Cache(folder / "none"), [], replay=folder / "adapters")
 
 
 @pytest.mark.parametrize("method", ["flexp", "fedavg", "local"])

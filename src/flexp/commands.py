@@ -20,8 +20,8 @@ from flexp import run as running
 from flexp.data.federation import label_table
 from flexp.data.tasks import open_tokenizer
 from flexp.dice import Dice
-from flexp.errors import AssetError, ExportError
-from flexp.events import Checkpointed, Recorder, Sink, Stream
+from flexp.errors import AssetError, ExportError, FlexpError
+from flexp.events import Checkpointed, Interleaved, Recorder, Sink, Stream, read
 from flexp.model.skeleton import AUTO
 from flexp.model.weights import fill
 from flexp.parcel import write_atomic
@@ -41,13 +41,30 @@ def run(
     sinks: Sequence[Sink],
     *,
     resume: bool = False,
+    replay: Path | None = None,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Runs a recipe; leaves recipe, events, checkpoints, result and adapters in its folder."""
-    out = Path(recipe.out) / recipe.name
+    """Runs a recipe; leaves recipe, events, checkpoints, result and adapters in its folder.
+
+    ``replay`` is the folder of a run whose recorded order of messages is repeated.
+    """
+    out, orders = Path(recipe.out) / recipe.name, None if replay is None else orders_of(replay)
     running.fresh(out, resume)
     stage = prepare(recipe, cache, say=say)
-    return carry_out(stage, sinks, out=out, resume=resume, adapters=True, say=say)
+    return carry_out(stage, sinks, out=out, resume=resume, adapters=True, orders=orders, say=say)
+
+
+def orders_of(folder: Path) -> running.Orders:
+    """The orders that a run without barrier has recorded; FlexpError if it has none."""
+    log = folder / "events.jsonl"
+    told = read(log) if log.is_file() else ()
+    found = {e.first: e.order for e in told if isinstance(e, Interleaved)}
+    if not found:
+        raise FlexpError(
+            f"{log} has no order to replay: only methods without barrier (strategy.server "
+            "sequential) record one. Name the folder of such a run."
+        )
+    return found
 
 
 def carry_out(
@@ -57,6 +74,7 @@ def carry_out(
     out: Path,
     resume: bool,
     adapters: bool,
+    orders: running.Orders | None = None,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Runs what has been prepared, in its folder; the result is written last."""
@@ -71,7 +89,7 @@ def carry_out(
         for sink in (recorder, *sinks):
             stream.subscribe(sink)
         try:
-            result = running.run(stage, stream, out=out, resume=resume)
+            result = running.run(stage, stream, out=out, resume=resume, replay=orders)
             written = running.save_adapters(stage, result, out / "adapters") if adapters else []
         finally:
             stage.engine.close()

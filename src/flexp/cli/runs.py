@@ -43,6 +43,10 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the newest checkpoint.")
     ] = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a finished run whose order without barrier is repeated."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Trains every client's personal model as a recipe says; ends with a PEFT adapter for each."""
@@ -54,7 +58,7 @@ def run(
 
     with live.Live(console) as shown:
         bar = shown.begin(found.strategy.name, found.rounds)
-        document = commands.run(found, cache(), [bar], resume=resume, say=shown.say)
+        document = commands.run(found, cache(), [bar], resume=resume, replay=replay, say=shown.say)
     if as_json:
         emit(document)
     else:
