@@ -32,8 +32,8 @@ from flexp.client.desk import Desk
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
-from flexp.strategies.base import ClientId, MethodKind, Scene, Strategy, Turn
 from flexp.selection import NONE, Where
+from flexp.strategies.base import ClientId, MethodKind, Scene, Strategy, Turn
 from flexp.tensors import Tensors, mean
 
 

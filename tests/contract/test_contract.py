@@ -249,7 +249,7 @@ def test_only_what_is_its_own_differs_between_clients(name: str) -> None:
         mine = strategy.owns().holds(k, body().place(k, seat))
         fixed = TABLE[name].fixed.holds(k, body().place(k, seat))
         if name != "base" and "lora_A" not in k and not fixed:
-            assert not torch.equal(one[k], BEGUN[KIND, None, None][k]), k  # it was trained
+            assert not torch.equal(one[k], BEGUN[0, KIND, None, None][k]), k  # it was trained
         equal = torch.equal(one[k], two[k]) or torch.equal(two[k], three[k])
         assert equal != mine, k
 
