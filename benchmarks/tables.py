@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
+
+from flexp.plan.devices import format_bytes
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -21,8 +24,9 @@ def table(name: str) -> str:
     accuracy = found["rows"][0]["metric"] == "accuracy"
     seeds = [str(seed) for seed in found["seeds"]]
     lines = [
-        "| method | settings | own data | everybody's data | per seed: own / everybody's |",
-        "| --- | --- | --- | --- | --- |",
+        "| method | own data | everybody's data | room closed | sent | adapters in it "
+        "| per seed: own / everybody's |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method, row in found["summary"].items():
         each = ", ".join(
@@ -30,12 +34,19 @@ def table(name: str) -> str:
             f"{_shown(row['seeds'][s]['global'], accuracy)}"
             for s in seeds
         )
-        chosen = found["chosen"].get(method, {})
-        settings = ", ".join(f"{k.split('.')[1]} {v:g}" for k, v in chosen.items()) or "–"
         unit = " %" if accuracy else ""
         own, pooled = (_shown(row[data], accuracy) + unit for data in ("own", "global"))
-        lines.append(f"| {method} | {settings} | {own} | {pooled} | {each} |")
+        sent, adapters = (_sent(found, method, what) for what in ("sent", "adapters_sent"))
+        closed = f"{100 * found['verdict'][method]['closed']:.0f} %"
+        cells = [method, own, pooled, "–" if method == "base" else closed, sent, adapters, each]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _sent(found: dict[str, Any], method: str, what: str) -> str:
+    """What clients sent in a run, the mean over seeds."""
+    sizes = [row[what] for row in found["costs"] if row["method"] == method]
+    return format_bytes(round(statistics.fmean(sizes)))
 
 
 def _shown(value: float, accuracy: bool) -> str:
