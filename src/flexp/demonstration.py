@@ -175,9 +175,9 @@ def _quick(stage: Stage, result: running.Result, out: Path, cache: assets.Cache)
     return {
         "says": [
             _same(stage, "texts"),
-            "In this run the server computes the tail and the head: texts, labels and the loss "
-            "stay on the devices, but from logits and their gradient the server can work the "
-            "labels out.",
+            "Texts, labels, logits and the head stay on the devices; the gradients that come to "
+            "the server still tell it most labels. One seed and few rows say little: the "
+            "README has three seeds of more.",
             _WHO,
             f"Personal adapters of flexp: {out / 'adapters'}. Try: "
             f'flexp predict {out / "adapters" / "client-0"} "what a lovely day"',
