@@ -3,8 +3,9 @@
     make bench-protocol                                  # all tasks, about an hour on two cores
     .venv/bin/python benchmarks/protocol.py quick
 
-Writes results/TASK.json after every run, and goes on from what is there already if it was made by
-the same protocol. tables.py renders the README's tables from it.
+Writes results/TASK.json after every run, and goes on from what is there already: runs of a method
+are kept while task, seeds, cuts and the method's own settings are the same. tables.py renders the
+README's tables from it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from flexp.data.examples import Split
 from flexp.events import Event, Stream, TurnEnded
 from flexp.recipe import Recipe
 from flexp.stage import Stage, opened, survey, with_method
+from flexp.strategies import build
 
 HERE = Path(__file__).parent
 Rows = list[dict[str, Any]]
@@ -59,9 +61,16 @@ class Task:
         pairs = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
         return recipe_file.read(HERE.parent / task["recipe"], pairs)
 
+    @property
+    def plain(self) -> dict[str, Any]:
+        """What all methods share, as the recipe says it; the cuts are the protocol's."""
+        whole = self.recipe("base", 0).plain()
+        return {k: v for k, v in whole.items() if k not in ("seed", "plan", "strategy")}
+
     def stage(self, seed: int) -> tuple[Stage, dict[str, Any]]:
         """Data and model of one seed, opened once, and the cuts of its clients."""
-        names = sorted(survey(self.recipe("base", seed), self.cache).placed)
+        anywhere = self.recipe("base", seed, **{"plan.cut": [1, 0]})
+        names = sorted(survey(anywhere, self.cache).placed)
         cuts = self.protocol["cuts"]
         placed = {"plan.cuts": {c: cuts[n % len(cuts)] for n, c in enumerate(names)}}
         return opened(survey(self.recipe("base", seed, **placed), self.cache)), placed
@@ -88,22 +97,34 @@ def main() -> None:
 
 
 def begun(task: Task) -> dict[str, Any]:
-    """The results so far, if the same protocol made them; else empty ones."""
+    """The results so far, of what the protocol still asks for."""
+    seed, rates = task.protocol["search"]["seed"], task.protocol["tasks"][task.name]["rates"]
     plain = {
         "command": f"python benchmarks/protocol.py {task.name}",
         "facts": commands.facts(),
-        "recipe": task.recipe("flexp", task.protocol["search"]["seed"]).plain(),
-        "methods": task.protocol["methods"],
+        "recipe": task.plain,
+        "settings": {m: settings(task.recipe(m, seed)) for m in task.methods},
         "cuts": task.protocol["cuts"],
         "seeds": task.protocol["seeds"],
     }
-    if task.out.exists():
-        found = json.loads(task.out.read_text("utf-8"))
-        if all(found.get(key) == plain[key] for key in ("recipe", "methods", "cuts", "seeds")):
-            return found
-    search: dict[str, Any] = {"lr": task.protocol["tasks"][task.name]["rates"], "trials": []}
-    search["seed"] = task.protocol["search"]["seed"]
-    return {**plain, "search": search, "chosen": {}, "rows": [], "costs": [], "minutes": 0.0}
+    old = json.loads(task.out.read_text("utf-8")) if task.out.exists() else {}
+    same = all(old.get(key) == plain[key] for key in ("recipe", "cuts", "seeds"))
+    known = old["settings"] if same else {}
+    kept = {m for m in task.methods if known.get(m) == plain["settings"][m]}
+
+    def still(key: str, held: Mapping[str, Any]) -> Rows:
+        return [row for row in held.get(key, []) if row["method"] in kept]
+
+    trials = [t for t in still("trials", old.get("search", {})) if t["train.lr"] in rates]
+    search = {"lr": rates, "trials": trials, "seed": seed}
+    ran = {"rows": still("rows", old), "costs": still("costs", old)}
+    return {**plain, "search": search, "chosen": {}, **ran, "minutes": old.get("minutes", 0.0)}
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """A method's name and all of its options, those too that it has by default."""
+    strategy = build(recipe.strategy.name, recipe.strategy.options)
+    return {"name": strategy.name, **asdict(strategy)}
 
 
 def play(task: Task, found: dict[str, Any], run: str | int) -> None:
@@ -121,22 +142,18 @@ def play(task: Task, found: dict[str, Any], run: str | int) -> None:
         result = running.run(stage, stream)
         if run == "search":
             own, pooled = score(stage, result, "val")
-            trial = {"method": method, **chosen, "own": own, "global": pooled}
+            metric = stage.federation.task.metric
+            trial = {"method": method, **chosen, "metric": metric, "own": own, "global": pooled}
             found["search"]["trials"].append(trial)
             say(f"tuning {trial}")
         else:
-            rows = running.rows(result.scores, method, seed)
-            found["rows"] += rows
-            found["costs"].append({"method": method, "seed": seed, **sent.bytes})
-            say(f"seed {seed} {method} {means(rows, method)} {sent.bytes}")
+            found["rows"] += running.rows(result.scores, method, seed)
+            found["costs"].append({"method": method, "seed": seed, **chosen, **sent.bytes})
+            say(f"seed {seed} {method} {means(found['rows'], method, seed)} {sent.bytes}")
         stage.engine.close()
         found["minutes"] = round(found["minutes"] + (time.monotonic() - began) / 60, 2)
         keep(task, found)
     opened_stage.engine.close()
-    if run == "search":
-        higher = opened_stage.federation.task.higher_is_better
-        found["chosen"] = best(found["search"]["trials"], higher)
-        keep(task, found)
 
 
 class Sent:
@@ -159,15 +176,23 @@ def trials(task: Task, found: dict[str, Any]) -> list[tuple[str, dict[str, float
 
 
 def finals(task: Task, found: dict[str, Any], seed: int) -> list[tuple[str, dict[str, float]]]:
-    done = {(c["method"], c["seed"]) for c in found["costs"]}
-    methods = [m for m in task.methods if (m, seed) not in done]
-    return [(m, found["chosen"].get(m, {})) for m in methods]
+    """What is to be run on a seed; what ran with other settings than the chosen is dropped."""
+    found["chosen"] = chosen = best(found["search"]["trials"])
+    done = {
+        c["method"]
+        for c in found["costs"]
+        if c["seed"] == seed and c.items() >= chosen.get(c["method"], {}).items()
+    }
+    for key in ("rows", "costs"):
+        found[key] = [r for r in found[key] if r["seed"] != seed or r["method"] in done]
+    return [(m, chosen.get(m, {})) for m in task.methods if m not in done]
 
 
-def best(tried: Rows, higher: bool) -> dict[str, dict[str, float]]:
+def best(tried: Rows) -> dict[str, dict[str, float]]:
     """Each method's best settings; perplexities as ratios, so that own and global count alike."""
 
     def good(t: dict[str, Any]) -> float:
+        higher = t["metric"] == "accuracy"
         return t["own"] + t["global"] if higher else -math.log(t["own"] * t["global"])
 
     out: dict[str, dict[str, float]] = {}

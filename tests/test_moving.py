@@ -171,7 +171,7 @@ def test_a_run_that_moves_everybody_equals_one_that_does_not(method: Any) -> Non
 
 
 def test_flexp_without_alignment_and_alone_does_not_notice_a_move() -> None:
-    free = FlexP(align=0.0)
+    free = FlexP(align=0.0, moments="keep")
 
     def run(moves: Any) -> Played:
         return play(free, Seat(Cut(1, 1)), rounds=3, seeds=[1], moves=moves)
@@ -182,13 +182,15 @@ def test_flexp_without_alignment_and_alone_does_not_notice_a_move() -> None:
 
 def test_flexp_wears_the_shared_block_where_there_is_one_and_its_own_where_not() -> None:
     """Block 2 is shared, by the other client; block 1 was nobody's but its own."""
-    before = play(FlexP(align=0.0), (Seat(Cut(3)), Seat(Cut(2, 1))), seeds=(1, 2), rounds=1)
+    before = play(
+        FlexP(align=0.0, moments="keep"), (Seat(Cut(3)), Seat(Cut(2, 1))), seeds=(1, 2), rounds=1
+    )
     mine, shared = before.adapters["c0"], before.state
     turn = Turn(1, 2, 0, True, {"c0": A, "c1": A}, {}, before.engine.backbone.block_of, 4)
     engine = before.engine
     engine.trunk = type(engine.trunk)(engine.backbone, engine.tenants, engine.task)
-    work = Assignment("c0", A, FlexP(align=0.0).offer(shared, "c0", turn))
-    with engine.visit(FlexP(align=0.0), work, turn, Ledger()) as (desk, _):
+    work = Assignment("c0", A, FlexP(align=0.0, moments="keep").offer(shared, "c0", turn))
+    with engine.visit(FlexP(align=0.0, moments="keep"), work, turn, Ledger()) as (desk, _):
         found = desk.whole("personal")
     engine.close()
     hosted = {k for k in mine if engine.backbone.block_of(k) == 2}

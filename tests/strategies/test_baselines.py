@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from flexp.evaluate import pooled
 from flexp.model.adapter import Ia3, Lora
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
-from flexp.model.ops import Optim, SlotSpec
+from flexp.model.ops import Optim
 from flexp.parcel import Parcel
 from flexp.products import lora_pairs
 from flexp.selection import ALL, FAR, NEAR, Where
@@ -66,7 +66,9 @@ def test_splitfed_v1_is_fedavg_of_the_whole_net(seats: Sequence[Seat]) -> None:
 @pytest.mark.parametrize("seat", [U, V, Seat(Cut(1), "logits")], ids=["u", "v", "logits"])
 def test_splitfed_v3_is_flexp_without_alignment(seat: Seat) -> None:
     v3 = play(SplitFedV3(), seat, rounds=3, profile="open")
-    assert alike(v3, play(FlexP(align=0.0, head="free"), seat, rounds=3, profile="open"))
+    assert alike(
+        v3, play(FlexP(align=0.0, head="free", moments="keep"), seat, rounds=3, profile="open")
+    )
     assert not alike(v3, play(FlexP(align=1.0), seat, rounds=3, profile="open"))
 
 
@@ -209,8 +211,6 @@ def test_pooled_is_one_machine_with_everybodys_rows() -> None:
 class SharedTrunk(FedAvg):
     """FedAvg that trains and averages what is far, and nothing else."""
 
-    slots: ClassVar[Mapping[str, SlotSpec]] = {"personal": SlotSpec(moments="keep")}
-
     def train(self, desk: Desk, offer: Parcel) -> Parcel:
         return desk.reply("personal", where=FAR, facts=desk.fit(train=FAR))
 
@@ -242,7 +242,7 @@ COSTS: dict[str, tuple[Strategy[Any], int, Where, Where]] = {
     "splitfed_v2": (SplitFedV2(), 1, ALL, ALL),
     "splitfed_v3": (SplitFedV3(), 1, ~ALL, ~ALL),
     "splitlora": (SplitLora(), 1, ALL, ALL),
-    "flexp": (FlexP(align=0.0, head="free"), 1, ~ALL, ~ALL),
+    "flexp": (FlexP(align=0.0, head="free", moments="keep"), 1, ~ALL, ~ALL),
 }
 
 

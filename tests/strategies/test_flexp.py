@@ -153,8 +153,8 @@ def test_forms_b_and_c_hold_the_model_back(option: str) -> None:
 
 def test_one_client_alone_is_the_same_at_both_servers() -> None:
     options: dict[str, Any] = {"seeds": (1,), "rounds": 3}
-    parallel = play(FlexP(), U, **options)
-    sequential = play(FlexP(server="sequential"), U, **options)
+    parallel = play(FlexP(moments="keep"), U, **options)
+    sequential = play(FlexP(server="sequential", moments="keep"), U, **options)
     assert same(parallel.adapters["c0"], sequential.adapters["c0"])
 
 

@@ -47,7 +47,7 @@ from flexp.tensors import Tensors, Term, Wear, lerp, mean, mean_by_name
 
 MIXED = (Seat(Cut(1, 1)), Seat(Cut(2, 0)), whole(4))
 SGD = Training(Optim("sgd", lr=0.5), batch=4, steps=2)
-FREE = FlexP(align=0.0, head="free")
+FREE = FlexP(align=0.0, head="free", moments="keep")
 
 
 @functools.cache

@@ -34,18 +34,18 @@ class SlotSpec:
 
     ``home`` "server" is one far copy that all tenants wear. ``lasts`` "run" keeps the near part in
     the client's memory and the far part in its tenancy. ``moments``: "fresh" starts the optimizer
-    anew each turn, "keep" goes on with each side's own, "merge" leaves them to the strategy, which
-    moves the slots "<name>@m" and "<name>@v" like any other. ``staleness`` is for a slot of the
-    server: a step whose gradient was taken n steps of others ago counts 1 / (1 + n)^staleness, and
-    ``eager`` steps do not wait for the next forward. ``head_rows`` is the length that each row of a
-    head's matrices begins with (None: as the backbone has it).
+    anew each turn, "keep" goes on with each side's own; the one copy at the server always keeps its
+    own. ``staleness`` is for a slot of the server: a step whose gradient was taken n steps of
+    others ago counts 1 / (1 + n)^staleness, and ``eager`` steps do not wait for the next forward.
+    ``head_rows`` is the length that each row of a head's matrices begins with (None: as the
+    backbone has it).
     """
 
     kind: Kind | None = None
     home: Literal["tenant", "server"] = "tenant"
     lasts: Literal["round", "run"] = "round"
     optim: Optim | None = None
-    moments: Literal["fresh", "keep", "merge"] = "fresh"
+    moments: Literal["fresh", "keep"] = "fresh"
     staleness: float = 0.0
     eager: bool = False
     head_rows: float | None = None

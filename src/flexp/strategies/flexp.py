@@ -59,7 +59,7 @@ class FlexP(Strategy[Tensors]):
     distil: NonNegativeFloat = 0.0
     feature: NonNegativeFloat = 0.0
     conflicts: Literal["mean", "project"] = "mean"
-    moments: Literal["keep", "fresh"] = "keep"
+    moments: Literal["fresh", "keep"] = "fresh"
     staleness: NonNegativeFloat = 0.5
 
     name: ClassVar[str] = "flexp"
