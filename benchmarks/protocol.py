@@ -107,9 +107,9 @@ def begun(task: Task) -> dict[str, Any]:
         "cuts": task.protocol["cuts"],
         "seeds": task.protocol["seeds"],
     }
-    old = json.loads(task.out.read_text("utf-8")) if task.out.exists() else {}
+    old: dict[str, Any] = json.loads(task.out.read_text("utf-8")) if task.out.exists() else {}
     same = all(old.get(key) == plain[key] for key in ("recipe", "cuts", "seeds"))
-    known = old["settings"] if same else {}
+    known: dict[str, Any] = old["settings"] if same else {}
     kept = {m for m in task.methods if known.get(m) == plain["settings"][m]}
 
     def still(key: str, held: Mapping[str, Any]) -> Rows:
@@ -124,7 +124,7 @@ def begun(task: Task) -> dict[str, Any]:
 def settings(recipe: Recipe) -> dict[str, Any]:
     """A method's name and all of its options, those too that it has by default."""
     strategy = build(recipe.strategy.name, recipe.strategy.options)
-    return {"name": strategy.name, **asdict(strategy)}
+    return {"name": strategy.name, **asdict(strategy)}  # pyright: ignore[reportArgumentType]
 
 
 def play(task: Task, found: dict[str, Any], run: str | int) -> None:

@@ -104,7 +104,7 @@ def of_run(folder: Path, label: str, seed: int, ground: Ground) -> list[Row]:
         rows.append(row)
     every = _all_together(rows, higher=bool(result["higher_is_better"]))
     if all(e.device == ground.devices[e.client].name for e in seats if isinstance(e, SeatMoved)):
-        every["simulated_seconds"] = run_seconds(map(_work, turns), ground.devices, ground.server)
+        every["simulated_seconds"] = run_seconds(map(work_of, turns), ground.devices, ground.server)
     rows.append(every)
     if result["kind"] == "centralised":
         rows = [{**row, **dict.fromkeys(COSTS)} for row in rows]
@@ -122,7 +122,8 @@ def _all_together(rows: Sequence[Row], *, higher: bool) -> Row:
     return out
 
 
-def _work(turn: TurnEnded) -> Work:
+def work_of(turn: TurnEnded) -> Work:
+    """What a measured turn took, for the simulated clock."""
     near, far = _count(turn, "near_flops"), _count(turn, "far_flops")
     crossed = turn.sent_bytes, turn.received_bytes, _count(turn, "messages")
     return Work(turn.round, turn.wave, turn.client, Load(near, far, *crossed))
