@@ -99,7 +99,7 @@ def main() -> None:
 def begun(task: Task) -> dict[str, Any]:
     """The results so far, of what the protocol still asks for."""
     seed, rates = task.protocol["search"]["seed"], task.protocol["tasks"][task.name]["rates"]
-    plain = {
+    plain: dict[str, Any] = {
         "command": f"python benchmarks/protocol.py {task.name}",
         "facts": commands.facts(),
         "recipe": task.plain,
