@@ -107,7 +107,7 @@ def refused(flexp: Flexp, recipe: Path, *overrides: str) -> str:
     assert code == 2, (out, err)
     assert "Traceback" not in err
     runs = recipe.parent / "runs"
-    assert not list(runs.rglob("events.jsonl")), "nothing was started"
+    assert not list(runs.glob("*")), "nothing was started"
     return err
 
 
@@ -115,6 +115,21 @@ def test_unknown_key(flexp: Flexp, recipe_of: Recipe) -> None:
     err = refused(flexp, recipe_of(train__stepz=3))
     assert 'unknown key "train.stepz"' in err
     assert 'Did you mean "steps"?' in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"clients": {"anna": {"tsak": {}}}}, 'Did you mean "task"?'),
+        ({"clients": {"anna": {"rows": 3}}}, "Known: label, objective, prompt, task, text."),
+        ({"plan__devices": [{"nmae": "phone"}]}, 'Did you mean "name"?'),
+        ({"plan__server": {"gflop": 3}}, 'Did you mean "gflops"?'),
+    ],
+)
+def test_unknown_key_of_a_part_in_a_container(
+    flexp: Flexp, recipe_of: Recipe, changes: dict[str, Any], hint: str
+) -> None:
+    assert hint in refused(flexp, recipe_of(**changes))
 
 
 def test_all_problems_at_once(flexp: Flexp, recipe_of: Recipe) -> None:

@@ -8,6 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -50,7 +51,12 @@ def run(
     """
     out, orders = Path(recipe.out) / recipe.name, None if replay is None else orders_of(replay)
     running.fresh(out, resume)
-    stage = prepare(recipe, cache, say=say)
+    try:
+        stage = prepare(recipe, cache, say=say)
+    except BaseException:
+        with suppress(OSError):  # it holds something
+            out.rmdir()
+        raise
     return carry_out(stage, sinks, out=out, resume=resume, adapters=True, orders=orders, say=say)
 
 

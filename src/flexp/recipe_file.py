@@ -9,10 +9,10 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from flexp.errors import RecipeError, nearest
 from flexp.recipe import Recipe
@@ -123,12 +123,23 @@ def _sentence(one: Mapping[str, Any]) -> str:
 
 
 def _fields(path: Sequence[str]) -> list[str]:
-    part: Any = Recipe
-    for step in path:
-        field = part.model_fields.get(step) if hasattr(part, "model_fields") else None
-        if field is None:
-            break
-        inner = field.annotation
-        args = getattr(inner, "__args__", ())
-        part = args[0] if args else inner
-    return list(getattr(part, "model_fields", {}))
+    """The fields of the part of a recipe at a path; keys and places of containers are steps."""
+    part: type[BaseModel] = Recipe
+    steps = iter(path)
+    for step in steps:
+        field = part.model_fields.get(step)
+        inner = None if field is None else _part(field.annotation)
+        if inner is None:
+            return []
+        if get_origin(field.annotation if field else None) in (Mapping, tuple):
+            next(steps, None)
+        part = inner
+    return list(part.model_fields)
+
+
+def _part(annotation: Any) -> type[BaseModel] | None:
+    """The part within an annotation such as ``Mapping[str, Part]`` or ``Part | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_part(inner) for inner in get_args(annotation))
+    return next((part for part in found if part is not None), None)
