@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,18 @@ def test_all_problems_at_once(flexp: Flexp, recipe_of: Recipe) -> None:
     assert "rounds" in err
     assert "train.lr" in err
     assert 'Did you mean "seed"?' in err
+
+
+@pytest.mark.parametrize(
+    "changes", [{"train__lr": math.inf}, {"strategy__align": math.nan}, {"data__alpha": math.inf}]
+)
+def test_numbers_that_are_not_finite(
+    flexp: Flexp, recipe_of: Recipe, changes: dict[str, Any]
+) -> None:
+    name = next(iter(changes)).replace("__", ".")
+    err = refused(flexp, recipe_of(**changes))
+    assert name in err
+    assert "finite number" in err
 
 
 def test_missing_recipe(flexp: Flexp, tmp_path: Path) -> None:

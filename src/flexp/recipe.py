@@ -100,7 +100,7 @@ class TrainRecipe(_Part):
         return self
 
 
-Speed = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Speed = Annotated[float, Field(gt=0)]
 
 
 class DeviceRecipe(_Part):
@@ -115,7 +115,7 @@ class DeviceRecipe(_Part):
     gflops: Speed | None = None
     up_mbit: Speed | None = None
     down_mbit: Speed | None = None
-    latency_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    latency_ms: Annotated[float, Field(ge=0)] | None = None
 
 
 class PlanRecipe(_Part):
@@ -132,13 +132,15 @@ class PlanRecipe(_Part):
     devices: tuple[DeviceRecipe, ...] = ()
     server: DeviceRecipe | None = None
     assign: Mapping[str, str] = {}
-    slow: Mapping[str, Annotated[float, Field(ge=1, allow_inf_nan=False)]] = {}
+    slow: Mapping[str, Annotated[float, Field(ge=1)]] = {}
     ranks: Mapping[str, Annotated[int, Field(ge=1)]] = {}
     goal: Literal["optimized", "memory_only", "static", "random"] | None = None
     static: tuple[int, int] | None = None
-    weights: Mapping[
-        Literal["accuracy", "time", "memory"], Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    ] = {"accuracy": 1.0, "time": 1.0, "memory": 0.1}
+    weights: Mapping[Literal["accuracy", "time", "memory"], Annotated[float, Field(ge=0)]] = {
+        "accuracy": 1.0,
+        "time": 1.0,
+        "memory": 0.1,
+    }
     accuracy: Mapping[float, float] = {}
     min_front: Annotated[int, Field(ge=1)] = 1
     min_back: Annotated[int, Field(ge=0)] = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from importlib.metadata import entry_points
+from math import isfinite
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -86,7 +87,9 @@ def build(name: str, options: Mapping[str, Any]) -> Strategy[Any]:
         )
     method: Any = known[name]
     names = {f.name for f in fields(method) if f.init}
-    for key in options:
+    for key, value in options.items():
+        if isinstance(value, float) and not isfinite(value):
+            raise StrategyError(f"strategy.{key}: {value} is not a finite number.")
         if key not in names:
             has = f"{nearest(key, names)} Its options: {', '.join(sorted(names))}."
             raise StrategyError(
