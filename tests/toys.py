@@ -320,13 +320,15 @@ def play(
     moves: Mapping[int, Seat | Sequence[Seat]] | None = None,
     paces: Mapping[str, float] | None = None,
     recorded: Sequence[str] | None = None,
+    body: Backbone | None = None,
+    task: ToyTask | None = None,
 ) -> Played:
     """A toy run of a few clients; each one's personal adapter at the end.
 
     ``moves``: other seats from a round on. ``paces`` are seconds of a step, for methods without
     barrier; all their arrivals are given.
     """
-    body = backbone(family)
+    body = body or backbone(family)
     drawn = {f"c{n}": shard(seed, rows) for n, seed in enumerate(seeds)}
     shards = drawn if shards is None else shards
     names = list(shards)
@@ -336,7 +338,7 @@ def play(
     central = strategy.kind == "centralised"
     engine = LocalEngine(
         body,
-        toy_task(body),
+        task or toy_task(body),
         shards,
         pool=pooled(shards, None, "train") if central else None,
         kind=kind or Lora(rank=3, alpha=6.0),
