@@ -54,6 +54,11 @@ class Task:
         """The methods that are compared on this task."""
         return self.protocol["tasks"][self.name].get("methods", list(self.protocol["methods"]))
 
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds on whose test rows methods are scored."""
+        return self.protocol["tasks"][self.name].get("seeds", self.protocol["seeds"])
+
     def recipe(self, method: str, seed: int, **more: Any) -> Recipe:
         """The recipe of one run."""
         task = self.protocol["tasks"][self.name]
@@ -91,7 +96,7 @@ def main() -> None:
     out: Path = asked.out or HERE / "results" / f"{asked.task}.json"
     task = Task(asked.task, protocol, out, cache)
     found = begun(task)
-    for run in ("search", *protocol["seeds"]):
+    for run in ("search", *task.seeds):
         play(task, found, run)
     say(json.dumps(found["summary"], indent=1))
 
@@ -105,7 +110,7 @@ def begun(task: Task) -> dict[str, Any]:
         "recipe": task.plain,
         "settings": {m: settings(task.recipe(m, seed)) for m in task.methods},
         "cuts": task.protocol["cuts"],
-        "seeds": task.protocol["seeds"],
+        "seeds": task.seeds,
     }
     old: dict[str, Any] = json.loads(task.out.read_text("utf-8")) if task.out.exists() else {}
     same = all(old.get(key) == plain[key] for key in ("recipe", "cuts", "seeds"))
