@@ -39,9 +39,10 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_as_many_blocks_as_fit_a_third_of_them_behind() -> None:
     devices = {"b": phone(460 * MB), "a": phone(900 * MB), "c": phone(250 * MB + 2)}
     chosen = plan(COSTS, devices, Limits())
+    whole = "the whole model, so it learns from others only by a method that uploads"
     assert chosen == {
         "b": Choice(4, 1, 450 * MB + 2, "5 of 6 blocks fit into 460 MB (needs 450 MB)"),
-        "a": Choice(4, 2, 500 * MB, "6 of 6 blocks fit into 900 MB (needs 500 MB)"),
+        "a": Choice(4, 2, 500 * MB, f"6 of 6 blocks fit into 900 MB (needs 500 MB); {whole}"),
         "c": Choice(1, 0, 250 * MB + 2, "1 of 6 blocks fit into 250 MB (needs 250 MB)"),
     }
     assert list(chosen) == ["b", "a", "c"]

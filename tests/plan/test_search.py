@@ -251,7 +251,9 @@ def test_reasons_say_what_limits_a_device() -> None:
         return made(problem({"a": device}, limits, Server(1e15)), aims)["a"].reason
 
     assert "memory is the limit, one more needs" in reason(PHONE, full)
-    assert reason(LAPTOP, full).endswith("no more are allowed")
+    alone = "the whole model, so it learns from others only by a method that uploads"
+    assert reason(LAPTOP, full).endswith(f"{alone}; no more are allowed")
+    assert alone not in reason(LAPTOP, full, Limits(form="logits"))
     text = reason(replace(LAPTOP, flops=1e8), quick)
     assert text.startswith("1 of 4 blocks, ")
     assert "no fewer are allowed; more would fit, but a step would take " in text

@@ -43,8 +43,10 @@ def problem_of(
 
 
 def how(problem: Problem, option: Option) -> list[str]:
-    """How a client trains, if not a whole batch at a time with everything kept."""
+    """How a client trains, if not on a part of the model, a whole batch at a time, all kept."""
     out: list[str] = []
+    if problem.limits.head_near and option.depth == problem.costs.blocks:
+        out.append("the whole model, so it learns from others only by a method that uploads")
     if option.accumulate > 1:
         rows = -(-problem.costs.batch // option.accumulate)
         out.append(f"{rows} of {problem.costs.batch} rows at a time")
