@@ -123,7 +123,7 @@ def test_selections_in_words() -> None:
         "all but the head": ~HEAD,
         "the near part": NEAR,
         "the far part and the head": FAR | HEAD,
-        "the near part, only all but the head": NEAR & ~HEAD,
+        "the near part, but not the head": NEAR & ~HEAD,
         "the last 2 blocks and the head": Where(last=2),
         "the trunk, only what is called *.lora_A.*": Where(part="trunk", names="*.lora_A.*"),
     }

@@ -73,8 +73,12 @@ class Where:
         if self.join == "not":
             inner = self.of[0].words()
             return "nothing" if inner == "everything" else f"all but {inner}"
+        if self.join == "and":
+            kept = ", only ".join(w.words() for w in self.of if w.join != "not")
+            less = (f", but not {w.of[0].words()}" for w in self.of if w.join == "not")
+            return (kept or "everything") + "".join(less)
         if self.join:
-            return (" and " if self.join == "or" else ", only ").join(w.words() for w in self.of)
+            return " and ".join(w.words() for w in self.of)
         told = [f"the {self.side} part"] if self.side else []
         told += [f"the {self.part}"] if self.part else []
         told += [f"the last {self.last} blocks and the head"] if self.last is not None else []

@@ -36,6 +36,7 @@ class FlexPSfl(FlexP):
     until: NonNegativeInt | None = None
 
     name: ClassVar[str] = "flexp_sfl"
+    own: ClassVar[Where] = NEAR
     leaves: ClassVar[tuple[Leave, ...]] = (Leave("personal", NEAR, why="the reference is a mean"),)
 
     def refuses(self, setting: Setting) -> str:

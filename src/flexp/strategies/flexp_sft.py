@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 from pydantic import NonNegativeFloat
 
+from flexp.selection import NEAR, Where
 from flexp.strategies.flexp import FlexP
 
 
@@ -27,4 +28,5 @@ class FlexPSft(FlexP):
     head: Literal["free", "aligned", "fixed"] = "aligned"
 
     name: ClassVar[str] = "flexp_sft"
+    own: ClassVar[Where] = NEAR
     paper: ClassVar[str] = "Geng, Yuan et al. 2026, arXiv 2508.10349 v2"

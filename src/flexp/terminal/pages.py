@@ -134,6 +134,8 @@ def show_methods(document: Sequence[Row], console: Console) -> None:
         for m in document:
             if m["kind"] == kind:
                 show_method(m, console)
+    moved = "Whatever the method: where a client's cut changes, the adapter of a block that becomes"
+    console.print(f"{moved} the server's goes there with it.", highlight=False)
 
 
 def show_method(m: Row, console: Console) -> None:
