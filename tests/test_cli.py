@@ -34,6 +34,48 @@ def test_run_then_predict_with_the_adapter(flexp: Flexp, recipe_of: Recipe) -> N
     assert sum(predictions[0]["probabilities"].values()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("targets", [[], ["query", "output.dense"]], ids=["all", "named"])
+def test_blocks_are_fine_tuned_in_full(
+    targets: list[str], flexp: Flexp, recipe_of: Recipe, tmp_path: Path
+) -> None:
+    dense: dict[str, Any] = {"kind": "dense", **({"targets": targets} if targets else {})}
+    recipe = str(recipe_of(adapter=dense))
+    code, out, err = flexp("plan", recipe, "--json")
+    assert code == 0, err
+    numbers = 2 * (32 * 32 + 32) + (48 * 32 + 32)  # query and the two that are named output.dense
+    numbers += 0 if targets else 2 * (32 * 32 + 32) + (32 * 48 + 48)
+    # Of two near blocks and the head: beginning, present value, gradient and two moments.
+    expected = 5 * 4 * (2 * numbers + 2 * 32 + 2)
+    assert {s["bytes"]["adapters"] for s in json.loads(out)["seats"]} == {expected}
+    code, out, err = flexp("run", recipe, "--json")
+    assert code == 0, err
+    adapter = next(path for path in json.loads(out)["adapters"] if path.endswith("anna"))
+    code, out, err = flexp("predict", adapter, "lovely", "sad film", "--json")
+    assert code == 0, err
+    predicted = [p["probabilities"] for p in json.loads(out)["predictions"]]
+    merged = tmp_path / "merged"
+    assert flexp("export", adapter, str(merged), "--merged")[0] == 0
+    base = json.loads((Path(adapter) / "flexp.json").read_text("utf-8"))["base"]
+    model: Any = hf.AutoModelForSequenceClassification.from_pretrained(merged)
+    plain: Any = hf.AutoModel.from_pretrained(base)
+    moved = {
+        k
+        for k, v in plain.named_parameters()
+        if not v.equal(model.get_parameter(f"bert.{k}")) and not k.startswith("pooler.")
+    }
+    assert len(moved) == 4 * 2 * (3 if targets else 6)
+    tokenizer: Any = hf.AutoTokenizer.from_pretrained(merged)
+    logits = model.eval()(**tokenizer(["lovely", "sad film"], padding=True, return_tensors="pt"))
+    for found, row in zip(predicted, logits.logits.softmax(-1).tolist(), strict=True):
+        assert [found["negative"], found["positive"]] == pytest.approx(row, abs=1e-5)
+
+
+def test_an_unknown_target_is_said_before_anything_starts(flexp: Flexp, recipe_of: Recipe) -> None:
+    code, _, err = flexp("run", str(recipe_of(adapter={"kind": "dense", "targets": ["quer"]})))
+    assert code == 2
+    assert 'adapter.targets: no linear map "quer" in the blocks. Did you mean "query"?' in err
+
+
 def test_a_report_of_two_methods(flexp: Flexp, recipe_of: Recipe, tmp_path: Path) -> None:
     recipe = str(recipe_of(rounds=1))
     for method in ("local", "flexp"):

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from toys import at_desk, backbone, batches_for, cuts, toy_task
+from safetensors.torch import load_file
+from toys import at_desk, backbone, batches_for, cuts, same, toy_task
 
 from flexp import assets, export, recipe_file, run, stage
 from flexp.engine.base import Assignment
@@ -35,8 +36,11 @@ print(json.dumps(logits.tolist()))
 
 
 @pytest.mark.slow
-def test_a_split_trained_adapter_opens_with_plain_peft(recipe_of: Recipe, tmp_path: Path) -> None:
-    recipe = recipe_file.read(recipe_of(rounds=2), [])
+@pytest.mark.parametrize("kind", ["lora", "dense"])
+def test_a_split_trained_adapter_opens_with_plain_peft(
+    kind: str, recipe_of: Recipe, tmp_path: Path
+) -> None:
+    recipe = recipe_file.read(recipe_of(rounds=2, adapter__kind=kind), [])
     ready = stage.prepare(recipe, assets.Cache(tmp_path / "no-assets"))
     result = run.run(ready, Stream())
     written = run.save_adapters(ready, result, tmp_path / "adapters")
@@ -73,6 +77,12 @@ KINDS: dict[str, tuple[str, Kind]] = {
     "ia3": ("bert-cls", Ia3()),
     "head": ("bert-cls", Head()),
     "dense": ("bert-cls", Dense(("bert.encoder.layer.1.output.dense",))),
+    "dense block": ("bert-cls", Dense(("bert.encoder.layer.1",))),
+    "dense by name": ("bert-cls", Dense(("query", "output.dense"))),
+    "all in full": ("bert-cls", Dense()),
+    "all in full, conv1d": ("gpt2-cls", Dense()),
+    "all in full, tied": ("llama-tied", Dense()),
+    "all in full, images": ("vit", Dense()),
     "conv1d": ("gpt2-cls", Lora(rank=3, alpha=6.0)),
     "language model": ("llama", Lora(rank=3, alpha=6.0)),
     "prompt": ("llama", Prompt(tokens=3)),
@@ -97,9 +107,14 @@ def test_every_kind_is_what_peft_makes_of_it(name: str, tmp_path: Path) -> None:
     for module in plain.modules():
         module.__dict__.pop("forward", None)  # the class as it came
     with torch.no_grad():
-        theirs = export.open_with_peft(plain, tmp_path / "a")(**batches[0].inputs).logits
+        base = plain(**batches[0].inputs).logits
+        worn: Any = export.open_with_peft(plain, tmp_path / "a")
+        theirs = worn(**batches[0].inputs).logits
+        with worn.disable_adapter():  # the pretrained weights are still there
+            assert torch.equal(worn(**batches[0].inputs).logits, base)
     if name == "prompt":
         theirs = theirs[:, 3:]
     assert torch.equal(mine, theirs), float((mine - theirs).abs().max())
+    assert same(load_file(tmp_path / "a" / "adapter_model.safetensors"), adapter)
     saved = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "tiny"

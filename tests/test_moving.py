@@ -24,7 +24,7 @@ from flexp.engine.local import LocalEngine
 from flexp.errors import LinkError
 from flexp.link.messages import Answer, Link, Message
 from flexp.link.metered import Crossing, Ledger
-from flexp.model.adapter import Lora
+from flexp.model.adapter import Dense, Kind, Lora
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim, SlotSpec
@@ -58,14 +58,19 @@ def body() -> Backbone:
 class Fleet:
     """One client under a method, turn by turn, each at a seat of its own."""
 
-    def __init__(self, strategy: Any = None, wrap: Any = lambda client, link: link) -> None:
+    def __init__(
+        self,
+        strategy: Any = None,
+        wrap: Any = lambda client, link: link,
+        kind: Kind = KIND,
+    ) -> None:
         self.strategy = strategy or Local()
         self.wrap = wrap
         self.engine = LocalEngine(
             body(),
             toy_task(body()),
             {"me": shard(1)},
-            kind=KIND,
+            kind=kind,
             training=TRAINING,
             dice=Dice(3),
             profile="open",
@@ -139,9 +144,22 @@ def test_any_way_over_seats_is_the_monolith(way: Sequence[Seat]) -> None:
         assert same(near | far, still[slot])
 
 
+@pytest.mark.parametrize("kind", [Dense(("query",)), Dense()], ids=str)
+def test_blocks_trained_in_full_move_as_all_else(kind: Kind) -> None:
+    fleet, way = Fleet(kind=kind), (A, B, Seat(Cut(1), "logits"), whole(DEPTH), A)
+    for seat in way:
+        assert fleet.train(seat).failure is None
+    found, still = fleet.look(A), monolith(len(way), kind)
+    fleet.engine.close()
+    for slot, (near, far) in found.items():
+        assert near
+        assert far
+        assert same(near | far, still[slot])
+
+
 @functools.cache
-def monolith(turns: int) -> dict[str, Tensors]:
-    fleet = Fleet()
+def monolith(turns: int, kind: Kind = KIND) -> dict[str, Tensors]:
+    fleet = Fleet(kind=kind)
     for _ in range(turns):
         fleet.train(whole(DEPTH))
     found = fleet.look(whole(DEPTH))

@@ -16,10 +16,9 @@ from torch import nn
 
 from flexp.data.tasks import open_tokenizer
 from flexp.errors import ExportError
-from flexp.model.adapter import Dense, Head, Kind, Prompt, carrier, peft_config
+from flexp.model.adapter import Kind, Prompt, peft_config
 from flexp.model.backbone import Backbone
 from flexp.model.skeleton import AUTO, PEFT_TASK, bare
-from flexp.model.worn import PREFIX
 from flexp.parcel import write_atomic
 from flexp.tensors import Tensors
 
@@ -66,13 +65,6 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     flat = {k: v.detach().cpu().contiguous().clone() for k, v in adapter.items()}
-    if isinstance(kind, Dense | Head):
-        path, module = carrier(backbone.model, backbone.blocks_path, kind)
-        rows, columns = module.get_parameter("weight").shape
-        if not isinstance(module, nn.Linear):
-            rows, columns = columns, rows
-        flat[f"{PREFIX}{path}.lora_A.weight"] = torch.zeros(1, columns)
-        flat[f"{PREFIX}{path}.lora_B.weight"] = torch.zeros(rows, 1)
     write_atomic(folder / "adapter_model.safetensors", to_bytes(flat, {"format": "pt"}))
     note: Mapping[str, Any] = {
         "base": card.base,

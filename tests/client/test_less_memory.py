@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[str, Kind]] = {
     "ia3": ("gpt2", Ia3()),
     "prompt": ("qwen3", Prompt(tokens=2)),
     "dense": ("bert-cls", Dense(("bert.encoder.layer.0.output.dense",))),
+    "all linear maps in full": ("gpt2", Dense()),
     "head": ("bert-cls", Head()),
     "distilbert": ("distilbert-cls", Lora(rank=2)),
     "modernbert": ("modernbert-cls", Lora(rank=2)),

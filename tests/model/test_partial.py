@@ -171,14 +171,18 @@ def test_adapters_begin_alike(family: str, kind: Kind, tmp_path: Path) -> None:
     assert part.layout(kind) == body.layout(kind)
 
 
-def test_trained_modules_begin_as_the_held_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "targets", [("model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"), ("up_proj",), ()]
+)
+def test_trained_modules_begin_as_the_held_ones(targets: tuple[str, ...], tmp_path: Path) -> None:
     model = saved("llama", tmp_path)
-    kind = Dense(("model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"))
+    kind = Dense(targets)
     part = opened(tmp_path, model, blocks=frozenset({2}))
     body = opened(tmp_path, model)
     whole, found = body.initial(kind, Dice(4)), part.initial(kind, Dice(4))
     assert same(found, {k: v for k, v in whole.items() if ".2." in k})
-    assert len(found) == 1
+    assert len(found) == (1 if targets else 7)
+    assert part.layout(kind) == body.layout(kind)
 
 
 def test_an_absent_block_is_not_even_looked_at(tmp_path: Path) -> None:

@@ -135,6 +135,8 @@ KINDS: dict[str, Kind] = {
     "dense": Dense(
         ("bert.encoder.layer.1.output.dense", "bert.encoder.layer.3.attention.output.LayerNorm")
     ),
+    "dense by name": Dense(("query", "output.dense")),
+    "all linear maps in full": Dense(),
     "dropout": Lora(rank=3, alpha=6.0, dropout=0.3),
 }
 

@@ -59,6 +59,9 @@ def peak(body: Backbone, seat: Seat, kind: Kind) -> int:
         ("modernbert-cls", U, Lora(rank=2, dora=True)),
         ("gemma3", U, Lora(rank=2, targets=("up_proj", "down_proj"))),
         ("distilbert-cls", U, Dense(("distilbert.transformer.layer.1.ffn.lin1",))),
+        ("bert-cls", U, Dense(("query", "value"))),
+        ("bert-cls", U, Dense()),
+        ("gpt2", replace(U, recompute=True), Dense()),
     ],
     ids=str,
 )

@@ -105,6 +105,8 @@ def test_images_are_counted_by_their_size(family: str) -> None:
         Lora(rank=2, head=False),
         Prompt(tokens=4),
         Dense(("bert.encoder.layer.2.output.dense",)),
+        Dense(("query", "output.dense")),
+        Dense(),
         Head(),
     ],
     ids=lambda kind: type(kind).__name__,

@@ -15,7 +15,7 @@ from flexp.client.desk import Desk, Training
 from flexp.data.examples import Shard
 from flexp.dice import Dice
 from flexp.evaluate import pooled
-from flexp.model.adapter import Ia3, Lora
+from flexp.model.adapter import Dense, Ia3, Lora
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim
@@ -289,6 +289,9 @@ RANKS = {"anna": Seat(Cut(1, 1), rank=2), "ben": Seat(Cut(1, 1), rank=4)}
         (FedPer(blocks=4), {}, "blocks is 4, but the model has 4"),
         (FfaLora(), {"adapter": Ia3()}, "Set adapter.kind=lora"),
         (SplitLora(), {"adapter": Ia3()}, "Set adapter.kind=lora"),
+        (FfaLora(), {"adapter": Dense()}, "Set adapter.kind=lora"),
+        (SplitLora(), {"adapter": Dense()}, "Set adapter.kind=lora"),
+        (FedAvg(), {"adapter": Dense()}, ""),
         (SplitLora(every=0), {}, "every is 0"),
         (FedAvg(), {"seats": RANKS}, "all clients need one rank"),
         (Local(), {"seats": RANKS}, ""),

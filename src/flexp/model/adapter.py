@@ -68,9 +68,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Dense:
-    """The named modules themselves, trained in full (a few layers, not a whole model)."""
+    """Modules themselves, trained in full.
 
-    targets: tuple[str, ...]
+    ``targets`` are paths of modules, or names of linear maps of the blocks as LoRA takes them;
+    empty are all linear maps of the blocks.
+    """
+
+    targets: tuple[str, ...] = ()
     head: bool = True
 
 
@@ -110,14 +114,12 @@ def peft_config(
     if isinstance(kind, Prompt):
         return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=kind.tokens)
     if isinstance(kind, Dense | Head):
-        path, module = carrier(net, blocks, kind)
-        paths = kind.targets if isinstance(kind, Dense) else ()
+        paths = dense_paths(net, kind, blocks, head) if isinstance(kind, Dense) else []
+        # PEFT has no method for modules alone: this is a LoRA that by its own word targets nothing.
         return peft.LoraConfig(
             task_type=task,
-            r=1,
-            target_modules=re.escape(path),
-            fan_in_fan_out=isinstance(module, Conv1D),
-            modules_to_save=[*paths, *(saved or ())],
+            target_modules=constants.DUMMY_TARGET_MODULES,
+            modules_to_save=_outermost([*paths, *(saved or ())]),
         )
     table = _LORA_TABLE if isinstance(kind, Lora) else _IA3_TABLE
     targets, transposed = _targets(net, blocks, kind.targets, table)
@@ -131,18 +133,46 @@ def peft_config(
     )
 
 
-def carrier(net: nn.Module, blocks: str, kind: Dense | Head) -> tuple[str, nn.Module]:
-    """Path and module of the linear map that carries a pair of zeros in an export.
+def dense_paths(net: nn.Module, kind: Dense, blocks: str, head: tuple[str, ...] = ()) -> list[str]:
+    """Paths of the modules that a dense adapter trains, without any inside another of them.
 
-    PEFT has no method without an adapter, so what trains whole modules alone needs one that adds 0.
+    A target that is the path of a module with parameters in the blocks, or of a leaf of the head,
+    is that module; any other is a name. Raises AdapterError for a name that no linear map of the
+    blocks has.
     """
-    trained = kind.targets if isinstance(kind, Dense) else ()
-    named = cast("Iterable[tuple[str, nn.Module]]", net.named_modules())
-    for path, module in named:
-        inside = path.startswith(f"{blocks}.") and path not in trained
-        if inside and isinstance(module, nn.Linear | Conv1D):
-            return path, module
-    raise AdapterError("PEFT needs a linear map in the blocks that is not trained itself.")
+    inside = [p for p in _maps(net) if p.startswith(f"{blocks}.")]
+    if not (kind.targets or inside):
+        raise AdapterError("adapter.targets: the blocks have no linear map. Name modules by path.")
+    holding = (p for p, m in modules(net).items() if any(True for _ in m.parameters()))
+    whole = {p for p in holding if p.startswith(f"{blocks}.")} | set(head)
+    paths = [] if kind.targets else inside
+    for target in kind.targets:
+        found = [target] if target in whole else _ending(inside, target)
+        if not found:
+            raise _unknown(target, inside)
+        paths += found
+    return _outermost(paths)
+
+
+def _outermost(paths: list[str]) -> list[str]:
+    stems = tuple(f"{p}." for p in paths)
+    return [p for p in dict.fromkeys(paths) if not p.startswith(stems)]
+
+
+def _maps(net: nn.Module) -> dict[str, nn.Module]:
+    """The linear maps of a model, by path."""
+    return {p: m for p, m in modules(net).items() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def _ending(paths: Iterable[str], name: str) -> list[str]:
+    return [p for p in paths if p == name or p.endswith(f".{name}")]
+
+
+def _unknown(name: str, inside: list[str]) -> AdapterError:
+    known = sorted({p.rpartition(".")[2] for p in inside})
+    return AdapterError(
+        f'adapter.targets: no linear map "{name}" in the blocks. {nearest(name, known)}'
+    )
 
 
 def _wholes(net: nn.Module, head: tuple[str, ...]) -> list[str]:
@@ -187,18 +217,15 @@ def _targets(
     Names come from the recipe, else from PEFT's table, else all linear maps of the blocks. They
     stay a list unless a name also occurs outside the blocks; then a pattern confines it.
     """
-    maps = {p: m for p, m in modules(net).items() if isinstance(m, nn.Linear | Conv1D)}
+    maps = _maps(net)
     inside = [p for p in maps if p.startswith(f"{blocks}.")]
     listed = table.get(_type_of(net))
     names = list(wanted) or (listed if isinstance(listed, list) else [])
     names = names or sorted({p.rpartition(".")[2] for p in inside})
-    hits = {n: [p for p in maps if p == n or p.endswith(f".{n}")] for n in names}
+    hits = {n: _ending(maps, n) for n in names}
     for name, paths in hits.items():
         if wanted and not set(paths) & set(inside):
-            known = sorted({p.rpartition(".")[2] for p in inside})
-            raise AdapterError(
-                f'adapter.targets: no linear map "{name}" in the blocks. {nearest(name, known)}'
-            )
+            raise _unknown(name, inside)
     used = [p for paths in hits.values() for p in paths]
     transposed = any(isinstance(maps[p], Conv1D) for p in used)
     if set(used) <= set(inside):
@@ -212,15 +239,13 @@ def layout(
 ) -> Layout:
     """Names and shapes of a kind's tensors on a skeleton, which is used up by this.
 
-    Raises AdapterError if there is nothing to train.
+    Raises AdapterError if there is nothing to train, or a target is unknown.
     """
     out: dict[str, tuple[int, ...]] = {}
-    paths = [*(kind.targets if isinstance(kind, Dense) else ())]
+    paths = dense_paths(net, kind, blocks, head) if isinstance(kind, Dense) else []
     paths += head if getattr(kind, "head", True) else ()
     known = modules(net)
     for path in paths:
-        if path not in known:
-            raise AdapterError(f'The model has no module "{path}" to train. Check adapter.targets.')
         for leaf, value in known[path].named_parameters():
             out[f"{PREFIX}{path}.{leaf}"] = tuple(value.shape)
     if isinstance(kind, Prompt):
