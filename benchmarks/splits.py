@@ -77,9 +77,9 @@ def play(task: Task, wanted: dict[str, Any], fleet: str, goal: str) -> dict[str,
     rounds: list[dict[str, Any]] = []
     for n in range(recipe.rounds):
         scores = [e for e in seen if isinstance(e, Scored) and e.round == n and e.client == "all"]
-        found = {e.cell: e.value for e in scores if e.metric == metric}
+        found = {e.cell.split("/")[1]: e.value for e in scores if e.metric == metric}
         spent = run_seconds((work_of(t) for t in turns if t.round <= n), known, speed)
-        rounds.append({"seconds": spent, **{k: found[cell] for k, cell in AFTER.items()}})
+        rounds.append({"seconds": spent, **{data: found[data] for data in AFTER}})
     cuts = {c: [p.seat.cut.front, p.seat.cut.back] for c, p in stage.placed.items()}
     say(f"{fleet} {goal} {cuts} {rounds[-1]}")
     return {"metric": metric, "cuts": cuts, "rounds": rounds}

@@ -17,7 +17,7 @@ from flexp.client.desk import Desk, Training
 from flexp.data.examples import Batch, Examples, Shard
 from flexp.data.loss import chunked_loss
 from flexp.dice import Dice
-from flexp.engine.base import Arrival, Assignment
+from flexp.engine.base import Arrival, Assignment, assigned
 from flexp.engine.flow import Flow, Pace
 from flexp.engine.local import LocalEngine
 from flexp.evaluate import pooled
@@ -387,7 +387,7 @@ def personal(
     body, out = engine.backbone, dict[str, Tensors]()
     turn = Turn(rounds, rounds, 0, True, placed, {}, body.block_of, body.depth)
     for client in placed:
-        work = Assignment(client, placed[client], strategy.offer(state, client, turn))
+        work = assigned(strategy, engine, state, client, turn)
         with engine.visit(strategy, work, turn, Ledger()) as (desk, offer):
             adapter = strategy.personal(desk, offer).adapter
             if adapter is not None:

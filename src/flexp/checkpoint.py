@@ -107,6 +107,7 @@ def read(path: Path, strategy: Strategy[Any], engine: LocalEngine) -> Any:
             seat = Seat(Cut(a, b), labels, None, rank, recompute, accumulate)
             engine.tenants.join(client, seat, {})
             _restore(engine.tenants[client].slots, parcel)
+            engine.tenants.commit(client)
         _restore(engine.tenants.shared, load(path / "shared.parcel"))
         return decode_state(load(path / "state.parcel"), strategy)
     except (OSError, KeyError, ValueError, ParcelError) as problem:

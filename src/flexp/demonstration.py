@@ -16,7 +16,7 @@ import yaml
 from flexp import assets, commands, planning, recipe_file, voices
 from flexp import run as running
 from flexp.data.tasks import open_tokenizer
-from flexp.engine.base import Assignment
+from flexp.engine.base import assigned
 from flexp.errors import RecipeError
 from flexp.events import Event, Recorder, Sink, Stream, TurnEnded
 from flexp.link.metered import Ledger
@@ -224,8 +224,7 @@ def leak(stage: Stage, result: running.Result, client: str, cache: assets.Cache)
     The attacker's own text is what other roles say, of whom nobody takes part.
     """
     task = stage.federation.task
-    offer = stage.strategy.offer(result.state, client, result.turn)
-    work = Assignment(client, stage.seats[client], offer)
+    work = assigned(stage.strategy, stage.engine, result.state, client, result.turn)
     with stage.engine.visit(stage.strategy, work, result.turn, Ledger()) as (desk, _):
         test = desk.shard.test
         batch = task.collate(test, [max(range(len(test)), key=lambda n: len(test.ids[n]))])

@@ -17,7 +17,7 @@ from torch import Tensor
 from flexp.data.examples import Examples, Shard, Split
 from flexp.data.federation import Space, space_of
 from flexp.data.tasks import Batch, Task
-from flexp.engine.base import Assignment
+from flexp.engine.base import assigned
 from flexp.engine.local import LocalEngine
 from flexp.link.metered import Ledger
 from flexp.parcel import digest
@@ -70,7 +70,7 @@ def evaluate(
     known: dict[tuple[Space, str], dict[str, float]] = {}
     out: list[Score] = []
     for client in sorted(shards):
-        work = Assignment(client, turn.seats[client], strategy.offer(state, client, turn))
+        work = assigned(strategy, engine, state, client, turn)
         with engine.visit(strategy, work, turn, Ledger()) as (desk, offer):
             served = strategy.personal(desk, offer)
             mine = shards[client].split(split)

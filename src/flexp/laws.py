@@ -22,7 +22,7 @@ from flexp.client.memory import Memory
 from flexp.data.examples import Examples, Shard
 from flexp.data.tasks import Classification
 from flexp.dice import Dice
-from flexp.engine.base import Arrival, Assignment
+from flexp.engine.base import Arrival, Assignment, assigned
 from flexp.engine.local import LocalEngine
 from flexp.errors import CheckpointError, ParcelError, StrategyError
 from flexp.evaluate import pooled
@@ -186,8 +186,8 @@ def _play(
 
 def _end(strategy: Strategy[Any], state: Any, engine: LocalEngine, turn: Turn) -> End:
     out: End = {}
-    for client, seat in turn.seats.items():
-        work = Assignment(client, seat, strategy.offer(state, client, turn))
+    for client in turn.seats:
+        work = assigned(strategy, engine, state, client, turn)
         with engine.visit(strategy, work, turn, Ledger()) as (desk, offer):
             served, rows = strategy.personal(desk, offer), engine.shards[client].test
             if isinstance(served.adapter, str | tuple):
@@ -203,6 +203,9 @@ class _Crossing:
     """An engine whose offers and replies cross as bytes, and whose failures break a law."""
 
     inner: LocalEngine
+
+    def seat_of(self, client: ClientId) -> Seat | None:
+        return self.inner.seat_of(client)
 
     def run(
         self, strategy: Strategy[Any], work: Iterable[Assignment], turn: Turn

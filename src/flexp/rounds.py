@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from flexp.dice import Dice
-from flexp.engine.base import Arrival, Assignment, Engine, FlowEngine, replies
-from flexp.engine.flow import Flow
+from flexp.engine.base import Arrival, Assignment, Engine, FlowEngine, assigned, replies
+from flexp.engine.flow import Flow, Pace
 from flexp.strategies.base import ClientId, Strategy, Turn
 
 
@@ -30,8 +30,7 @@ def waves_of(
     waves = strategy.waves(state, begun.chosen, dice)
     for w, wave in enumerate(waves):
         turn = replace(begun, wave=w, last_wave=w == len(waves) - 1)
-        offers = {c: strategy.offer(state, c, turn) for c in wave}
-        work = [Assignment(c, turn.seats[c], offers[c], had[c]) for c in wave]
+        work = [assigned(strategy, engine, state, c, turn, nth=had[c]) for c in wave]
         had.update(wave)
         arrivals: list[Arrival] = []
         for arrival in engine.run(strategy, work, turn):
@@ -49,11 +48,13 @@ def flow_of(
     begun: Sequence[Turn],
     flow: Flow,
     *,
+    paces: Callable[[int], Mapping[ClientId, Pace]] | None = None,
     tell: Callable[[Turn, Arrival], None] = lambda turn, arrival: None,
 ) -> Iterator[tuple[Turn, list[Arrival], Any]]:
     """Rounds without a barrier: every client gets its next assignment when it has arrived.
 
-    Gives each arrival's turn and the state that it was merged into.
+    Gives each arrival's turn and the state that it was merged into. ``paces``: how fast clients are
+    in a round, if that changes.
     """
     todo = {c: [turn for turn in begun if c in turn.chosen] for c in flow.lines}
     now: dict[ClientId, Turn] = {}
@@ -62,8 +63,9 @@ def flow_of(
         if not todo[client]:
             return None
         turn = now[client] = todo[client].pop(0)
-        offer = strategy.offer(state, client, turn)
-        return Assignment(client, turn.seats[client], offer), turn
+        if paces is not None:
+            flow.lines[client].pace = paces(turn.round)[client]
+        return assigned(strategy, engine, state, client, turn), turn
 
     for arrival in engine.flow(strategy, give, flow):
         turn = now[arrival.client]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flexp import checkpoint, export
-from flexp.engine.base import Arrival, Assignment, replies
+from flexp.engine.base import Arrival, assigned, replies
 from flexp.engine.flow import Flow
 from flexp.errors import FlexpError
 from flexp.evaluate import Score, evaluate
@@ -125,7 +125,8 @@ def play(
     first = begun[0].round
     recorded = None if replay is None else replay.get(first, ())
     flow = Flow(stage.paces_at(first), recorded)
-    yield from flow_of(strategy, engine, state, begun, flow, tell=told)
+    paces = stage.paces_at
+    yield from flow_of(strategy, engine, state, begun, flow, paces=paces, tell=told)
     stream.write(Interleaved(first, begun[-1].round, tuple(flow.order)))
 
 
@@ -154,8 +155,7 @@ def apart(stage: Stage, state: Any, stream: Stream, turn: Turn) -> list[Arrival]
     arrivals: list[Arrival] = []
     for client in turn.alone:
         stream.write(WentAlone(turn.round, client))
-        offer = stage.strategy.offer(state, client, turn)
-        work = Assignment(client, turn.seats[client], offer)
+        work = assigned(stage.strategy, stage.engine, state, client, turn)
         arrivals.append(stage.engine.alone(stage.strategy, work, turn))
         tell(stream, turn, arrivals[-1])
     return arrivals
@@ -228,8 +228,7 @@ def save_adapters(stage: Stage, result: Result, folder: Path) -> list[Path]:
     )
     written: list[Path] = []
     for client in stage.fleet.known(recipe.rounds):
-        offer = stage.strategy.offer(result.state, client, result.turn)
-        work = Assignment(client, result.turn.seats[client], offer)
+        work = assigned(stage.strategy, engine, result.state, client, result.turn)
         with engine.visit(stage.strategy, work, result.turn, Ledger()) as (desk, got):
             served = stage.strategy.personal(desk, got)
             if served.adapter is None:

@@ -135,6 +135,9 @@ class Run:
         self.arrivals += out
         return out
 
+    def seat_of(self, client: str) -> Seat | None:
+        return self.engine.seat_of(client)
+
     def run(
         self, strategy: Strategy[Any], work: Iterable[Assignment], turn: Turn
     ) -> Iterator[Arrival]:

@@ -317,7 +317,7 @@ def test_who_has_nothing_that_lasts_moves_freely() -> None:
 # ---- law 5: personal state lives with its owner
 
 
-@pytest.mark.parametrize("strategy", [Local(), FlexP()], ids=["local", "flexp"])
+@pytest.mark.parametrize("strategy", [Local(), FlexP(moments="keep")], ids=["local", "flexp"])
 def test_personal_state_lives_with_its_owner(strategy: Local | FlexP) -> None:
     seats = {"c0": A, "c1": B, "c2": whole(4)}
     played = play(strategy, list(seats.values()))

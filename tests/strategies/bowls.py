@@ -122,6 +122,9 @@ class Bench:
         scene = Scene(tuple(self.rows), self.placed, lambda spec: dict(self.start), dice)
         self.state: Any = self.strategy.start(scene)
 
+    def seat_of(self, client: str) -> Seat:
+        return self.placed[client]
+
     def round(self, *failing: str) -> None:
         """One round; the turns of those who fail come to nothing."""
         self.failing, dice = failing, Dice(self.seed)("waves", round=self.done)

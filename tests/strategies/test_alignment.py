@@ -89,6 +89,7 @@ def world(seed: int) -> World:
 
 
 def pretrained(seed: int, drawn: Any, stream: torch.Generator) -> Any:
+    kinds: dict[str, Any] = {"num_labels": CLASSES}
     config = hf.BertConfig(
         vocab_size=VOCABULARY + 3,
         hidden_size=WIDTH,
@@ -97,7 +98,7 @@ def pretrained(seed: int, drawn: Any, stream: torch.Generator) -> Any:
         num_hidden_layers=6,
         max_position_embeddings=32,
         pad_token_id=0,
-        num_labels=CLASSES,
+        **kinds,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )

@@ -16,8 +16,9 @@ from flexp.errors import FlexpError
 from flexp.model.adapter import Lora
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim, Step
+from flexp.model.slots import Slots
 from flexp.parcel import Parcel
-from flexp.selection import NEAR, Where
+from flexp.selection import NEAR, Place, Where
 from flexp.strategies import build
 from flexp.strategies.base import Setting
 from flexp.strategies.fedavg import FedAvg
@@ -243,7 +244,32 @@ def test_a_stale_step_counts_less(stale: int, share: float) -> None:
     home.seen, engine.tenants.steps = 10, 10 + stale
     aged = engine.tenants._aged(home, Step("personal", "personal@g", 2.0))
     assert isinstance(aged, Step)
-    assert aged.scale == 2.0 * share
+    assert (aged.scale, aged.share) == (2.0, share)
+
+
+@pytest.mark.parametrize("optim", [Optim("sgd", lr=0.1), Optim(lr=0.1)], ids=["sgd", "adamw"])
+def test_a_share_of_a_step_moves_by_that_share(optim: Optim) -> None:
+    """AdamW does not notice how long a gradient is, so a share is of the step."""
+
+    def moved(share: float) -> float:
+        slots = Slots(lambda name: Place("far", "trunk", 0, 1), 1, optims={"p": optim})
+        slots.put("p", {"w": torch.tensor([1.0])})
+        slots.put("p@g", {"w": torch.tensor([2.0])})
+        slots.do([Step("p", "p@g", share=share)])
+        return float(slots["p"]["w"]) - 1.0
+
+    assert moved(1.0) < -0.05
+    assert moved(0.25) == pytest.approx(0.25 * moved(1.0), rel=1e-5)
+
+
+def test_combinations_that_mean_nothing_are_refused() -> None:
+    setting = Setting("classification", Lora(3, 6.0), {"anna": U}, 4, head=True)
+    for options, told in (
+        ({"align": 3.0}, "at most 1"),
+        ({"server": "sequential", "conflicts": "project"}, "no copies conflict"),
+    ):
+        assert told in build("flexp", options).refuses(setting)
+    assert not build("flexp", {"align": 3.0, "form": "prox"}).refuses(setting)
 
 
 # ---- presets

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from flexp.events import SeatMoved, SeatTaken, TurnEnded, read
-from flexp.plan.clock import Load, Work, run_seconds
+from flexp.events import Interleaved, SeatMoved, SeatTaken, TurnEnded, read
+from flexp.plan.clock import Load, Work, finish_times, run_seconds
 from flexp.plan.costs import BlockCosts, near_bytes
 from flexp.plan.devices import Device
 
@@ -104,7 +104,12 @@ def of_run(folder: Path, label: str, seed: int, ground: Ground) -> list[Row]:
         rows.append(row)
     every = _all_together(rows, higher=bool(result["higher_is_better"]))
     if all(e.device == ground.devices[e.client].name for e in seats if isinstance(e, SeatMoved)):
-        every["simulated_seconds"] = run_seconds(map(work_of, turns), ground.devices, ground.server)
+        work = [work_of(turn) for turn in turns]
+        if any(isinstance(e, Interleaved) for e in events):
+            ends = finish_times(work, ground.devices, ground.server)
+            every["simulated_seconds"] = None if ends is None else max(ends)
+        else:
+            every["simulated_seconds"] = run_seconds(work, ground.devices, ground.server)
     rows.append(every)
     if result["kind"] == "centralised":
         rows = [{**row, **dict.fromkeys(COSTS)} for row in rows]

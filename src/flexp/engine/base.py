@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flexp.data.tasks import Loss, Task
@@ -11,6 +11,7 @@ from flexp.link.metered import Ledger
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
 from flexp.parcel import Parcel
+from flexp.selection import FAR, NEAR
 from flexp.strategies.base import ClientId, Strategy, Turn
 
 if TYPE_CHECKING:
@@ -88,6 +89,10 @@ class Engine(Protocol):
         """Arrivals, in the order in which their results count."""
         ...
 
+    def seat_of(self, client: ClientId) -> Seat | None:
+        """Where a client had its last turn; None before its first."""
+        ...
+
 
 class FlowEngine(Engine, Protocol):
     """An engine that can also do without a barrier."""
@@ -95,6 +100,32 @@ class FlowEngine(Engine, Protocol):
     def flow(self, strategy: Strategy[Any], give: Give, flow: Flow) -> Iterator[Arrival]:
         """Turns side by side, without a barrier: who has arrived is given the next one at once."""
         ...
+
+
+def assigned(
+    strategy: Strategy[Any],
+    engine: Engine,
+    state: Any,
+    client: ClientId,
+    turn: Turn,
+    *,
+    nth: int = 0,
+) -> Assignment:
+    """A client's work: what it is offered at its seat, as its ``nth`` turn of the round.
+
+    Of a block that moves to it since its last turn it is also offered what it wore there.
+    """
+    seat, was = turn.seats[client], engine.seat_of(client)
+    offer = strategy.offer(state, client, turn)
+    if was is None or was == seat:
+        return Assignment(client, seat, offer, nth)
+    there = replace(turn, seats={**turn.seats, client: was})
+    adapters = dict(offer.adapters)
+    for slot, worn in strategy.offer(state, client, there).adapters.items():
+        moved = turn.select(client, there.select(client, worn, FAR), NEAR)
+        if moved:
+            adapters[slot] = {**moved, **adapters.get(slot, {})}
+    return Assignment(client, seat, replace(offer, adapters=adapters), nth)
 
 
 def replies(arrivals: Iterable[Arrival]) -> Mapping[ClientId, Parcel]:

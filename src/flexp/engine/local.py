@@ -186,7 +186,7 @@ class LocalEngine:
 
     def _solo(self, strategy: Strategy[Any]) -> dict[str, SlotSpec]:
         """The slots of who is alone: the personal one lasts until it comes back."""
-        specs = self.training.specs(strategy.slots)
+        specs = self.training.specs(strategy.specs())
         return {s: replace(v, lasts="run") if s == PERSONAL else v for s, v in specs.items()}
 
     def _failed(
@@ -211,6 +211,11 @@ class LocalEngine:
             yield found
         far = self.trunk.flops.get(desk.client, 0)
         found.append(Measured(meter.flops, far, kept + meter.peak))
+
+    def seat_of(self, client: ClientId) -> Seat | None:
+        """Where a client had its last turn; None before its first."""
+        home = self.tenants.homes.get(client)
+        return None if home is None else home.seat
 
     @contextmanager
     def visit(

@@ -91,12 +91,16 @@ class Pull:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step of ``slot`` along slot ``grad`` times ``scale``."""
+    """One optimizer step of ``slot`` along slot ``grad`` times ``scale``.
+
+    ``share`` is how much of the step counts; an optimizer may not notice the length of a gradient.
+    """
 
     slot: str
     grad: str
     scale: float = 1.0
     where: Where = ALL
+    share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class Slots:
         for lr, group in self._groups(optim, names).items():
             fresh = {k: value[k].clone() for k in group}
             scaled = [grad[k] * op.scale for k in group]
-            self._update(op.slot, replace(optim, lr=lr), fresh, scaled)
+            self._update(op.slot, replace(optim, lr=lr * op.share), fresh, scaled)
             value = {**value, **fresh}
         self.values[op.slot] = value
 

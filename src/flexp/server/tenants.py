@@ -152,8 +152,14 @@ class Tenants:
         value = select(self.initial(spec, home.seat.rank), FAR, home.slots.place)
         held = self.shared.values.get(slot, {})
         fresh = {k: v.clone() for k, v in value.items() if (slot, k) not in home.awaited}
-        self.shared.values[slot] = {**fresh, **held}
+        self._share(home, slot, {k: v for k, v in fresh.items() if k not in held})
         home.slots.put(slot, select(self.shared.values[slot], FAR, home.slots.place))
+
+    def _share(self, home: Tenancy, slot: str, tensors: Tensors) -> None:
+        """Puts tensors into the one copy; no turn of others that is under way takes them back."""
+        under_way = [o.before[2] for o in self.homes.values() if o is not home and o.before]
+        for values in (self.shared.values, *under_way):
+            values[slot] = {**values.get(slot, {}), **tensors}
 
     def optims(self, client: str, optims: Mapping[str, Optim]) -> None:
         """Sets the optimizers that the client trains with."""
@@ -191,7 +197,7 @@ class Tenants:
             return op
         stale = self.steps - home.seen
         self.steps, home.stepped, home.seen = self.steps + 1, home.stepped + 1, home.seen + 1
-        return replace(op, scale=op.scale / (1 + stale) ** spec.staleness)
+        return replace(op, share=op.share / (1 + stale) ** spec.staleness)
 
     def take(self, client: str, slots: Sequence[str], where: Where = ALL) -> dict[str, Tensors]:
         """Far tensors of slots, for merges and export on the server's side."""
@@ -210,8 +216,7 @@ class Tenants:
             )
         self.put(client, slot, tensors)
         if home.specs[slot.partition("@")[0]].home == "server":
-            held, fresh = self.shared.values.get(slot, {}), home.slots.values[slot]
-            self.shared.values[slot] = {**held, **{k: fresh[k] for k in tensors}}
+            self._share(home, slot, {k: home.slots.values[slot][k] for k in tensors})
         there.update(tensors)
         home.awaited -= {(slot, name) for name in tensors}
 

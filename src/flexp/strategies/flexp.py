@@ -75,6 +75,10 @@ class FlexP(Strategy[Tensors]):
     def refuses(self, setting: Setting) -> str:
         if self.trunk == "pulled" and self.server == "sequential":
             return 'with one phi for all there are no copies to pull. Set trunk to "shared".'
+        if self.conflicts == "project" and self.server == "sequential":
+            return 'with one phi for all no copies conflict. Set conflicts to "mean".'
+        if self.form == "mix" and self.align > 1:
+            return "mix goes part of the way to the reference. Set align to at most 1."
         return super().refuses(setting)
 
     def owns(self) -> Where:
@@ -119,7 +123,7 @@ class FlexP(Strategy[Tensors]):
         return {**state, **merged}
 
     def personal(self, desk: Desk, offer: Parcel) -> Served:
-        if self.form == "freeze":
+        if self.form == "freeze" and "strength" in offer.facts:  # none is offered to who is alone
             self.restart(desk, 1.0)
         return super().personal(desk, offer)
 
