@@ -105,6 +105,22 @@ def test_the_table_adds_up(recipe_of: Recipe, nowhere: assets.Cache, here: list[
     assert found["summary"]["pooled"]["gain"]["low"] <= found["summary"]["pooled"]["gain"]["high"]
 
 
+def test_without_a_barrier_nobody_waits_for_the_slowest(
+    recipe_of: Recipe, nowhere: assets.Cache, here: list[Share]
+) -> None:
+    methods = {"flexp": {"strategy.server": "sequential"}}
+    found = comparison.compare(recipe_file.read(recipe_of(**SPEEDS)), nowhere, Plan(methods, (0,)))
+    speeds = {"anna": 1e9, "ben": 2e9, "carl dee": 1e9}
+    alone = dict.fromkeys(speeds, 0.0)
+    for t in read(Path(found["out"]) / "flexp" / "seed-0" / "events.jsonl"):
+        if isinstance(t, TurnEnded):
+            took: Any = t.measured
+            alone[t.client] += took["near_flops"] / speeds[t.client] + took["far_flops"] / 1e10
+            alone[t.client] += t.sent_bytes / 1e6 + t.received_bytes / 2e6
+    (everybody,) = (r for r in found["rows"] if r["client"] == "all")
+    assert everybody["simulated_seconds"] == pytest.approx(max(alone.values()), rel=0.02)
+
+
 def test_what_a_client_has_no_score_of_is_blank(
     recipe_of: Recipe, nowhere: assets.Cache, here: list[Share], mine: Path
 ) -> None:
