@@ -64,6 +64,7 @@ format: $(STAMP)  ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 bench: bench-protocol  ## Run the benchmarks; results go to benchmarks/results
+	$(BIN)/python benchmarks/splits.py
 	$(BIN)/python benchmarks/partial.py
 
 bench-protocol: $(STAMP)  ## Methods against each other, as benchmarks/protocol.yaml lays down

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from flexp.plan.devices import format_bytes
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-NAMES = ("quick", "shakespeare")
+NAMES = ("quick", "spam", "shakespeare")
 
 
 def table(name: str) -> str:
@@ -43,6 +44,70 @@ def table(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def verdicts() -> str:
+    """What the protocol asks of alignment, against what every form of it did."""
+    lines = [
+        "| task | method | room | closed | gain, 95 % interval | own, over flexp-free "
+        "| own, over the best of local and fedavg | holds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in NAMES:
+        found: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text("utf-8"))
+        for method in ("flexp", "flexp-pulled", "flexp-sequential"):
+            v = found["verdict"][method]
+            unit, scale = (
+                (" points", 1) if found["rows"][0]["metric"] == "accuracy" else (" %", 100)
+            )
+            gain = [scale * v["global_gain"][k] for k in ("mean", "low", "high")]
+            cells = [
+                name,
+                method,
+                f"{scale * v['room']:.1f}{unit}",
+                f"{100 * v['closed']:.0f} %",
+                f"{gain[0]:.1f} ({gain[1]:.1f} to {gain[2]:.1f})",
+                f"{-scale * v['own_cost']:+.1f}",
+                f"{scale * v['own_over_best_of_local_and_fedavg']:+.1f}",
+                held(found, method),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def held(found: dict[str, Any], method: str) -> str:
+    """Whether a method does what the protocol asks for, or that there is no room for it."""
+    v = found["verdict"][method]
+    accuracy = found["rows"][0]["metric"] == "accuracy"
+    whole = 100.0 if accuracy else math.log(found["summary"]["flexp-free"]["global"])
+    if v["room"] < 0.1 * whole:
+        return "no room"
+    point = whole / 100
+    good = (
+        v["closed"] >= 0.6
+        and v["global_gain"]["low"] > 0
+        and v["own_cost"] <= point
+        and v["own_over_best_of_local_and_fedavg"] >= -0.5 * point
+    )
+    return "yes" if good else "no"
+
+
+def fleets() -> str:
+    """Simulated seconds to the same perplexity, by the goal of the planner, as a Markdown table."""
+    found: dict[str, Any] = json.loads((HERE / "results" / "splits.json").read_text("utf-8"))
+    goals: list[str] = found["splits"]["goals"]
+    lines = [
+        f"| fleet | {' | '.join(goals)} |",
+        f"| --- |{' --- |' * len(goals)}",
+    ]
+    for fleet, held in found["fleets"].items():
+        cells: list[str] = []
+        for goal in goals:
+            cuts = ", ".join(f"{a}+{b}" for a, b in held["runs"][goal]["cuts"].values())
+            own, everybody = (held["reached"][data]["seconds"][goal] for data in ("own", "global"))
+            cells.append(f"{own:.1f} s / {everybody:.1f} s ({cuts})")
+        lines.append(f"| {fleet} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _sent(found: dict[str, Any], method: str, what: str) -> str:
     """What clients sent in a run, the mean over seeds."""
     sizes = [row[what] for row in found["costs"] if row["method"] == method]
@@ -55,11 +120,12 @@ def _shown(value: float, accuracy: bool) -> str:
 
 def rendered(text: str) -> str:
     """The README with its tables made anew."""
-    for name in NAMES:
+    made = {**{name: table(name) for name in NAMES}, "verdicts": verdicts(), "splits": fleets()}
+    for name, lines in made.items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
-        text = f"{before}{begin}{table(name)}{end}{after}"
+        text = f"{before}{begin}{lines}{end}{after}"
     return text
 
 
