@@ -165,7 +165,7 @@ def test_unknown_key(flexp: Flexp, recipe_of: Recipe) -> None:
     [
         ({"clients": {"anna": {"tsak": {}}}}, 'Did you mean "task"?'),
         ({"clients": {"anna": {"rows": 3}}}, "Known: label, objective, prompt, task, text."),
-        ({"plan__devices": [{"nmae": "phone"}]}, 'Did you mean "name"?'),
+        ({"plan__devices": [{"names": "phone"}]}, 'Did you mean "name"?'),
         ({"plan__server": {"gflop": 3}}, 'Did you mean "gflops"?'),
     ],
 )

@@ -81,7 +81,7 @@ def test_it_begins_as_the_pretrained_model(family: str) -> None:
 @pytest.mark.parametrize(
     ("target", "hint"),
     [
-        ("querry", 'Did you mean "query"?'),
+        ("quer", 'Did you mean "query"?'),
         ("pooler", "Known: dense, key, query, value."),
         ("bert.pooler.dense", "Known: dense, key, query, value."),
         ("bert.embeddings.word_embeddings", "Known: dense, key, query, value."),
