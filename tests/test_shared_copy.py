@@ -149,6 +149,32 @@ def test_who_is_alone_at_the_end_does_not_reset_a_resumed_trunk(name: str, tmp_p
         assert min(lengths(again.served("b", end))[1:3]) > 0.1
 
 
+def test_a_clients_pace_is_that_of_the_round() -> None:
+    """Who moves to a slower device is slower from then on, though no round ends for all."""
+    with sites(FlexP(server="sequential")) as (site,):
+        begun = [site.turn(0), site.turn(1)]
+
+        def paces(r: int) -> dict[str, Pace]:
+            return {"a": Pace(near=100.0 if r else 1.0), "b": Pace(near=1.0)}
+
+        flow, ends = Flow(paces(0)), dict[tuple[str, int], float | None]()
+        played = flow_of(site.strategy, site.engine, site.state, begun, flow, paces=paces)
+        for turn, (arrival,), _ in played:
+            ends[arrival.client, turn.round] = arrival.clock
+    assert ends == {("a", 0): 2.0, ("b", 0): 2.0, ("b", 1): 4.0, ("a", 1): 202.0}  # two steps each
+
+
+def test_frozen_blocks_of_who_is_alone_stay_what_they_are() -> None:
+    with sites(FlexP(form="freeze")) as (site,):
+        site.seats = {"a": Seat(Cut(2, 1)), "b": Seat(Cut(1, 1))}
+        site.round(0)
+        site.round(1)
+        site.round(2, ["b"], ["a"])
+        kept = site.engine.memories["a"].slots["slot/personal"]
+        assert lengths(site.served("a", site.turn(2, ["b"], ["a"]))) == lengths(kept)
+        assert min(lengths(kept)[1:3]) > 0.05
+
+
 def test_who_goes_alone_takes_the_present_trunk_along() -> None:
     with sites(FlexP(server="sequential", align=0.0)) as (site,):
         site.round(0)

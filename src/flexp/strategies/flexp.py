@@ -68,7 +68,7 @@ class FlexP(Strategy[Tensors]):
     own: ClassVar[Where] = NEAR & ~HEAD
     reconstruction: ClassVar[str] = "alignment, server merge and split choice are our reading"
     slots: ClassVar[Mapping[str, SlotSpec]] = {
-        "personal": SlotSpec(lasts="run", moments="keep"),
+        "personal": SlotSpec(lasts="run"),
         "reference": SlotSpec(),
     }
 
