@@ -30,6 +30,7 @@ from flexp import assets, commands, evaluate, recipe_file
 from flexp import run as running
 from flexp.comparison import gains
 from flexp.data.examples import Split
+from flexp.engine.local import LocalEngine
 from flexp.events import Event, Stream, TurnEnded
 from flexp.recipe import Recipe
 from flexp.stage import Stage, opened, survey, with_method
@@ -72,7 +73,7 @@ class Task:
         whole = self.recipe("base", 0).plain()
         return {k: v for k, v in whole.items() if k not in ("seed", "plan", "strategy")}
 
-    def stage(self, seed: int) -> tuple[Stage, dict[str, Any]]:
+    def stage(self, seed: int) -> tuple[Stage[LocalEngine], dict[str, Any]]:
         """Data and model of one seed, opened once, and the cuts of its clients."""
         anywhere = self.recipe("base", seed, **{"plan.cut": [1, 0]})
         names = sorted(survey(anywhere, self.cache).placed)
@@ -216,7 +217,7 @@ def keep(task: Task, found: dict[str, Any]) -> None:
     task.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def score(mine: Stage, result: running.Result, split: Split) -> tuple[float, float]:
+def score(mine: Stage[LocalEngine], result: running.Result, split: Split) -> tuple[float, float]:
     """Mean own and global score on a split, by the task's main metric."""
     metric = mine.federation.task.metric
     scores = evaluate.evaluate(

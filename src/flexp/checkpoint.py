@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flexp.client.memory import Memory
-from flexp.engine.local import LocalEngine
+from flexp.engine.host import Host
 from flexp.errors import CheckpointError, ParcelError
 from flexp.model.cut import Cut, Seat
 from flexp.model.slots import Slots
@@ -33,7 +33,7 @@ VERSION = 1
 KEEP = 2
 
 
-def write(folder: Path, round: int, recipe: Recipe, state: Any, engine: LocalEngine) -> Path:
+def write(folder: Path, round: int, recipe: Recipe, state: Any, engine: Host) -> Path:
     """Writes the checkpoint after a round and drops all but the newest two."""
     final = folder / f"{round:06d}"
     work = folder / f".{round:06d}.tmp"
@@ -44,8 +44,11 @@ def write(folder: Path, round: int, recipe: Recipe, state: Any, engine: LocalEng
     for client, memory in engine.memories.items():
         memory.save(work / "clients" / f"{file_name(client)}.parcel")
     for client, home in engine.tenants.homes.items():
-        save(work / "tenants" / f"{file_name(client)}.parcel", _tenancy(home.slots, home.seat))
-    save(work / "shared.parcel", _tenancy(engine.tenants.shared, None))
+        facts = {"seat": _seat(home.seat), "turns": home.turns}
+        save(
+            work / "tenants" / f"{file_name(client)}.parcel", Parcel(home.slots.values, facts=facts)
+        )
+    save(work / "shared.parcel", Parcel(engine.tenants.shared.values))
     digests = {p.relative_to(work).as_posix(): _digest(p) for p in _files(work)}
     note = {
         "version": VERSION,
@@ -94,7 +97,7 @@ def newest(folder: Path, recipe: Recipe) -> tuple[int, Path] | None:
     return None
 
 
-def read(path: Path, strategy: Strategy[Any], engine: LocalEngine) -> Any:
+def read(path: Path, strategy: Strategy[Any], engine: Host) -> Any:
     """Puts memories and tenancies back into an engine and returns the strategy's state."""
     try:
         for file in sorted((path / "clients").iterdir()):
@@ -108,6 +111,7 @@ def read(path: Path, strategy: Strategy[Any], engine: LocalEngine) -> Any:
             engine.tenants.join(client, seat, {})
             _restore(engine.tenants[client].slots, parcel)
             engine.tenants.commit(client)
+            engine.tenants[client].turns = int(facts.get("turns", 0))
         _restore(engine.tenants.shared, load(path / "shared.parcel"))
         return decode_state(load(path / "state.parcel"), strategy)
     except (OSError, KeyError, ValueError, ParcelError) as problem:
@@ -173,12 +177,9 @@ def decode_state(parcel: Parcel, strategy: Strategy[Any]) -> Any:
 # ---- inside
 
 
-def _tenancy(slots: Slots, seat: Seat | None) -> Parcel:
-    facts: dict[str, JSON] = {}
-    if seat is not None:
-        how = [seat.recompute, seat.accumulate]
-        facts["seat"] = [seat.cut.front, seat.cut.back, seat.labels, seat.rank, *how]
-    return Parcel(slots.values, facts=facts)
+def _seat(seat: Seat) -> JSON:
+    how = [seat.recompute, seat.accumulate]
+    return [seat.cut.front, seat.cut.back, seat.labels, seat.rank, *how]
 
 
 def _restore(slots: Slots, parcel: Parcel) -> None:

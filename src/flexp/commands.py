@@ -21,6 +21,7 @@ from flexp import run as running
 from flexp.data.federation import label_table
 from flexp.data.tasks import open_tokenizer
 from flexp.dice import Dice
+from flexp.engine.host import Host
 from flexp.errors import AssetError, ExportError, FlexpError
 from flexp.events import Checkpointed, Interleaved, Recorder, Sink, Stream, read
 from flexp.model.skeleton import AUTO
@@ -74,7 +75,7 @@ def orders_of(folder: Path) -> running.Orders:
 
 
 def carry_out(
-    stage: Stage,
+    stage: Stage[Host],
     sinks: Sequence[Sink],
     *,
     out: Path,

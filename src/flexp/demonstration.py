@@ -17,6 +17,7 @@ from flexp import assets, commands, planning, recipe_file, voices
 from flexp import run as running
 from flexp.data.tasks import open_tokenizer
 from flexp.engine.base import assigned
+from flexp.engine.local import LocalEngine
 from flexp.errors import RecipeError
 from flexp.events import Event, Recorder, Sink, Stream, TurnEnded
 from flexp.link.metered import Ledger
@@ -34,7 +35,7 @@ class Demo:
 
     name: str
     side_by_side: int
-    closing: Callable[[Stage, running.Result, Path, assets.Cache], dict[str, Any]]
+    closing: Callable[[Stage[LocalEngine], running.Result, Path, assets.Cache], dict[str, Any]]
 
 
 class Show(Protocol):
@@ -125,7 +126,7 @@ def _counting(count: Counter[str]) -> Sink:
     return sink
 
 
-def _seats(stage: Stage, traffic: Mapping[str, int]) -> list[dict[str, Any]]:
+def _seats(stage: Stage[LocalEngine], traffic: Mapping[str, int]) -> list[dict[str, Any]]:
     depth = stage.backbone.depth
     out: list[dict[str, Any]] = []
     for client, placed in stage.placed.items():
@@ -154,7 +155,7 @@ def _left(client: str, traffic: Mapping[str, int]) -> dict[str, int]:
     return {k.removeprefix(stem): v for k, v in sorted(traffic.items()) if k.startswith(stem)}
 
 
-def _same(stage: Stage, what: str) -> str:
+def _same(stage: Stage[LocalEngine], what: str) -> str:
     recipe = stage.recipe
     steps = recipe.rounds * (recipe.train.steps or 0)
     return (
@@ -170,7 +171,9 @@ _WHO = (
 )
 
 
-def _quick(stage: Stage, result: running.Result, out: Path, cache: assets.Cache) -> dict[str, Any]:
+def _quick(
+    stage: Stage[LocalEngine], result: running.Result, out: Path, cache: assets.Cache
+) -> dict[str, Any]:
     del result, cache
     return {
         "says": [
@@ -193,7 +196,7 @@ LENGTH, PUBLIC = 24, 96  # tokens of the sentence under attack; public texts of 
 
 
 def _shakespeare(
-    stage: Stage, result: running.Result, out: Path, cache: assets.Cache
+    stage: Stage[LocalEngine], result: running.Result, out: Path, cache: assets.Cache
 ) -> dict[str, Any]:
     """One prompt continued by three, what Hamlet's device gave away, and how to open an adapter."""
     folders = [out / "adapters" / file_name(name) for name in SPEAKERS]
@@ -218,7 +221,9 @@ def _shakespeare(
     }
 
 
-def leak(stage: Stage, result: running.Result, client: str, cache: assets.Cache) -> dict[str, Any]:
+def leak(
+    stage: Stage[LocalEngine], result: running.Result, client: str, cache: assets.Cache
+) -> dict[str, Any]:
     """One speech that a curious server recovers from the hidden states of a client's front.
 
     The attacker's own text is what other roles say, of whom nobody takes part.

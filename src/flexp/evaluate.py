@@ -11,17 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from flexp.data.examples import Examples, Shard, Split
 from flexp.data.federation import Space, space_of
-from flexp.data.tasks import Batch, Task
+from flexp.data.tasks import Task
 from flexp.engine.base import assigned
-from flexp.engine.local import LocalEngine
-from flexp.link.metered import Ledger
-from flexp.parcel import digest
-from flexp.strategies.base import ClientId, Served, Strategy, Turn
+from flexp.engine.host import Host
+from flexp.engine.look import Look
+from flexp.strategies.base import ClientId, Strategy, Turn
 
 EVERYBODY = "all"
 
@@ -48,7 +44,7 @@ def pooled(shards: Mapping[ClientId, Shard], each: int | None, split: Split = "t
 
 
 def evaluate(
-    engine: LocalEngine,
+    engine: Host,
     strategy: Strategy[Any],
     state: Any,
     turn: Turn,
@@ -65,62 +61,28 @@ def evaluate(
     its own, while others have others, has no "global" cell.
     The main metric comes first; "all" rows are means over clients. Choose settings on "val".
     """
-    shards = engine.shards if clients is None else {c: engine.shards[c] for c in clients}
-    everybody = pools(engine, shards, global_rows, split)
-    known: dict[tuple[Space, str], dict[str, float]] = {}
-    out: list[Score] = []
-    for client in sorted(shards):
-        work = assigned(strategy, engine, state, client, turn)
-        with engine.visit(strategy, work, turn, Ledger()) as (desk, offer):
-            served = strategy.personal(desk, offer)
-            mine = shards[client].split(split)
-            task, space = desk.task, space_of(desk.task)
-            cells = {"own": measure(served, task, mine, prior=desk.prior)}
-            # Who serves the same adapter says the same, wherever the cut is.
-            worn = served.adapter
-            alike = digest(desk.whole(worn)) if isinstance(worn, str | tuple) else client
-            if space in everybody:
-                same = (space, alike)
-                if same not in known:
-                    known[same] = measure(served, task, everybody[space])
-                cells["global"] = known[same]
-            for data, found in cells.items():
-                cell = f"personal/{data}/{when}"
-                out += [Score(client, cell, metric, value) for metric, value in found.items()]
-    return out + means(out, {c: engine.task_of(c) for c in shards})
+    names = sorted(engine.shards if clients is None else clients)
+    shards = {c: engine.shards[c] for c in names if c in engine.shards}
+    look = Look(split, pools(engine, shards, global_rows, split))
+    work = [assigned(strategy, engine, state, client, turn) for client in names]
+    found = engine.look(strategy, work, turn, look)
+    out = [
+        Score(client, f"personal/{data}/{when}", metric, value)
+        for client, cells in found.items()
+        for data, metrics in cells.items()
+        for metric, value in metrics.items()
+    ]
+    return out + means(out, {c: engine.task_of(c) for c in found})
 
 
 def pools(
-    engine: LocalEngine, shards: Mapping[ClientId, Shard], each: int | None, split: Split
+    engine: Host, shards: Mapping[ClientId, Shard], each: int | None, split: Split
 ) -> dict[Space, Examples]:
     """Everybody's rows of a split, by kind of task and labels; of one's own alone there is none."""
     groups: dict[Space, dict[ClientId, Shard]] = {}
     for client, shard in shards.items():
         groups.setdefault(space_of(engine.task_of(client)), {})[client] = shard
     return {s: pooled(g, each, split) for s, g in groups.items() if len(g) > 1 or len(groups) < 2}
-
-
-def measure(
-    served: Served, task: Task, examples: Examples, *, prior: Tensor | None = None
-) -> dict[str, float]:
-    """The task's metrics of a predictor on examples, the main one first.
-
-    ``prior`` is added to the logits: a client's own log label frequencies, on its own rows.
-    """
-    sums: dict[str, tuple[float, float]] = {}
-    # Rows of like length share a batch: padding is computed for nothing.
-    order = sorted(range(len(examples)), key=lambda n: len(examples.ids[n]))
-    with torch.no_grad():
-        for at in range(0, len(order), task.rows_at_once):
-            batch: Batch = task.collate(examples, order[at : at + task.rows_at_once])
-            logits = served.predict(batch)
-            logits = logits if prior is None else logits + prior
-            for metric, (value, count) in task.measure(logits, batch.labels).items():
-                held = sums.get(metric, (0.0, 0.0))
-                sums[metric] = (held[0] + value, held[1] + count)
-    found = task.finish(sums)
-    first = {task.metric: found[task.metric]} if task.metric in found else {}
-    return {**first, **found}
 
 
 def means(scores: Sequence[Score], tasks: Mapping[ClientId, Task]) -> list[Score]:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from flexp.client.desk import Desk
 from flexp.data.tasks import open_tokenizer
 from flexp.errors import ExportError
 from flexp.model.adapter import Kind, Prompt, peft_config
@@ -75,6 +76,21 @@ def write(
         "prior": list(card.prior) if card.prior is not None else None,
     }
     write_atomic(folder / "flexp.json", json.dumps(note, indent=1).encode())
+
+
+def card_at(desk: Desk, base: str, revision: str | None, folder: Path | None) -> Card:
+    """The card of what a client has at its desk; ``base`` is the model as its recipe names it."""
+    task: Any = desk.task
+    local = Path(base).expanduser()
+    return Card(
+        base=str(local.resolve()) if local.exists() else base,
+        task=task.name,
+        labels=tuple(getattr(task, "labels", ())),
+        max_length=task.max_length,
+        revision=revision,
+        prior=None if desk.prior is None else tuple(map(float, desk.prior)),
+        folder=None if folder is None else str(folder.resolve()),
+    )
 
 
 def card_of(folder: Path) -> Card:

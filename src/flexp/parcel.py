@@ -60,7 +60,7 @@ def encode(parcel: Parcel) -> bytes:
     """
     meta: dict[str, JSON] = {
         "version": VERSION,
-        "facts": _plain(parcel.facts, "facts"),
+        "facts": plain_facts(parcel.facts),
         "slots": sorted(parcel.adapters),
     }
     # Clones, because safetensors refuses tensors that share memory.
@@ -213,7 +213,12 @@ def _meta(note: str) -> tuple[Facts, list[str]]:
         raise ParcelError("The parcel's slots are not sorted names. Ask for the parcel again.")
     for slot in slots:
         safe.check_name(slot)
-    return cast("Facts", _plain(fields["facts"], "facts")), slots
+    return plain_facts(fields["facts"]), slots
+
+
+def plain_facts(facts: object) -> Facts:
+    """Facts with mappings as dicts and sequences as lists; ParcelError unless finite JSON."""
+    return cast("Facts", _plain(facts, "facts"))
 
 
 def _plain(value: object, where: str, depth: int = 0) -> JSON:

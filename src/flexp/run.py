@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from flexp import checkpoint, export
+from flexp.client.desk import Desk
 from flexp.engine.base import Arrival, assigned, replies
 from flexp.engine.flow import Flow
+from flexp.engine.host import Host
 from flexp.errors import FlexpError
 from flexp.evaluate import Score, evaluate
 from flexp.events import (
@@ -32,12 +34,12 @@ from flexp.events import (
     Stream,
     WentAlone,
 )
-from flexp.link.metered import Ledger
 from flexp.parcel import file_name
 from flexp.recipe import Recipe
 from flexp.rounds import flow_of, waves_of
+from flexp.seating import adapter_kind
 from flexp.stage import Stage
-from flexp.strategies.base import ClientId, Scene, Turn
+from flexp.strategies.base import ClientId, Scene, Served, Turn
 from flexp.telling import moved, seat_facts, tell
 
 # The order in which the server heard its clients, by the first round of a span.
@@ -54,7 +56,7 @@ class Result:
 
 
 def run(
-    stage: Stage,
+    stage: Stage[Host],
     stream: Stream,
     *,
     out: Path | None = None,
@@ -70,6 +72,7 @@ def run(
     state, first = begin(stage, stream, out, resume)
     scores: list[Score] = []
     for span in spans(stage, first):
+        stage = stage.renew(stage, span[0])
         begun = [turn_of(stage, r, sample(stage, r)) for r in span]
         turns: list[Arrival] = []
         for turn in begun:
@@ -86,7 +89,7 @@ def run(
         if out is not None:
             path = checkpoint.write(out / "checkpoint", done, recipe, state, engine)
             stream.write(Checkpointed(r, path.relative_to(out).as_posix()))
-            engine.trunk.commit()
+            engine.saved()
     if not scores:
         scores = score(stage, state, stream, recipe.rounds)
     stream.write(RunEnded(recipe.rounds, time.monotonic() - started))
@@ -99,7 +102,7 @@ def due(recipe: Recipe, done: int) -> bool:
     return done == recipe.rounds or bool(every and done % every == 0)
 
 
-def spans(stage: Stage, first: int) -> list[range]:
+def spans(stage: Stage[Host], first: int) -> list[range]:
     """The rounds that are played as one: each for itself, or without a barrier as many as can be.
 
     Scores end a span, and so does a round in which a client is alone.
@@ -112,7 +115,7 @@ def spans(stage: Stage, first: int) -> list[range]:
 
 
 def play(
-    stage: Stage, state: Any, begun: Sequence[Turn], stream: Stream, replay: Orders | None
+    stage: Stage[Host], state: Any, begun: Sequence[Turn], stream: Stream, replay: Orders | None
 ) -> Iterator[tuple[Turn, list[Arrival], Any]]:
     """The rounds of a span: wave by wave, or all clients side by side without a barrier."""
     strategy, engine, told = stage.strategy, stage.engine, partial(tell, stream)
@@ -130,7 +133,7 @@ def play(
     stream.write(Interleaved(first, begun[-1].round, tuple(flow.order)))
 
 
-def begin(stage: Stage, stream: Stream, out: Path | None, resume: bool) -> tuple[Any, int]:
+def begin(stage: Stage[Host], stream: Stream, out: Path | None, resume: bool) -> tuple[Any, int]:
     """State and round to start from: those of the newest checkpoint, or the beginning."""
     recipe = stage.recipe
     found = checkpoint.newest(out / "checkpoint", recipe) if resume and out is not None else None
@@ -150,7 +153,7 @@ def begin(stage: Stage, stream: Stream, out: Path | None, resume: bool) -> tuple
     return stage.strategy.start(scene), 0
 
 
-def apart(stage: Stage, state: Any, stream: Stream, turn: Turn) -> list[Arrival]:
+def apart(stage: Stage[Host], state: Any, stream: Stream, turn: Turn) -> list[Arrival]:
     """Turns of those who are alone in a round; no method hears of them."""
     arrivals: list[Arrival] = []
     for client in turn.alone:
@@ -161,7 +164,7 @@ def apart(stage: Stage, state: Any, stream: Stream, turn: Turn) -> list[Arrival]
     return arrivals
 
 
-def sample(stage: Stage, round: int) -> list[ClientId]:
+def sample(stage: Stage[Host], round: int) -> list[ClientId]:
     """The clients of a round, in order of their names; the same for every method."""
     clients = stage.fleet.present(round)
     if not clients:
@@ -177,7 +180,7 @@ def round_half_up(x: float) -> int:
     return int(x + 0.5)
 
 
-def turn_of(stage: Stage, round: int, chosen: Sequence[ClientId] = ()) -> Turn:
+def turn_of(stage: Stage[Host], round: int, chosen: Sequence[ClientId] = ()) -> Turn:
     """The turn of a round's only wave, before anything is known of its rows."""
     body, rounds = stage.backbone, stage.recipe.rounds
     places = body.block_of, body.depth
@@ -185,7 +188,7 @@ def turn_of(stage: Stage, round: int, chosen: Sequence[ClientId] = ()) -> Turn:
     return Turn(round, rounds, 0, True, stage.seats_at(round), {}, *places, tuple(chosen), alone)
 
 
-def after(stage: Stage, done: int) -> Turn:
+def after(stage: Stage[Host], done: int) -> Turn:
     """The turn in which everybody is looked at after ``done`` rounds, as they sat in the last."""
     last = turn_of(stage, max(0, done - 1))
     return replace(last, round=done)
@@ -199,7 +202,7 @@ def check(turns: Sequence[Arrival]) -> None:
         raise FlexpError(f'Every client failed, the first one ("{first.client}") with: {error}')
 
 
-def score(stage: Stage, state: Any, stream: Stream, done: int) -> list[Score]:
+def score(stage: Stage[Host], state: Any, stream: Stream, done: int) -> list[Score]:
     """Evaluates every client's personal model and writes the scores."""
     last = done == stage.recipe.rounds
     scores = evaluate(
@@ -216,36 +219,27 @@ def score(stage: Stage, state: Any, stream: Stream, done: int) -> list[Score]:
     return scores
 
 
-def save_adapters(stage: Stage, result: Result, folder: Path) -> list[Path]:
-    """Writes every client's personal adapter that is one as a PEFT folder."""
-    recipe, engine = stage.recipe, stage.engine
-    local = Path(recipe.model.source).expanduser()
-    card = export.Card(
-        base=str(local.resolve()) if local.exists() else recipe.model.source,
-        task=recipe.task.kind,
-        revision=recipe.model.revision,
-        folder=str(stage.survey.source.resolve()),
-    )
-    written: list[Path] = []
-    for client in stage.fleet.known(recipe.rounds):
-        work = assigned(stage.strategy, engine, result.state, client, result.turn)
-        with engine.visit(stage.strategy, work, result.turn, Ledger()) as (desk, got):
-            served = stage.strategy.personal(desk, got)
-            if served.adapter is None:
-                continue
-            adapter = desk.whole(served.adapter)
-            path = folder / file_name(client)
-            task: Any = desk.task
-            mine = replace(
-                card,
-                task=task.name,
-                labels=tuple(getattr(task, "labels", ())),
-                max_length=task.max_length,
-                prior=None if desk.prior is None else tuple(map(float, desk.prior)),
-            )
-            body = engine.backbone_of(client)
-            export.write(path, adapter, body, engine.kind, mine, rank=desk.seat.rank)
-            written.append(path)
+def save_adapters(stage: Stage[Host], result: Result, folder: Path) -> list[Path]:
+    """Every client gets its personal adapter, if it is one, as a PEFT folder.
+
+    Those in this process in ``folder``; others write theirs where they are.
+    """
+    recipe, written = stage.recipe, list[Path]()
+
+    def write(desk: Desk, served: Served) -> None:
+        if served.adapter is None:
+            return
+        adapter, body = desk.whole(served.adapter), desk.model.backbone
+        path = folder / file_name(desk.client)
+        base, revision = recipe.model.source, recipe.model.revision
+        card = export.card_at(desk, base, revision, stage.survey.source)
+        export.write(path, adapter, body, adapter_kind(recipe.adapter), card, rank=desk.seat.rank)
+        written.append(path)
+
+    strategy, turn = stage.strategy, result.turn
+    clients = stage.fleet.known(recipe.rounds)
+    work = [assigned(strategy, stage.engine, result.state, c, turn) for c in clients]
+    stage.engine.hand_over(strategy, work, turn, write)
     return written
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from flexp import assets
 from flexp.client.desk import Training
@@ -17,6 +17,7 @@ from flexp.data.tasks import open_tokenizer, padding_of
 from flexp.dice import Dice
 from flexp.engine.base import Own
 from flexp.engine.flow import Pace
+from flexp.engine.host import Host
 from flexp.engine.local import LocalEngine
 from flexp.errors import DataError, RecipeError, StrategyError
 from flexp.evaluate import pooled
@@ -59,16 +60,23 @@ class Survey:
         return self.fleet.placed
 
 
+E_co = TypeVar("E_co", bound=Host, covariant=True)
+
+
 @dataclass(frozen=True)
-class Stage:
-    """Everything that a run needs; ``fleet`` is where this method's clients sit and when."""
+class Stage(Generic[E_co]):
+    """Everything that a run needs; ``fleet`` is where this method's clients sit and when.
+
+    ``renew`` gives the stage of a coming round, in which more clients may be known.
+    """
 
     survey: Survey
     recipe: Recipe
     strategy: Strategy[Any]
     backbone: Backbone
     fleet: Fleet
-    engine: LocalEngine
+    engine: E_co
+    renew: Callable[[Stage[Any], int], Stage[Any]] = lambda stage, round: stage
 
     def paces_at(self, round: int) -> dict[ClientId, Pace]:
         """How fast everybody is in a round; all alike where no speeds are declared."""
@@ -128,13 +136,15 @@ def survey(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None)
     )
 
 
-def prepare(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None) -> Stage:
+def prepare(
+    recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None
+) -> Stage[LocalEngine]:
     """Opens everything that a recipe names; raises a FlexpError before anything is trained."""
     build(recipe.strategy.name, recipe.strategy.options)  # a typing error costs no download
     return opened(survey(recipe, cache, say=say))
 
 
-def opened(found: Survey) -> Stage:
+def opened(found: Survey) -> Stage[LocalEngine]:
     """Loads the backbone of a survey and makes everything ready to train."""
     recipe = found.recipe
     strategy = build(recipe.strategy.name, recipe.strategy.options)
@@ -161,7 +171,7 @@ def _backbone(found: Survey, kind: TaskKind, classes: int) -> Backbone:
     )
 
 
-def with_method(stage: Stage, recipe: Recipe) -> Stage:
+def with_method(stage: Stage[LocalEngine], recipe: Recipe) -> Stage[LocalEngine]:
     """The same data, model and seats for another method and training; nothing is opened again."""
     found = stage.survey
     strategy = build(recipe.strategy.name, recipe.strategy.options)

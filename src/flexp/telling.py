@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flexp.engine.base import Arrival
+from flexp.engine.host import Host
 from flexp.events import SeatMoved, Stream, TurnEnded, TurnFailed
 from flexp.parcel import Facts
 from flexp.seating import Placed
@@ -10,7 +11,7 @@ from flexp.stage import Stage
 from flexp.strategies.base import Turn
 
 
-def moved(stage: Stage, stream: Stream, round: int) -> None:
+def moved(stage: Stage[Host], stream: Stream, round: int) -> None:
     """Writes who sits elsewhere from this round on."""
     for move in stage.fleet.moves:
         if move.round == round:

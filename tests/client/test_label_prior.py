@@ -13,6 +13,7 @@ from flexp import assets, evaluate, recipe_file, run, stage
 from flexp.data.examples import Examples
 from flexp.data.tasks import Balanced, log_prior
 from flexp.engine.base import Assignment
+from flexp.engine.look import measure
 from flexp.errors import RecipeError
 from flexp.events import Stream
 from flexp.export import card_of
@@ -56,10 +57,10 @@ def test_own_rows_are_scored_with_the_prior_and_others_without(
         served, task = ready.strategy.personal(desk, got), ready.federation.task
         assert desk.prior is not None
         assert torch.equal(desk.prior, log_prior(2, mine.train))
-        with_prior = evaluate.measure(served, task, mine.test, prior=desk.prior)
+        with_prior = measure(served, task, mine.test, prior=desk.prior)
         everybody = evaluate.pooled(ready.federation.shards, None)
-        without = evaluate.measure(served, task, everybody)
-        assert evaluate.measure(served, task, mine.test)["loss"] != with_prior["loss"]
+        without = measure(served, task, everybody)
+        assert measure(served, task, mine.test)["loss"] != with_prior["loss"]
     assert scores["anna", "personal/own/after", "loss"] == with_prior["loss"]
     assert scores["anna", "personal/global/after", "loss"] == without["loss"]
     folder = run.save_adapters(ready, result, tmp_path / "adapters")[0]

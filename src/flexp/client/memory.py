@@ -35,6 +35,9 @@ class Memory:
         """Keeps tensors under a name."""
         self.slots[slot] = dict(tensors)
 
+    def settle(self) -> None:
+        """Called before the server hears that the turn is over: here nothing is to be done."""
+
     def commit(self) -> None:
         """Makes the changes of this turn count."""
         self._before = (dict(self.slots), deepcopy(self.facts))

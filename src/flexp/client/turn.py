@@ -203,6 +203,7 @@ def hand_in(desk: Desk, reply: Parcel, *, alone: int | None = None) -> None:
     desk.memory.facts.pop(ALONE, None)
     if alone is not None:
         desk.memory.facts[ALONE] = alone
+    desk.memory.settle()
     desk.session.leave()
     desk.memory.commit()
 

@@ -83,7 +83,7 @@ def federate(
     for client in clients:
         if client not in parts:
             raise DataError(f'clients: no client "{client}". {nearest(client, parts)}')
-    alike = {c: held for c, held in parts.items() if not _has_own(clients.get(c))}
+    alike = {c: held for c, held in parts.items() if not has_own(clients.get(c))}
     common = [rows[n] for held in (alike or parts).values() for n in held]
     labels = labels_of(common if clients else rows, task_recipe, data)
     task = make_task(task_recipe, data, tokenizer, labels)
@@ -94,10 +94,7 @@ def federate(
     }
     shards: dict[str, Shard] = {}
     for client, held in parts.items():
-        places = _places(rows, _capped(held, data, dice, client), data, dice, client)
-        mine = own.get(client, task)
-        train, val, test = (mine.encode([rows[n] for n in chosen]) for chosen in places)
-        shards[client] = Shard(train, val, test)
+        shards[client] = shard_of(client, rows, held, data, dice=dice, task=own.get(client, task))
     findings = check(shards, task, own, one_class=data.one_class)
     objectives = {
         client: objective_of(asked.objective, own.get(client, task), shards[client].train, client)
@@ -106,6 +103,26 @@ def federate(
     }
     skew = _skew(rows, data, alike) if labels and alike else None
     return Federation(shards, task, tuple(findings), skew, own, objectives)
+
+
+def shard_of(
+    client: str, rows: Sequence[Row], held: list[int], data: DataRecipe, *, dice: Dice, task: Task
+) -> Shard:
+    """A client's shard: those of its rows that count, split and encoded.
+
+    It depends on its own rows alone, so a client that has them by itself makes the same shard.
+    """
+    train, val, test = (
+        task.encode([rows[n] for n in chosen]) for chosen in places(client, rows, held, data, dice)
+    )
+    return Shard(train, val, test)
+
+
+def places(
+    client: str, rows: Sequence[Row], held: list[int], data: DataRecipe, dice: Dice
+) -> tuple[list[int], list[int], list[int]]:
+    """Which of a client's rows are for training, validation and test."""
+    return _places(rows, _capped(held, data, dice, client), data, dice, client)
 
 
 def own_task(
@@ -125,7 +142,7 @@ def own_task(
     return make_task(recipe, data, cast("Any", shared).tokenizer, labels)
 
 
-def _has_own(asked: ClientRecipe | None) -> bool:
+def has_own(asked: ClientRecipe | None) -> bool:
     """Whether a client's task or columns differ from the recipe's."""
     return asked is not None and any((asked.task, asked.text, asked.label, asked.prompt))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,26 +17,26 @@ from flexp.data.tasks import Task
 from flexp.dice import Dice
 from flexp.engine.base import Arrival, Assignment, Failure, Give, Measured, Own
 from flexp.engine.flow import Flow
+from flexp.engine.host import Host
+from flexp.engine.look import Cells, Look
 from flexp.link.apart import NoLink
 from flexp.link.local import LocalLink
 from flexp.link.messages import Link
 from flexp.link.metered import Ledger, MeteredLink
-from flexp.model.adapter import Kind, alpha_of, dropout_of
+from flexp.model.adapter import Kind, alpha_of
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
 from flexp.model.meter import Meter
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Profile
-from flexp.server.tenants import Tenants
-from flexp.server.trunk import Trunk
-from flexp.strategies.base import ClientId, Strategy, Turn
+from flexp.strategies.base import ClientId, Served, Strategy, Turn
 from flexp.tensors import Tensors
 
 PERSONAL = "personal"  # the slot that a client trains when it is alone
 
 
-class LocalEngine:
+class LocalEngine(Host):
     """Clients one after another, in order of their ids; the trunk on a thread of its own."""
 
     def __init__(
@@ -55,46 +55,23 @@ class LocalEngine:
         pool: Examples | None = None,
         own: Mapping[ClientId, Own] | None = None,
     ) -> None:
-        self.backbone, self.task, self.shards = backbone, task, shards
-        self.kind, self.training, self.dice = kind, training, dice
+        super().__init__(backbone, task, kind=kind, training=training, dice=dice)
+        self.shards = shards
         self.profile: Profile = profile
         self.pool = pool  # everybody's training rows, for a method that is not federated
         self.own = own or {}
+        self.tasks = {client: own.task for client, own in self.own.items()}
         self.name, self.keep_crossings = run, keep_crossings
         self.wrap: Callable[[ClientId, Link], Link] = wrap
-        self.measures = False  # whether turns are measured, which takes a little time
-        self.memories: dict[ClientId, Memory] = {c: Memory() for c in shards}
-        self.begun: dict[tuple[int, Kind, int | None, float | None], Tensors] = {}
-        self.tenants = Tenants(backbone, self.initial)
-        self.trunk = Trunk(backbone, self.tenants, task, dropout=dropout_of(kind))
-
-    def close(self) -> None:
-        """Stops the trunk's thread."""
-        self.trunk.close()
-
-    def initial(self, spec: SlotSpec, rank: int | None = None) -> Tensors:
-        """The adapter that a slot begins with, the same on both sides."""
-        return self._begun(self.backbone, spec, rank)
+        self.memories = {c: Memory() for c in shards}
 
     def initial_of(self, client: ClientId, spec: SlotSpec, rank: int | None = None) -> Tensors:
-        """The same for a client, whose head may be its own."""
-        return self._begun(self.backbone_of(client), spec, rank)
-
-    def _begun(self, body: Backbone, spec: SlotSpec, rank: int | None) -> Tensors:
-        kind, rows = spec.kind or self.kind, spec.head_rows
-        key = (0 if body is self.backbone else id(body), kind, rank, rows)
-        if key not in self.begun:
-            begun = body.initial(kind, self.dice("initial"), rank)
-            self.begun[key] = begun if rows is None else body.scaled(begun, rows)
-        return self.begun[key]
+        """The adapter that a slot begins with for a client, whose head may be its own."""
+        return self.begun_on(self.backbone_of(client), spec, rank)
 
     def backbone_of(self, client: ClientId) -> Backbone:
         """The backbone of a client's side: the server's, or one with its own head."""
         return self.own[client].backbone if client in self.own else self.backbone
-
-    def task_of(self, client: ClientId) -> Task:
-        """What a client learns."""
-        return self.own[client].task if client in self.own else self.task
 
     def run(
         self, strategy: Strategy[Any], work: Iterable[Assignment], turn: Turn
@@ -212,10 +189,27 @@ class LocalEngine:
         far = self.trunk.flops.get(desk.client, 0)
         found.append(Measured(meter.flops, far, kept + meter.peak))
 
-    def seat_of(self, client: ClientId) -> Seat | None:
-        """Where a client had its last turn; None before its first."""
-        home = self.tenants.homes.get(client)
-        return None if home is None else home.seat
+    def look(
+        self, strategy: Strategy[Any], work: Sequence[Assignment], turn: Turn, look: Look
+    ) -> dict[ClientId, Cells]:
+        """Scores of what clients would deploy; nothing that happens there lasts."""
+        found: dict[ClientId, Cells] = {}
+        for each in work:
+            with self.visit(strategy, each, turn, Ledger()) as (desk, offer):
+                found[each.client] = look.at(desk, strategy.personal(desk, offer))
+        return found
+
+    def hand_over(
+        self,
+        strategy: Strategy[Any],
+        work: Sequence[Assignment],
+        turn: Turn,
+        write: Callable[[Desk, Served], None],
+    ) -> None:
+        """What every client would deploy, written here."""
+        for each in work:
+            with self.visit(strategy, each, turn, Ledger()) as (desk, offer):
+                write(desk, strategy.personal(desk, offer))
 
     @contextmanager
     def visit(
@@ -241,8 +235,7 @@ class LocalEngine:
     ) -> tuple[Desk, Parcel]:
         """Both sides of a turn: the tenancy at the server, and the client at its desk."""
         name, specs = work.client, specs or self.training.specs(strategy.specs())
-        self.trunk.tables.pop(name, None)
-        self.tenants.join(name, work.seat, specs, offer=work.offer, alpha=alpha_of(self.kind))
+        self.admit(work, specs)
         link = MeteredLink(self.wrap(name, LocalLink(name, self.trunk.handle)), ledger)
         return self._sit(link, strategy, work, turn, specs)
 

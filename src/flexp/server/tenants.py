@@ -44,6 +44,7 @@ class Tenancy:
     before: tuple[Seat, Held, Held, int] | None = None
     seen: int = 0  # steps of server slots before its newest forward
     stepped: int = 0  # its own of this turn
+    turns: int = 0  # that counted
     moving: bool = False
     leaving: Held = field(default_factory=dict[str, Tensors])
     there: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
@@ -232,7 +233,8 @@ class Tenants:
 
     def commit(self, client: str) -> None:
         """Makes the turn that is over count."""
-        self[client].before = None
+        home = self[client]
+        home.before, home.turns = None, home.turns + 1
 
     def rollback(self, client: str) -> None:
         """Takes the tenancy back to what it was before the turn that failed.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +38,7 @@ from flexp.server.steps import StepTable
 from flexp.server.tenants import Tenancy, Tenants
 from flexp.tensors import PerRow, terms
 
+T = TypeVar("T")
 MAX_PENDING = 16  # forwards of one client that wait for their backward
 
 
@@ -59,15 +63,31 @@ class Trunk:
         self.tables: dict[str, StepTable] = {}
         self.pending: dict[str, dict[int, Pending]] = {}
         self.flops: dict[str, int] | None = None  # of each client's messages, if they are counted
+        self.parked, self.aside = False, threading.Lock()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="flexp-trunk")
 
     def handle(self, client: str, message: Message, digest: str = "") -> Answer:
         """The answer to a client's message, computed at most once per key."""
+        return self.between(partial(self.answer, client, message, digest))
+
+    def between(self, work: Callable[[], T]) -> T:
+        """Does something on the compute thread, between two messages."""
+        with self.aside:
+            if self.parked:
+                return work()
+        return self.thread.submit(work).result()
+
+    def park(self, until: threading.Event) -> None:
+        """On the compute thread: waits, and lets others do what belongs between two messages."""
+        self.parked = True
+        until.wait()
+        with self.aside:
+            self.parked = False
+
+    def answer(self, client: str, message: Message, digest: str) -> Answer:
+        """The answer to a message; only on the compute thread."""
         table = self.tables.setdefault(client, StepTable())
-        work = self.thread.submit(
-            table.once, message.key, digest, lambda: self._counted(client, message)
-        )
-        return work.result()
+        return table.once(message.key, digest, lambda: self._counted(client, message))
 
     def close(self) -> None:
         """Stops the compute thread."""

@@ -1,0 +1,385 @@
+"""Clients out on the network: the server's side here, everybody else where the data is.
+
+A client works on one order at a time. It may lose its connection, come back with the same process
+and go on, or come back as a new process and begin the order anew; only who stays away for longer
+than ``patience`` seconds fails. The step table sees to it that no message counts twice.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, Literal
+
+from msgspec import structs
+
+from flexp.client.desk import Desk, Training
+from flexp.data.tasks import Task
+from flexp.dice import Dice
+from flexp.engine.base import Arrival, Assignment, Failure, Give
+from flexp.engine.flow import Flow
+from flexp.engine.host import Host
+from flexp.engine.look import Cells, Look
+from flexp.errors import FlexpError, LinkError, StepError
+from flexp.link.control import Noted, Order, Outcome, Problem
+from flexp.link.frame import Body
+from flexp.link.listen import Call
+from flexp.link.messages import Answer, Leave, Message, StepKey
+from flexp.link.metered import Ledger
+from flexp.model.adapter import Kind
+from flexp.model.backbone import Backbone
+from flexp.model.ops import SlotSpec
+from flexp.strategies.base import ClientId, Served, Strategy, Turn
+
+TICK = 0.2  # seconds between two looks at who has gone
+
+
+@dataclass(eq=False)
+class Job:
+    """An order under way, and what becomes of it."""
+
+    work: Assignment
+    specs: Mapping[str, SlotSpec]
+    order: Order
+    done: SimpleQueue[Job]
+    began: float
+    ledger: Ledger = field(default_factory=Ledger)
+    error: str = ""
+    cells: Cells = field(default_factory=dict[str, dict[str, float]])
+    over: bool = False
+    taken: threading.Event | None = None  # without a barrier: set when the next order is given
+
+
+@dataclass(eq=False)
+class Guest:
+    """A client out on the network: the call that it has now, and the order that it works on."""
+
+    name: ClientId
+    call: Call | None = None
+    process: str = ""
+    ready: bool = False
+    rows: int = 0  # it says that it has these for training
+    lost: float = 0.0  # since when there is no call
+    number: int = 0  # of its newest order
+    job: Job | None = None
+    left: StepKey | None = None  # the last message of its last turn
+    floors: tuple[int, int] = (0, 0)  # turns that counted at the last two checkpoints
+
+
+class NetworkEngine(Host):
+    """Gives orders to clients that have called, and carries out what they send."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        task: Task,
+        *,
+        kind: Kind,
+        training: Training,
+        dice: Dice,
+        run: str,
+        tasks: Mapping[ClientId, Task],
+        patience: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        super().__init__(backbone, task, kind=kind, training=training, dice=dice)
+        self.tasks, self.name, self.patience = tasks, run, patience
+        self.clock, self.pause = clock, pause
+        self.guests: dict[ClientId, Guest] = {}
+        self.lock = threading.RLock()
+        self.orders: list[ClientId] | None = None  # whose messages were heard, without a barrier
+
+    def guest(self, name: ClientId) -> Guest:
+        """What is known of a client; it need not have called yet."""
+        with self.lock:
+            return self.guests.setdefault(name, Guest(name, lost=self.clock()))
+
+    # ---- the round loop's side
+
+    def run(
+        self, strategy: Strategy[Any], work: Iterable[Assignment], turn: Turn
+    ) -> Iterator[Arrival]:
+        """Turns side by side, as they end; one after another where all train one far copy."""
+        todo, specs = list(work), self.training.specs(strategy.specs())
+        together = not any(spec.home == "server" for spec in specs.values())
+        self._wait_for_any([each.client for each in todo])
+        for some in [todo] if together else [[each] for each in todo]:
+            done: SimpleQueue[Job] = SimpleQueue()
+            under_way = [self._begin("train", each, specs, turn, done) for each in some]
+            for job in self._ended(under_way, done):
+                yield self._arrival(job)
+
+    def flow(self, strategy: Strategy[Any], give: Give, flow: Flow) -> Iterator[Arrival]:
+        """Turns side by side; the true order of messages is recorded in ``flow.order``."""
+        if flow.recorded is not None:
+            raise FlexpError(
+                "An order is replayed by `flexp run --replay`, in one process; out on the network "
+                "clients come as they come."
+            )
+        done: SimpleQueue[Job] = SimpleQueue()
+        specs = self.training.specs(strategy.specs())
+        under_way: list[Job] = []
+
+        def begin(client: ClientId) -> None:
+            given = give(client)
+            if given is not None:
+                work, turn = given
+                under_way.append(self._begin("train", work, specs, turn, done, flows=True))
+
+        self._wait_for_any(list(flow.lines))
+        self.orders = flow.order
+        try:
+            for client in list(flow.lines):
+                begin(client)
+            while under_way:
+                job = next(self._ended(under_way, done))
+                under_way.remove(job)
+                yield self._arrival(job)
+                begin(job.work.client)
+                if job.taken is not None:
+                    job.taken.set()
+        finally:
+            self.orders = None
+            for job in under_way:
+                if job.taken is not None:
+                    job.taken.set()
+
+    def alone(self, strategy: Strategy[Any], work: Assignment, turn: Turn) -> Arrival:
+        """Not over a network: who is alone there has no server to tell it."""
+        raise FlexpError(f'Client "{work.client}" cannot be alone: the server runs its rounds.')
+
+    def look(
+        self, strategy: Strategy[Any], work: Sequence[Assignment], turn: Turn, look: Look
+    ) -> dict[ClientId, Cells]:
+        """Every client scores its own rows; who is not there has no score."""
+        jobs = self._all("look", strategy, work, turn, split=look.split)
+        return {job.work.client: job.cells for job in jobs if not job.error}
+
+    def hand_over(
+        self,
+        strategy: Strategy[Any],
+        work: Sequence[Assignment],
+        turn: Turn,
+        write: Callable[[Desk, Served], None],
+    ) -> None:
+        """Every client writes its whole adapter on its own disk."""
+        self._all("adapter", strategy, work, turn)
+
+    def saved(self) -> None:
+        """A checkpoint is on disk: clients need what they had at the one before it, no older."""
+        super().saved()
+        with self.lock:
+            for client, home in self.tenants.homes.items():
+                guest = self.guest(client)
+                guest.floors = (guest.floors[1], home.turns)
+
+    def _all(
+        self,
+        kind: Literal["look", "adapter"],
+        strategy: Strategy[Any],
+        work: Sequence[Assignment],
+        turn: Turn,
+        **more: Any,
+    ) -> list[Job]:
+        """Orders after which nothing lasts at the server."""
+        done: SimpleQueue[Job] = SimpleQueue()
+        specs = self.training.specs(strategy.specs())
+        jobs = [self._begin(kind, each, specs, turn, done, **more) for each in work]
+        for job in self._ended(jobs, done):
+            self.trunk.between(partial(self._undo, job.work.client))
+        return jobs
+
+    def _wait_for_any(self, clients: Sequence[ClientId]) -> None:
+        """Waits until one of these is there: nobody trains, and nothing is lost by it."""
+        while clients and not any(self.guest(c).ready for c in clients):
+            self.pause(TICK)
+
+    def _begin(
+        self,
+        kind: Literal["train", "look", "adapter", "speak"],
+        work: Assignment,
+        specs: Mapping[str, SlotSpec],
+        turn: Turn,
+        done: SimpleQueue[Job],
+        *,
+        flows: bool = False,
+        **more: Any,
+    ) -> Job:
+        """Opens a client's tenancy and gives it an order, now or when it calls."""
+        guest = self.guest(work.client)
+        self.trunk.between(partial(self.admit, work, specs))
+        with self.lock:
+            guest.number += 1
+            order = Order(
+                guest.number,
+                kind,
+                work.seat,
+                round=turn.round,
+                wave=turn.wave,
+                before=work.before,
+                turns=self.tenants[work.client].turns,
+                floor=guest.floors[0],
+                rounds=turn.rounds,
+                **more,
+            )
+            job = Job(work, specs, order, done, self.clock())
+            job.taken = threading.Event() if flows else None
+            guest.job = job
+            if guest.call is not None and guest.ready:
+                guest.call.tell(order)
+        return job
+
+    def _ended(self, jobs: Sequence[Job], done: SimpleQueue[Job]) -> Iterator[Job]:
+        """Jobs as they end; who stays away for too long has failed."""
+        left = len(jobs)
+        while left:
+            try:
+                yield done.get(timeout=TICK)
+                left -= 1
+            except Empty:
+                self._give_up(jobs)
+
+    def _give_up(self, jobs: Sequence[Job]) -> None:
+        with self.lock:
+            for job in jobs:
+                guest = self.guest(job.work.client)
+                if job.over or (guest.call is not None and guest.ready):
+                    continue
+                away = self.clock() - guest.lost
+                if away > self.patience:
+                    self._end(job, f"did not come back for {away:.0f} seconds")
+
+    def _end(self, job: Job, error: str = "") -> None:
+        """An order is over, once."""
+        with self.lock:
+            guest = self.guest(job.work.client)
+            if job.over:
+                return
+            job.over, job.error, guest.job = True, error, None
+            job.done.put(job)
+
+    def _arrival(self, job: Job) -> Arrival:
+        client, seconds = job.work.client, self.clock() - job.began
+        if job.error:
+            self.trunk.between(partial(self._undo, client))
+            return Arrival(client, failure=Failure(job.error), seconds=seconds, ledger=job.ledger)
+        home = self.tenants[client]
+        rows = home.rows
+        if job.order.seat.near_only(self.backbone.depth) and home.reply is not None:
+            rows = self._claimed(client, home.reply.facts.get("rows"))
+        return Arrival(client, home.reply, rows=rows, seconds=seconds, ledger=job.ledger)
+
+    def _claimed(self, client: ClientId, rows: Any) -> int:
+        """Rows that the server did not see: as the client says, but no more than there can be."""
+        train = self.training
+        known = self.guest(client).rows
+        most = known * (train.epochs or 1) if train.steps is None else train.steps * train.batch
+        return max(0, min(rows, most)) if type(rows) is int else 0
+
+    def _undo(self, client: ClientId) -> None:
+        self.trunk.pending.pop(client, None)
+        self.tenants.rollback(client)
+
+    # ---- the calls' side
+
+    def attach(self, call: Call, process: str, *, knows_server: bool) -> bool:
+        """Takes a call as a client's present one; the newest counts. Whether it just goes on."""
+        with self.lock:
+            guest = self.guest(call.name)
+            old, guest.call = guest.call, call
+            resumed = knows_server and guest.process == process
+            guest.process, guest.ready = process, resumed
+            if old is not None and old is not call:
+                old.close()
+        return resumed
+
+    def go_on(self, call: Call, order: int) -> None:
+        """Tells who just goes on its order, if it has not heard of it."""
+        with self.lock:
+            guest = self.guest(call.name)
+            if guest.job is not None and guest.job.order.number > order:
+                call.tell(guest.job.order)
+
+    def ready(self, call: Call, rows: int) -> None:
+        """A new process is ready: an order that the old one had begun begins anew."""
+        with self.lock:
+            guest = self.guest(call.name)
+            job, guest.rows = guest.job, rows
+        if job is not None and not job.over:
+            self.trunk.between(partial(self._begin_anew, job))
+        with self.lock:
+            guest.ready = guest.call is call
+            if guest.ready and guest.job is not None:
+                call.tell(guest.job.order)
+
+    def _begin_anew(self, job: Job) -> None:
+        """On the compute thread: takes the tenancy back to before the turn, and opens it again."""
+        with self.lock:
+            if job.over:
+                return
+            self._undo(job.work.client)
+            self.admit(job.work, job.specs)
+            guest = self.guest(job.work.client)
+            guest.number += 1
+            job.order = structs.replace(job.order, number=guest.number)
+            job.ledger = Ledger()
+
+    def gone(self, call: Call) -> None:
+        """A call has ended."""
+        with self.lock:
+            guest = self.guests.get(call.name)
+            if guest is not None and guest.call is call:
+                guest.call, guest.ready, guest.lost = None, False, self.clock()
+
+    def message(self, call: Call, message: Message, digest: str) -> Body:
+        """Carries out a message of a step, once, and gives its answer, or what was wrong."""
+        try:
+            return self.trunk.between(partial(self._carry_out, call, message, digest))
+        except FlexpError as problem:
+            return Problem(type(problem).__name__, str(problem), message.key)
+
+    def _carry_out(self, call: Call, message: Message, digest: str) -> Answer:
+        """On the compute thread."""
+        guest = self.guest(call.name)
+        job = guest.job
+        if guest.call is not call:
+            raise LinkError(f'Another process has joined as "{call.name}"; this one is not heard.')
+        if message.key == guest.left:
+            return Answer()
+        if job is None or message.key.run != turn_name(self.name, job.order.number):
+            raise StepError(f"The turn of {message.key} is over at the server.")
+        table = self.trunk.tables.get(call.name)
+        known = table is not None and message.key in table.rows
+        answer = self.trunk.answer(call.name, message, digest)
+        if not known:
+            job.ledger.up(message, call.wire)
+            job.ledger.down(message, answer, call.wire)
+            if self.orders is not None:
+                self.orders.append(call.name)
+        if isinstance(message, Leave) and job.order.kind == "train":
+            self.tenants.commit(call.name)
+            guest.left = message.key
+            self._end(job)
+            if job.taken is not None:
+                # What comes next for this client is decided before anybody's next message.
+                self.trunk.park(job.taken)
+        return answer
+
+    def outcome(self, call: Call, outcome: Outcome) -> Body:
+        """An order has ended otherwise than by leaving: with scores, or with an error."""
+        with self.lock:
+            job = self.guest(call.name).job
+            if job is not None and job.order.number == outcome.order and call.alive:
+                job.cells = outcome.cells
+                self._end(job, outcome.error)
+        return Noted()
+
+
+def turn_name(run: str, order: int) -> str:
+    """The run's name in the keys of one order, so that no message counts for another one."""
+    return f"{run}.{order}"

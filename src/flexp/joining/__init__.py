@@ -1,0 +1,1 @@
+"""What a device does in a run over the network: `flexp join`."""

@@ -1,0 +1,139 @@
+"""The model on a device: a folder or hub id where it has one, else its blocks from the server.
+
+What comes from the server is one file per tensor, begun again where it broke off, and counts only
+if its digest is that of the server's list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+from flexp.errors import LinkError, ModelError
+from flexp.link.control import Data, Read
+from flexp.link.dial import GrpcLink
+from flexp.model.files import (
+    Manifest,
+    Piece,
+    file_of,
+    head_of,
+    manifest,
+    wanted,
+    write_index,
+)
+from flexp.parcel import write_atomic
+from flexp.plan.devices import format_bytes
+
+STEP = 1 << 20
+
+Say = Callable[[str], None]
+
+
+def manifest_of(link: GrpcLink, digest: str) -> Manifest:
+    """The server's list of its model's tensors; LinkError unless it is what was agreed to."""
+    text, total = bytearray(), 1
+    while len(text) < total:
+        piece = cast("Data", link.ask(Read(begin=len(text), size=STEP))).data
+        total = int.from_bytes(piece[:8], "little")
+        if total > 64 * STEP or len(piece) < 9:
+            raise LinkError("The server's list of its model's tensors is damaged.")
+        text += piece[8:]
+    found = Manifest.from_json(text.decode())
+    if found.digest != digest:
+        raise LinkError("The server's model is not the one that it said it had.")
+    return found
+
+
+def check_local(folder: Path, theirs: Manifest) -> None:
+    """ModelError unless a folder of this device holds the server's model."""
+    mine = manifest(folder)
+    if mine.config != theirs.config:
+        raise ModelError(
+            f"{folder} is another model than the server's: their configs differ. Leave --model "
+            "out to fetch the blocks from the server."
+        )
+    for name, piece in theirs.pieces.items():
+        if name not in mine.pieces or not piece.same(mine.pieces[name]):
+            raise ModelError(
+                f'{folder} is another model than the server\'s: its tensor "{name}" differs. Leave '
+                "--model out to fetch the blocks from the server."
+            )
+
+
+def fetch_small(link: GrpcLink, theirs: Manifest, folder: Path) -> None:
+    """Config and tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (size, sha) in theirs.small.items():
+        path = folder / name
+        if path.is_file() and _sha256(path.read_bytes()) == sha:
+            continue
+        data = b"".join(_read(link, name, 0, size))
+        if _sha256(data) != sha:
+            raise LinkError(f'"{name}" has not the digest that the server announced. Try again.')
+        write_atomic(path, data)
+
+
+def fetch_part(
+    link: GrpcLink, theirs: Manifest, folder: Path, absent: Sequence[str], say: Say
+) -> None:
+    """The tensors that are not in absent modules; those that are there already stay."""
+    names = wanted(theirs.pieces, absent)
+    lacking = [n for n in names if not (folder / file_of(n)).is_file()]
+    if lacking:
+        size = sum(p.end - p.begin for p in (theirs.pieces[n] for n in lacking))
+        every = sum(p.end - p.begin for p in theirs.pieces.values())
+        say(
+            f"fetching {len(lacking)} tensors of the model from the server: {format_bytes(size)} "
+            f"of {format_bytes(every)}"
+        )
+    for name in lacking:
+        _fetch(link, name, theirs.pieces[name], folder / file_of(name))
+    held = [n for n in theirs.pieces if (folder / file_of(n)).is_file()]
+    write_index(folder, held)
+
+
+def _fetch(link: GrpcLink, name: str, piece: Piece, path: Path) -> None:
+    """One tensor, from where an earlier attempt broke off."""
+    part, head = path.with_suffix(".part"), head_of(name, piece)
+    size = piece.end - piece.begin
+    have = part.stat().st_size - len(head) if part.is_file() else -1
+    if not 0 <= have <= size:
+        part.write_bytes(head)
+        have = 0
+    with part.open("ab") as file:
+        for data in _read(link, piece.file, piece.begin + have, size - have):
+            file.write(data)
+    sha = hashlib.sha256()
+    with part.open("rb") as file:
+        file.seek(len(head))
+        while data := file.read(STEP):
+            sha.update(data)
+    if sha.hexdigest() != piece.sha256:
+        part.unlink()
+        raise LinkError(
+            f'The tensor "{name}" has not the digest that the server announced. It was deleted; '
+            "join again to fetch it anew."
+        )
+    part.replace(path)
+
+
+def _read(link: GrpcLink, path: str, begin: int, size: int) -> list[bytes]:
+    """So many bytes of a file, with two questions under way at a time."""
+    out: list[bytes] = []
+    ats = range(begin, begin + size, STEP)
+    under_way = [link.post(Read(path, at, min(STEP, begin + size - at))) for at in ats[:2]]
+    for n, at in enumerate(ats):
+        answer = under_way[n].result()
+        if n + 2 < len(ats):
+            more = ats[n + 2]
+            under_way.append(link.post(Read(path, more, min(STEP, begin + size - more))))
+        if not isinstance(answer, Data) or len(answer.data) != min(STEP, begin + size - at):
+            raise LinkError(f'The server did not give all of "{path}".')
+        out.append(answer.data)
+    return out
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

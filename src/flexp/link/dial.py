@@ -1,0 +1,227 @@
+"""The client's end: a link that dials the server, and dials again when the way is lost.
+
+What was asked and not answered is asked again, byte for byte, on the next stream: the server's step
+table knows it if it was carried out already. So the code above never sees a lost connection, only
+a server that has begun anew.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any, cast
+
+import grpc
+
+from flexp import errors
+from flexp.errors import FlexpError, LinkError
+from flexp.link import frame
+from flexp.link.control import End, Hello, Order, Problem, Refused, Welcome
+from flexp.link.frame import Body, Joiner
+from flexp.link.grpc import METHOD, Credentials, Keepalive, check_plain, client_options
+from flexp.link.messages import Answer, Message
+from flexp.link.wire import Wire
+
+FIRST, LONGEST = 0.2, 5.0  # seconds between two attempts
+
+
+class TurnLost(LinkError):
+    """The server does not know this turn any more: it has begun anew, or given the client up."""
+
+
+class GrpcLink:
+    """A link over one gRPC stream.
+
+    ``hello`` makes the first words from the server's name for its process and the newest order.
+    ``patience`` is for how many seconds without a connection it goes on dialling (None: for ever).
+    """
+
+    def __init__(
+        self,
+        address: str,
+        hello: Callable[[str, int], Hello],
+        credentials: Credentials | None = None,
+        *,
+        keepalive: Keepalive = "lan",
+        patience: float | None = None,
+        notice: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        check_plain(address, credentials)
+        self.address, self.hello, self.credentials = address, hello, credentials
+        self.keepalive: Keepalive = keepalive
+        self.patience, self.notice = patience, notice
+        self.wire: Wire = "fp32"
+        self.told: SimpleQueue[Body | FlexpError] = SimpleQueue()
+        self._asked: dict[int, tuple[bytes, Future[Body]]] = {}
+        self._number, self._server, self._order = 0, "", 0
+        self._out: SimpleQueue[bytes | None] | None = None
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._dead: FlexpError | None = None
+        self._thread = threading.Thread(target=self._keep_dialling, daemon=True)
+        self._thread.start()
+
+    # ---- for the client's thread
+
+    def send(self, message: Message) -> Answer:
+        """Delivers one message of a step and waits for its answer."""
+        return cast("Answer", self.ask(message))
+
+    def ask(self, body: Body) -> Body:
+        """Asks and waits for the answer; raises what the server could not do as its own error."""
+        answer = self.post(body).result()
+        if isinstance(answer, Problem):
+            kind = getattr(errors, answer.kind, LinkError)
+            known = isinstance(kind, type) and issubclass(kind, FlexpError)
+            raise (kind if known else LinkError)(answer.text)
+        return answer
+
+    def post(self, body: Body) -> Future[Body]:
+        """Asks without waiting; answers come in the order of the questions."""
+        future: Future[Body] = Future()
+        with self._lock:
+            if self._dead is not None:
+                raise self._dead
+            self._number += 1
+            data = frame.encode(self._number, body, self.wire)
+            self._asked[self._number] = (data, future)
+            if self._out is not None:
+                self._out.put(data)
+        return future
+
+    def next(self, timeout: float | None = None) -> Body | None:
+        """What the server tells next, unasked; None if nothing within the time."""
+        try:
+            found = self.told.get(timeout=timeout)
+        except Empty:
+            return None
+        if isinstance(found, FlexpError):
+            raise found
+        return found
+
+    def close(self) -> None:
+        """Hangs up."""
+        self._closed.set()
+        with self._lock:
+            if self._out is not None:
+                self._out.put(None)
+        self._thread.join(timeout=5)
+
+    # ---- the thread that dials
+
+    def _keep_dialling(self) -> None:
+        wait, lost = FIRST, time.monotonic()
+        told = False
+        while not self._closed.is_set():
+            try:
+                if self._converse():
+                    wait, lost, told = FIRST, time.monotonic(), False
+            except FlexpError as problem:
+                self._die(problem)
+                return
+            if self._closed.is_set():
+                break
+            if self.patience is not None and time.monotonic() - lost > self.patience:
+                self._die(LinkError(f"{self.address} cannot be reached: {self._why}."))
+                return
+            if not told:
+                self.notice(f"no connection to {self.address} ({self._why}); trying again")
+                told = True
+            self._closed.wait(wait * random.uniform(0.5, 1.0))
+            wait = min(LONGEST, 2 * wait)
+        self._die(LinkError("The link was closed."))
+
+    _why = "no answer"
+
+    def _converse(self) -> bool:
+        """One stream from its beginning to its end; whether the server said welcome."""
+        out: SimpleQueue[bytes | None] = SimpleQueue()
+        out.put(frame.encode(0, self.hello(self._server, self._order)))
+        channel = self._channel()
+        welcomed = False
+        try:
+            stream: Any = channel.stream_stream(METHOD)
+            joiner = Joiner()
+            for piece in stream(_pieces(out), wait_for_ready=False):
+                data = joiner.add(piece)
+                if data is not None:
+                    welcomed = self._hear(frame.decode(data), out) or welcomed
+        except grpc.RpcError as problem:
+            self._why = _reason(problem)
+        finally:
+            out.put(None)
+            with self._lock:
+                self._out = None
+            channel.close()
+        return welcomed
+
+    def _channel(self) -> Any:
+        options = client_options(self.keepalive)
+        if self.credentials is None:
+            return grpc.insecure_channel(self.address, options)
+        return grpc.secure_channel(self.address, self.credentials.of_client(), options)
+
+    def _hear(self, heard: frame.Frame, out: SimpleQueue[bytes | None]) -> bool:
+        """Takes in a frame; whether it was the welcome."""
+        body = heard.body
+        if isinstance(body, Welcome):
+            self._begin(body, out)
+            return True
+        if isinstance(body, Refused):
+            if not body.again:
+                raise LinkError(body.text)
+            self._why = body.text
+        elif heard.number:
+            with self._lock:
+                asked = self._asked.pop(heard.number, None)
+            if asked is not None:
+                asked[1].set_result(body)
+        elif isinstance(body, Order):
+            if body.number > self._order:
+                self._order = body.number
+                self.told.put(body)
+        else:
+            self.told.put(body)
+            if isinstance(body, End):
+                self.patience = self.patience if self.patience is not None else 60.0
+        return False
+
+    def _begin(self, welcome: Welcome, out: SimpleQueue[bytes | None]) -> None:
+        """Goes on where the last stream broke off, or from the beginning."""
+        if not welcome.resumed:
+            self._server, self._order = welcome.server, 0
+            self._lose()
+            self.told.put(welcome)
+        with self._lock:
+            for data, _ in self._asked.values():
+                out.put(data)
+            self._out = out
+
+    def _lose(self) -> None:
+        """Whoever waits for an answer of a turn that is over hears of it."""
+        with self._lock:
+            asked, self._asked = self._asked, {}
+        for _, future in asked.values():
+            future.set_exception(TurnLost("The server has begun this turn anew."))
+
+    def _die(self, problem: FlexpError) -> None:
+        with self._lock:
+            self._dead = problem
+            asked, self._asked = self._asked, {}
+        for _, future in asked.values():
+            future.set_exception(problem)
+        self.told.put(problem)
+
+
+def _pieces(out: SimpleQueue[bytes | None]) -> Iterator[bytes]:
+    while (data := out.get()) is not None:
+        yield from frame.chunks(data)
+
+
+def _reason(problem: grpc.RpcError) -> str:
+    """Why a stream ended, in a few words."""
+    details = str(cast("Any", problem).details() or cast("Any", problem).code())
+    return details.splitlines()[0][:200]

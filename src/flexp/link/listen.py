@@ -1,0 +1,135 @@
+"""The server's end of the streams: a port that clients dial, and a call for each that does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, Protocol, cast
+
+import grpc
+
+from flexp.errors import FlexpError, LinkError
+from flexp.link import frame
+from flexp.link.control import Refused
+from flexp.link.frame import Body, Joiner
+from flexp.link.grpc import METHOD, Credentials, Keepalive, check_plain, server_options
+from flexp.link.wire import Wire
+
+
+@dataclass(eq=False)
+class Call:
+    """One stream as the server has it; ``certificate`` (PEM) is None on plain text.
+
+    ``name`` is the client's, once it is known.
+    """
+
+    certificate: bytes | None
+    address: str
+    name: str = ""
+    wire: Wire = "fp32"
+    alive: bool = True
+    _out: SimpleQueue[bytes | None] = field(default_factory=SimpleQueue[bytes | None])
+
+    def tell(self, body: Body, number: int = 0) -> None:
+        """Sends a frame: an answer to that number, or unasked."""
+        if self.alive:
+            self._out.put(frame.encode(number, body, self.wire))
+
+    def close(self) -> None:
+        """Ends the stream, after what was told."""
+        self.alive = False
+        self._out.put(None)
+
+    def pieces(self) -> Iterator[bytes]:
+        """What goes out, until the call is closed."""
+        while (data := self._out.get()) is not None:
+            yield from frame.chunks(data)
+
+
+class Reception(Protocol):
+    """Who answers calls."""
+
+    def answer(self, call: Call, body: Body, digest: str) -> Body:
+        """The answer to a frame; a FlexpError ends the call with its text."""
+        ...
+
+    def gone(self, call: Call) -> None:
+        """A call has ended, for whatever reason."""
+        ...
+
+
+class Listener:
+    """Listens on one port. Each call has a thread that reads and answers, one frame after another.
+
+    ``limit`` is the longest frame in bytes that is taken. Raises LinkError if the port is taken.
+    """
+
+    def __init__(
+        self,
+        reception: Reception,
+        address: str,
+        credentials: Credentials | None,
+        *,
+        clients: int = 64,
+        keepalive: Keepalive = "lan",
+        limit: Callable[[], int] = lambda: frame.MAX_FRAME,
+    ) -> None:
+        check_plain(address, credentials)
+        self.reception, self.limit = reception, limit
+        streams = 2 * clients + 16
+        self.server = grpc.server(  # pyright: ignore[reportUnknownMemberType]
+            ThreadPoolExecutor(streams, thread_name_prefix="flexp-call"),
+            options=server_options(keepalive, clients),
+            maximum_concurrent_rpcs=streams,
+        )
+        handler: Any = cast("Any", grpc).stream_stream_rpc_method_handler(self._session)
+        service, _, method = METHOD.lstrip("/").rpartition("/")
+        generic: Any = grpc.method_handlers_generic_handler(service, {method: handler})
+        self.server.add_generic_rpc_handlers((generic,))
+        try:
+            if credentials is None:
+                self.port = self.server.add_insecure_port(address)
+            else:
+                self.port = self.server.add_secure_port(address, credentials.of_server())
+        except (RuntimeError, ValueError) as problem:
+            raise LinkError(
+                f"{address} cannot be listened on. Is another server running there? Choose another "
+                "port with --listen."
+            ) from problem
+        self.server.start()
+
+    def stop(self, grace: float = 1.0) -> None:
+        """Ends all calls."""
+        self.server.stop(grace).wait()
+
+    def _session(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        held = context.auth_context().get("x509_pem_cert", [None])
+        call = Call(held[0], context.peer())
+        context.add_callback(call.close)
+        reader = threading.Thread(target=self._read, args=(requests, call), daemon=True)
+        reader.start()
+        yield from call.pieces()
+
+    def _read(self, requests: Iterator[bytes], call: Call) -> None:
+        joiner = Joiner()
+        try:
+            for piece in requests:
+                joiner.limit = self.limit()
+                data = joiner.add(piece)
+                if data is not None:
+                    digest = frame.key_digest(data)
+                    asked = frame.decode(data)
+                    answer = self.reception.answer(call, asked.body, digest)
+                    call.tell(answer, asked.number)
+                    if isinstance(answer, Refused):
+                        break
+        except FlexpError as problem:
+            call.tell(Refused(str(problem)))
+        except Exception:  # noqa: BLE001 what the stream raises when the client has gone
+            call.alive = False
+        finally:
+            call.close()
+            self.reception.gone(call)

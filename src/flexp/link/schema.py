@@ -1,0 +1,121 @@
+"""What may lie in a frame's header: the messages' own fields and types, and nothing else.
+
+Every class that crosses is mirrored by a ``msgspec`` struct of the same name and fields, made from
+it here, so there is one list of fields. A tensor is a ``Ref`` to its place in the frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from types import UnionType
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+
+from msgspec import Struct, defstruct, field
+from torch import Tensor
+
+from flexp.link import messages
+from flexp.link.wire import Wire
+from flexp.model import ops
+from flexp.tensors import PerRow, Stacked, Term
+
+
+class Part(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
+    """Anything in a header."""
+
+
+class Ref(Part, frozen=True):
+    """A tensor, by the places of its parts in the frame; without a wire type there is one, "value".
+
+    ``dtype`` is what it has where it is used.
+    """
+
+    at: dict[str, int]
+    wire: Wire = "fp32"
+    dtype: str = ""
+
+
+# What is mirrored; what a class uses comes before it.
+_CLASSES: tuple[type[Any], ...] = (
+    Term,
+    Stacked,
+    PerRow,
+    ops.Grad,
+    ops.Assign,
+    ops.Pull,
+    ops.Step,
+    ops.Dot,
+    *get_args(messages.Message),
+    messages.Answer,
+)
+_LOOSE: dict[str, Any] = {"Facts": dict[str, Any]}  # any JSON; the frame checks how deep
+MIRRORS: dict[type[Any], type[Struct]] = {}
+
+
+def _translated(hint: Any) -> Any:
+    """The type of a field as it is in a header."""
+    if hint is Tensor:
+        return Ref
+    if hint in MIRRORS:
+        return MIRRORS[hint]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        # A coefficient is a number by the time that it crosses.
+        kept = [a for a in args if not (a is Tensor and float in args)]
+        return Union[tuple(_translated(a) for a in kept)]  # noqa: UP007 built at run time
+    if origin in (Mapping, dict):
+        return dict[tuple(_translated(a) for a in args)]  # pyright: ignore[reportInvalidTypeArguments]
+    if origin is tuple:
+        return tuple[tuple(a if a is ... else _translated(a) for a in args)]  # pyright: ignore[reportInvalidTypeArguments]
+    return hint
+
+
+def _mirror(of: type[Any]) -> type[Struct]:
+    """The struct of a dataclass."""
+    hints, made = get_type_hints(of, localns=_LOOSE), list[Any]()
+    for each in fields(of):
+        kind = _translated(hints[each.name])
+        if each.default is not MISSING:
+            made.append((each.name, kind, each.default))
+        elif each.default_factory is not MISSING:
+            made.append((each.name, kind, field(default_factory=each.default_factory)))
+        else:
+            made.append((each.name, kind))
+    return defstruct(of.__name__, made, bases=(Part,), frozen=True, tag=of.__name__)
+
+
+for _each in _CLASSES:
+    MIRRORS[_each] = _mirror(_each)
+_ORIGINALS = {mirror: original for original, mirror in MIRRORS.items()}
+
+
+def to_header(value: Any, ref: Callable[[Tensor, str], Ref], name: str = "") -> Any:
+    """A message as it lies in a header; ``ref`` puts a tensor, of that field, into the frame."""
+    if isinstance(value, Tensor):
+        return ref(value, name)
+    mirror = MIRRORS.get(cast("type[Any]", type(value)))
+    if mirror is not None:
+        held = {f.name: to_header(getattr(value, f.name), ref, f.name) for f in fields(value)}
+        return mirror(**held)
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return {k: to_header(v, ref, str(k)) for k, v in items}
+    if isinstance(value, tuple | list):
+        return tuple(to_header(v, ref, name) for v in cast("tuple[Any, ...]", value))
+    return value
+
+
+def to_message(value: Any, tensor: Callable[[Ref], Tensor]) -> Any:
+    """The message that ``to_header`` was given; ``tensor`` finds what a ref stands for."""
+    if isinstance(value, Ref):
+        return tensor(value)
+    original = _ORIGINALS.get(cast("type[Struct]", type(value)))
+    if original is not None:
+        names = value.__struct_fields__
+        return original(**{n: to_message(getattr(value, n), tensor) for n in names})
+    if isinstance(value, dict):
+        held = cast("dict[Any, Any]", value)
+        return {k: to_message(v, tensor) for k, v in held.items()}
+    if isinstance(value, tuple):
+        return tuple(to_message(v, tensor) for v in cast("tuple[Any, ...]", value))
+    return value
