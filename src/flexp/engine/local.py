@@ -18,9 +18,11 @@ from flexp.dice import Dice
 from flexp.engine.base import Arrival, Assignment, Failure, Give, Measured, Own
 from flexp.engine.flow import Flow
 from flexp.link.apart import NoLink
+from flexp.link.coded import coded
 from flexp.link.local import LocalLink
 from flexp.link.messages import Link
 from flexp.link.metered import Ledger, MeteredLink
+from flexp.link.wire import Wire
 from flexp.model.adapter import Kind, alpha_of, dropout_of
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
@@ -54,12 +56,13 @@ class LocalEngine:
         keep_crossings: bool = False,
         pool: Examples | None = None,
         own: Mapping[ClientId, Own] | None = None,
+        wires: Mapping[ClientId, Wire] | None = None,
     ) -> None:
         self.backbone, self.task, self.shards = backbone, task, shards
         self.kind, self.training, self.dice = kind, training, dice
         self.profile: Profile = profile
         self.pool = pool  # everybody's training rows, for a method that is not federated
-        self.own = own or {}
+        self.own, self.wires = own or {}, wires or {}
         self.name, self.keep_crossings = run, keep_crossings
         self.wrap: Callable[[ClientId, Link], Link] = wrap
         self.measures = False  # whether turns are measured, which takes a little time
@@ -243,7 +246,8 @@ class LocalEngine:
         name, specs = work.client, specs or self.training.specs(strategy.specs())
         self.trunk.tables.pop(name, None)
         self.tenants.join(name, work.seat, specs, offer=work.offer, alpha=alpha_of(self.kind))
-        link = MeteredLink(self.wrap(name, LocalLink(name, self.trunk.handle)), ledger)
+        wire, inner = self.wires.get(name, "fp32"), LocalLink(name, self.trunk.handle)
+        link = MeteredLink(coded(self.wrap(name, inner), wire), ledger, wire)
         return self._sit(link, strategy, work, turn, specs)
 
     def _sit(
