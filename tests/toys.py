@@ -22,6 +22,7 @@ from flexp.engine.flow import Flow, Pace
 from flexp.engine.local import LocalEngine
 from flexp.evaluate import pooled
 from flexp.link.metered import Ledger
+from flexp.link.wire import Wire
 from flexp.model.adapter import Kind, Lora
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Labels, Seat, uncut
@@ -322,6 +323,7 @@ def play(
     recorded: Sequence[str] | None = None,
     body: Backbone | None = None,
     task: ToyTask | None = None,
+    wires: Mapping[str, Wire] | None = None,
 ) -> Played:
     """A toy run of a few clients; each one's personal adapter at the end.
 
@@ -346,6 +348,7 @@ def play(
         dice=Dice(0),
         profile=profile,
         keep_crossings=keep_crossings,
+        wires=wires,
         **more,
     )
     engine.measures = measures

@@ -12,10 +12,10 @@ from flexp.plan.devices import Device, format_bytes
 from flexp.plan.work import BlockWork
 from flexp.recipe import PlanRecipe, Recipe
 from flexp.recipe_clients import ChangeRecipe, ParticipationRecipe
-from flexp.seating import Placed, devices_of, place
+from flexp.seating import Placed, devices_of, packed, place
 from flexp.strategies.base import ClientId
 
-BY_CLIENT = ("cuts", "assign", "ranks")  # of a plan
+BY_CLIENT = ("cuts", "assign", "slow", "ranks")  # of a plan
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,18 @@ def fleet(
 ) -> Fleet:
     """The fleet of a recipe; PlanError for a client, device or cut that cannot be.
 
-    ``sized`` is what each client's model costs: those with a head of their own have other costs.
+    ``sized`` is what each client's model costs: those with a head or a wire of their own have
+    others.
     ``working`` gives the work of blocks, as in ``place``.
     """
     clients = list(sized)
-    for client in recipe.participation:
-        if client not in clients:
-            raise PlanError(f'participation: no client "{client}". {nearest(client, clients)}')
+    for where, named in (
+        ("participation", recipe.participation),
+        ("link.wires", recipe.link.wires),
+    ):
+        for client in named:
+            if client not in clients:
+                raise PlanError(f'{where}: no client "{client}". {nearest(client, clients)}')
     placed = _placed(recipe, recipe.plan, sized, working)
     moves: list[Move] = []
     plans = [(0, recipe.plan)]
@@ -98,6 +103,20 @@ def fleet(
             asked = [plan for since, plan in plans if since <= round][-1]
             _fits_alone(client, devices_of(asked, clients)[client], sized[client], round)
     return Fleet(placed, tuple(moves), dict(recipe.participation))
+
+
+def packed_costs(
+    recipe: Recipe, usual: BlockCosts, own: Mapping[ClientId, BlockCosts]
+) -> dict[ClientId, BlockCosts]:
+    """The costs of clients with a wire of their own, one object for those that are alike."""
+    made, out = dict[tuple[int, str], BlockCosts](), dict[ClientId, BlockCosts]()
+    for client, wire in recipe.link.wires.items():
+        base = own.get(client, usual)
+        if wire != recipe.link.wire:
+            key = id(base), wire
+            made[key] = made.get(key) or packed(base, recipe, wire)
+            out[client] = made[key]
+    return out
 
 
 def _placed(

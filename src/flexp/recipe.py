@@ -167,6 +167,24 @@ class StrategyRecipe(BaseModel):
         return dict(self.model_extra or {})
 
 
+Wire = Literal["fp32", "bf16", "fp16", "int8", "int8-group"]
+
+
+class LinkRecipe(_Part):
+    """How hidden states, logits and their gradients travel; all else travels as it is.
+
+    fp32 changes nothing. int8 has a scale for each position of each row, int8-group one for every
+    64 values. What is rounded is the same on any machine, so it goes with ``mode: exact`` too.
+    """
+
+    wire: Wire = "fp32"
+    wires: Mapping[str, Wire] = {}
+
+    def of(self, client: str) -> Wire:
+        """How a client's messages travel."""
+        return self.wires.get(client, self.wire)
+
+
 class EvaluateRecipe(_Part):
     """When models are scored (0: only at the end), and how many test rows each client pools."""
 
@@ -195,6 +213,7 @@ class Recipe(_Part):
     train: TrainRecipe = TrainRecipe()
     plan: PlanRecipe = PlanRecipe()
     strategy: StrategyRecipe = StrategyRecipe()
+    link: LinkRecipe = LinkRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
     privacy: PrivacyRecipe = PrivacyRecipe()
     participation: Mapping[str, ParticipationRecipe] = {}

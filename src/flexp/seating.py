@@ -11,6 +11,7 @@ import torch
 from flexp.dice import Dice
 from flexp.engine.flow import Pace
 from flexp.errors import CutError, ModelError, PlanError
+from flexp.link.wire import Wire, packed_bytes
 from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, dropout_of, layout
 from flexp.model.cut import Cut, Seat
 from flexp.model.skeleton import Skeleton, head_leaves
@@ -118,8 +119,15 @@ def costs(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockCosts:
         moments=2 if train.optimizer == "adamw" else int(train.momentum > 0),
         file_itemsize=None if stored == dtype else stored.itemsize,
     )
+    sized = packed(sized, recipe, recipe.link.wire)
     shape = Shape(train.batch, recipe.task.max_length, recipe.mode == "fast", dropout_of(kind))
     return tried(sized, bones, recipe.task.kind, shapes, shape, dtype=dtype)
+
+
+def packed(sized: BlockCosts, recipe: Recipe, wire: Wire) -> BlockCosts:
+    """The same costs with messages that travel under a wire."""
+    shape = sized.batch, sized.length, sized.width
+    return replace(sized, packed_bytes=packed_bytes(shape, dtype_of(recipe), wire))
 
 
 def work(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockWork:
@@ -176,13 +184,14 @@ def place(
             accumulate=choice.accumulate,
         )
         seat.check(sized.blocks, open_profile=recipe.privacy.profile != "u-shape", who=client)
+        pace = found and _pace(seat, sized, found, devices[client], server.flops)
         out[client] = Placed(
             devices[client].name,
             seat,
             choice.bytes,
             choice.reason,
             choice.seconds,
-            None if found is None else _pace(seat, sized, found, devices[client], server.flops),
+            pace and replace(pace, wire=recipe.link.of(client)),
         )
     return out
 

@@ -21,7 +21,7 @@ from flexp.engine.host import Host
 from flexp.engine.local import LocalEngine
 from flexp.errors import DataError, RecipeError, StrategyError
 from flexp.evaluate import pooled
-from flexp.fleet import Fleet, fleet
+from flexp.fleet import Fleet, fleet, packed_costs
 from flexp.model.adapter import Kind
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
@@ -130,6 +130,7 @@ def survey(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None)
     sized = costs(recipe, bones, kind)
     working = partial(work, recipe, bones, kind)
     own = own_costs(recipe, source, federation)
+    own |= packed_costs(recipe, sized, own)
     seated = fleet(recipe, {c: own.get(c, sized) for c in federation.shards}, working)
     return Survey(
         recipe, source, tokenizer, federation, classes, bones, kind, sized, seated, dice, own
@@ -201,6 +202,7 @@ def _engine(
         run=recipe.hash()[:12],
         pool=pooled(shards, None, "train") if strategy.kind == "centralised" else None,
         own=own,
+        wires={c: recipe.link.of(c) for c in shards},
     )
 
 

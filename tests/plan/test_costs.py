@@ -171,6 +171,12 @@ def test_bytes_of_a_step_by_form() -> None:
     assert step_bytes(costs, "loss", front_trains=False) == 120 + 16
 
 
+def test_what_is_packed_crosses_smaller_and_is_held_as_it_was() -> None:
+    costs = replace(COSTS, packed_bytes=34)
+    assert step_bytes(costs, "u") == 4 * 34
+    assert near_bytes(costs, 1, 0) == near_bytes(COSTS, 1, 0)
+
+
 def test_sizes_come_one_per_block() -> None:
     with pytest.raises(PlanError, match="block_bytes has 2 entries for 3 blocks"):
         replace(COSTS, block_bytes=(1, 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -237,6 +239,15 @@ def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as problem:
         first = str(problem).strip().splitlines()[0]
         raise DataError(f'"{source}" has no tokenizer that can be opened: {first}') from problem
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of all that decides which ids a text becomes."""
+    held = cast("Any", tokenizer)
+    inner = getattr(held, "backend_tokenizer", None)
+    whole = inner.to_str() if inner is not None else json.dumps(held.get_vocab(), sort_keys=True)
+    special = json.dumps([held.all_special_tokens, held.all_special_ids, held.padding_side])
+    return hashlib.sha256(f"{whole}\n{special}".encode()).hexdigest()
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase) -> int | None:

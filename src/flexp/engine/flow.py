@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from flexp.engine.base import Arrival
 from flexp.errors import FlexpError, LinkError
 from flexp.link.messages import Answer, Link, Message
+from flexp.link.wire import Wire, crossing_bytes
 from flexp.strategies.base import ClientId
+from flexp.tensors import Tensors
 
 COMPUTES = ("forward", "backward")  # the two messages of a step that make both sides compute
 
@@ -24,7 +26,8 @@ class Pace:
     """How fast one client is: seconds of a training step near and far, and of what crosses.
 
     ``up`` and ``down`` are seconds per byte, ``latency`` is there and back. Half of a step's
-    seconds, near and far, go with its forward and half with its backward.
+    seconds, near and far, go with its forward and half with its backward. ``wire`` is how the
+    client's messages are packed.
     """
 
     near: float = 1.0
@@ -32,6 +35,11 @@ class Pace:
     up: float = 0.0
     down: float = 0.0
     latency: float = 0.0
+    wire: Wire = "fp32"
+
+    def bytes_of(self, tensors: Tensors) -> int:
+        """Bytes that cross for the tensors of a message or an answer."""
+        return sum(crossing_bytes(name, v, self.wire) for name, v in tensors.items())
 
 
 @dataclass
@@ -69,7 +77,7 @@ class Line:
     def send(self, message: Message, inner: Link) -> Answer:
         """Delivers a message when its place in the order has come, and moves the clock."""
         computes = message.key.phase in COMPUTES
-        size = sum(v.numel() * v.element_size() for v in message.tensors().values())
+        size = self.pace.bytes_of(message.tensors())
         self.now += self.pace.near / 2 if computes else 0.0
         self.now += self.pace.latency / 2 + size * self.pace.up
         self.back.release()
@@ -78,7 +86,7 @@ class Line:
             raise LinkError("The run ended before this client's turn did.")
         self.now = self.flow.serve(self.now, self.pace.far / 2 if computes else 0.0)
         answer = inner.send(message)
-        size = sum(v.numel() * v.element_size() for v in answer.tensors.values())
+        size = self.pace.bytes_of(answer.tensors)
         self.now += self.pace.latency / 2 + size * self.pace.down
         return answer
 

@@ -20,9 +20,11 @@ from flexp.engine.flow import Flow
 from flexp.engine.host import Host
 from flexp.engine.look import Cells, Look
 from flexp.link.apart import NoLink
+from flexp.link.coded import coded
 from flexp.link.local import LocalLink
 from flexp.link.messages import Link
 from flexp.link.metered import Ledger, MeteredLink
+from flexp.link.wire import Wire
 from flexp.model.adapter import Kind, alpha_of
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
@@ -54,12 +56,13 @@ class LocalEngine(Host):
         keep_crossings: bool = False,
         pool: Examples | None = None,
         own: Mapping[ClientId, Own] | None = None,
+        wires: Mapping[ClientId, Wire] | None = None,
     ) -> None:
         super().__init__(backbone, task, kind=kind, training=training, dice=dice)
         self.shards = shards
         self.profile: Profile = profile
         self.pool = pool  # everybody's training rows, for a method that is not federated
-        self.own = own or {}
+        self.own, self.wires = own or {}, wires or {}
         self.tasks = {client: own.task for client, own in self.own.items()}
         self.name, self.keep_crossings = run, keep_crossings
         self.wrap: Callable[[ClientId, Link], Link] = wrap
@@ -236,7 +239,8 @@ class LocalEngine(Host):
         """Both sides of a turn: the tenancy at the server, and the client at its desk."""
         name, specs = work.client, specs or self.training.specs(strategy.specs())
         self.admit(work, specs)
-        link = MeteredLink(self.wrap(name, LocalLink(name, self.trunk.handle)), ledger)
+        wire, inner = self.wires.get(name, "fp32"), LocalLink(name, self.trunk.handle)
+        link = MeteredLink(coded(self.wrap(name, inner), wire), ledger, wire)
         return self._sit(link, strategy, work, turn, specs)
 
     def _sit(

@@ -176,7 +176,7 @@ def _come_in(
             f"The tokenizer in {member.model} is another one than the server's. Leave --model out "
             "to fetch it from the server."
         )
-    link.wire = recipe.link.wire_of(name)
+    link.wire = recipe.link.of(name)
     counts = member.counts()
     link.ask(Ready(recipe.hash(), counts, spaces_of(recipe, name, rows), member.memory.held()))
     say("waiting for the others")
@@ -264,6 +264,3 @@ def _ended(asked: Joining, member: Member, told: End) -> dict[str, Any]:
         "adapter": str(adapter) if adapter.is_dir() else None,
         "scores": dict(member.scores),
     }
-
-
-

@@ -8,13 +8,17 @@ from typing import Literal
 from torch import Tensor
 
 from flexp.link.messages import Answer, Link, Message
+from flexp.link.wire import Wire, crossing_bytes
 
 Way = Literal["up", "down"]
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """One tensor that crossed: ``way`` "up" leaves the client, "down" reaches it."""
+    """One tensor that crossed: ``way`` "up" leaves the client, "down" reaches it.
+
+    ``dtype`` and ``shape`` are the tensor's own, ``bytes`` those of what it was packed into.
+    """
 
     way: Way
     phase: str
@@ -35,9 +39,20 @@ class Ledger:
     names: dict[tuple[Way, str], int] = field(default_factory=dict[tuple[Way, str], int])
     crossings: list[Crossing] | None = None
 
-    def note(self, way: Way, phase: str, name: str, tensor: Tensor) -> None:
+    def up(self, message: Message, wire: Wire = "fp32") -> None:
+        """Counts a message on its way."""
+        self.messages += 1
+        for name, tensor in message.tensors().items():
+            self.note("up", message.key.phase, name, tensor, wire=wire)
+
+    def down(self, message: Message, answer: Answer, wire: Wire = "fp32") -> None:
+        """Counts the answer to it."""
+        for name, tensor in answer.tensors.items():
+            self.note("down", message.key.phase, name, tensor, wire=wire)
+
+    def note(self, way: Way, phase: str, name: str, tensor: Tensor, *, wire: Wire = "fp32") -> None:
         """Counts one tensor, payload bytes only."""
-        size = tensor.numel() * tensor.element_size()
+        size = crossing_bytes(name, tensor, wire)
         if way == "up":
             self.sent += size
         else:
@@ -52,19 +67,20 @@ class Ledger:
 
 @dataclass(frozen=True)
 class MeteredLink:
-    """Counts what crosses ``inner``; ``crossings`` in the ledger also keeps each tensor's row."""
+    """Counts what crosses ``inner``; ``crossings`` in the ledger also keeps each tensor's row.
+
+    ``wire`` is how ``inner`` packs; it is the outermost link, which sees tensors unpacked.
+    """
 
     inner: Link
     ledger: Ledger
+    wire: Wire = "fp32"
 
     def send(self, message: Message) -> Answer:
         """Delivers one message, counting it and its answer."""
-        self.ledger.messages += 1
-        for name, tensor in message.tensors().items():
-            self.ledger.note("up", message.key.phase, name, tensor)
+        self.ledger.up(message, self.wire)
         answer = self.inner.send(message)
-        for name, tensor in answer.tensors.items():
-            self.ledger.note("down", message.key.phase, name, tensor)
+        self.ledger.down(message, answer, self.wire)
         return answer
 
     def close(self) -> None:

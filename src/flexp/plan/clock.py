@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
-from flexp.plan.costs import BlockCosts, Form, message_bytes, step_bytes
+from flexp.plan.costs import BlockCosts, Form, crossing_bytes, step_bytes
 from flexp.plan.devices import Device
 from flexp.plan.work import BlockWork, far_flops, near_flops
 
@@ -55,7 +55,7 @@ def step_load(
     if head_near and front + back == costs.blocks:
         return Load(near, 0, 0, 0, 0)
     far = far_flops(work, front, back, head_near=head_near)
-    hidden = message_bytes(costs)
+    hidden = crossing_bytes(costs)
     sent = hidden + {"u": hidden, "logits": costs.logits_bytes, "loss": costs.label_bytes}[form]
     both = step_bytes(costs, form, front_trains=work.first < front)
     return Load(near, far, sent, both - sent, 2 * accumulate)

@@ -22,7 +22,8 @@ class BlockCosts:
     ``logits_bytes`` and ``label_bytes`` are of one batch, as they cross the link. ``full`` is a
     step tried at ``batch`` rows and ``single`` at one; without them activations count as nothing.
     ``moments`` are kept by the optimizer per number; ``file_itemsize`` is that of the checkpoint
-    where it is another (None: the same).
+    where it is another (None: the same). ``packed_bytes`` is one hidden state as it
+    crosses the link (None: as it is held).
     """
 
     blocks: int
@@ -41,6 +42,7 @@ class BlockCosts:
     moments: int = 2
     file_itemsize: int | None = None
     process_bytes: int = 0
+    packed_bytes: int | None = None
     full: Trial | None = None
     single: Trial | None = None
 
@@ -164,13 +166,18 @@ def message_bytes(costs: BlockCosts) -> int:
     return costs.batch * costs.length * costs.width * costs.itemsize
 
 
+def crossing_bytes(costs: BlockCosts) -> int:
+    """What crosses the link for one hidden state, or for its gradient: S, or less if packed."""
+    return message_bytes(costs) if costs.packed_bytes is None else costs.packed_bytes
+
+
 def step_bytes(costs: BlockCosts, form: Form = "u", front_trains: bool = True) -> int:
     """Bytes over the link in one training step, both ways; the cut does not matter.
 
     ``u``: 4 S. ``logits``: 2 S, and logits and their gradient. ``loss``: 2 S and the labels.
     Without a trainable tensor in the front its gradient, one S, stays away.
     """
-    hidden = message_bytes(costs)
+    hidden = crossing_bytes(costs)
     extra = {
         "u": 2 * hidden,
         "logits": 2 * costs.logits_bytes,
