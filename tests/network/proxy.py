@@ -121,6 +121,8 @@ class Pipe:
                 way.reset_at = None
             await loop.sock_sendall(self.sink, part)
             if left <= len(chunk):
+                while unread(self.sink):
+                    await asyncio.sleep(0.001)
                 raise ConnectionResetError("reset_after")
             self.waiting -= len(chunk)
             self.changed.set()
@@ -133,6 +135,15 @@ def bound(port: int = 0) -> socket.socket:
     made.setblocking(False)
     made.bind(("127.0.0.1", port))
     return made
+
+
+def unread(sock: socket.socket) -> int:
+    """Bytes that the other end's kernel has not taken yet: RST would overtake them."""
+    import fcntl  # not on Windows; only who resets after a count needs it
+    import termios
+
+    (count,) = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))
+    return count
 
 
 def abort(sock: socket.socket) -> None:
@@ -177,7 +188,7 @@ class Proxy:
     def __enter__(self) -> Self:
         self._listener = bound()
         self.port: int = self._listener.getsockname()[1]
-        self._loop = asyncio.new_event_loop()
+        self._loop = asyncio.SelectorEventLoop()  # on Windows, too
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"link {self.port}")
         self._thread.start()
         self.heal()
@@ -224,7 +235,7 @@ class Proxy:
     def reset_after(self, count: int, direction: Direction = "up") -> None:
         """RST to both ends of the connection that carries the last of ``count`` more bytes.
 
-        Its receiver has them all, if they fit its window.
+        Its receiver has them all, in its kernel at least; one that never reads delays the RST.
         """
         self._do(self._reset_after(count, direction))
 

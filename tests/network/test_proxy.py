@@ -38,13 +38,17 @@ class Echo:
 
     def serve(self, taken: socket.socket, received: bytearray) -> None:
         with taken:
+            end = "closed"
             try:
                 while got := taken.recv(65536):
                     received += got
-                    taken.sendall(got)
-                self.ends.append("closed")
+                    try:
+                        taken.sendall(got)
+                    except OSError:  # what came before the reset is still to be read
+                        end = "reset"
             except OSError:
-                self.ends.append("reset")
+                end = "reset"
+            self.ends.append(end)
 
     def close(self) -> None:
         self.listener.shutdown(socket.SHUT_RDWR)
