@@ -16,7 +16,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-slow test-families check format bench bench-memory \
-  bench-protocol docs lock clean
+  bench-protocol docs lock wheels-arm clean
 
 help:  ## Print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ lock: build/uv/bin/uv  ## Resolve requirements.lock again (UPGRADE=1 takes the n
 	build/uv/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
 	  --extra data --extra gguf --extra dev --no-emit-package torch --no-header \
 	  $(if $(UPGRADE),--upgrade) --quiet --output-file requirements.lock
+
+wheels-arm: build/uv/bin/uv  ## Does the core install on 64-bit Arm Linux without a compiler?
+	$(PYTHON) deploy/arm_wheels.py --uv build/uv/bin/uv --torch "$(firstword $(TORCH))"
 
 build/uv/bin/uv:
 	$(PYTHON) -m venv build/uv
