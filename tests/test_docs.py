@@ -103,9 +103,13 @@ def test_commands_exist_with_these_options(page: Path) -> None:
             assert all(w in targets or re.match("[A-Z]+=", w) for w in words), line
         elif program == "flexp" and words[0] not in ("--help", "COMMAND"):
             assert words[0] in group.commands, line
-            known = {o for p in group.commands[words[0]].params for o in p.opts} | {"--help"}
+            command = group.commands[words.pop(0)]
+            if hasattr(command, "commands") and words:
+                assert words[0] in command.commands, line
+                command = command.commands[words.pop(0)]
+            known = {o for p in command.params for o in p.opts} | {"--help"}
             assert {w for w in words if w.startswith("--")} <= known, line
-            pairs = [w for w in words[1:] if re.match(r"[a-z_.]+=", w)]
+            pairs = [w for w in words if re.match(r"[a-z_.]+=", w)]
             recipe_file.make(recipe_file.override({}, pairs), line)
 
 
