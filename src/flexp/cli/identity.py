@@ -20,7 +20,7 @@ Folder = Annotated[Path, typer.Argument(help="The authority's folder.")]
 
 @ca.command()
 def init(folder: Folder, as_json: Json = False) -> None:
-    """Makes an authority in a new folder. Its key stays there; keep the folder off the network."""
+    """Makes an authority in a new folder. Who reads the key in it can let anybody in."""
     console = begin(as_json)
     from flexp import terminal
     from flexp.identity import clerk

@@ -50,6 +50,15 @@ def read(path: Path, *, private: bool = False, limit: int = 1 << 20) -> bytes:
         raise IdentityError(f'"{path}" cannot be read: {error.strerror}.') from error
 
 
+def mark(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is replaced."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise IdentityError(f'"{path}" cannot be read: {error.strerror}.') from error
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def write(path: Path, data: bytes) -> None:
     """Replaces the file in one step, readable by its owner alone."""
     try:

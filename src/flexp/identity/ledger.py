@@ -16,6 +16,7 @@ from flexp.identity import files
 from flexp.identity.peer import NAMED, Peer, Role
 
 VERSION = 1
+MAX_BYTES = 1 << 28
 ROLES = ("server", *NAMED.values())
 
 
@@ -57,14 +58,22 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
+        self._seen: tuple[object, Mapping[str, Record]] = (None, {})
 
     def begin(self) -> None:
         """Writes a ledger without records."""
         self._write({})
 
-    def records(self) -> dict[str, Record]:
-        """All records, in the order in which they were made."""
-        return _parsed(files.read(self._path, limit=1 << 28), self._path)
+    def records(self) -> Mapping[str, Record]:
+        """All records, in the order in which they were made; parsed only when the file is new."""
+        # Before the file is read, so that a change in between is seen the next time. Records are
+        # only added or lengthened: no two versions of the file have one size.
+        mark = files.mark(self._path)
+        seen, records = self._seen
+        if mark != seen:
+            records = _parsed(files.read(self._path, limit=MAX_BYTES), self._path)
+            self._seen = mark, records
+        return records
 
     @contextmanager
     def change(self) -> Generator[dict[str, Record]]:

@@ -102,6 +102,8 @@ def certificate_in(pem: bytes | str) -> x509.Certificate:
         raise IdentityError(f"This is not a certificate in PEM: {error}.") from error
     if len(readable) != 1:
         raise IdentityError(f"One certificate is needed; here are {len(readable)}.")
+    if found[0].serial_number <= 0:
+        raise IdentityError("The certificate's serial number is not positive.")
     return found[0]
 
 
