@@ -10,7 +10,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -218,7 +218,7 @@ def cli() -> str:
 `flexp COMMAND --help` says the same. Exit codes: 0 done; 1 `assets verify` found something; 2 an
 error that the message tells how to mend; 130 stopped by Ctrl-C.
 """
-    for name, command in group.commands.items():
+    for name, command in leaves(group):
         usage, rows = [f"flexp {name}"], list[list[str]]()
         for one in command.params:
             argument = one.param_type_name == "argument"
@@ -231,6 +231,15 @@ error that the message tells how to mend; 130 stopped by Ctrl-C.
         text += f"\n## {name}\n\n{command.help}\n\n```text\n{' '.join(usage)}\n```\n\n"
         text += table(["argument or option", "meaning", "default"], rows)
     return text
+
+
+def leaves(group: Any, stem: str = "") -> Iterator[tuple[str, Any]]:
+    """Commands by what is typed, those of groups within as well."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from leaves(command, f"{stem}{name} ")
+        else:
+            yield f"{stem}{name}", command
 
 
 # ---- events

@@ -10,6 +10,7 @@
     │   ├── CutError       a cut outside the model, or one that a method or profile forbids
     │   └── AdapterError   slots, kinds, names and shapes of adapters
     ├── ParcelError        bytes that are not a parcel
+    ├── IdentityError      certificates, keys and start-up kits
     ├── PlanError          devices that cannot hold what they are asked to
     ├── EgressError        something tried to leave a client undeclared
     ├── LinkError          the way between near and far
@@ -55,6 +56,10 @@ class AdapterError(ModelError):
 
 class ParcelError(FlexpError):
     """Bytes that are not a parcel."""
+
+
+class IdentityError(FlexpError):
+    """A certificate, key or start-up kit that does not show who somebody is."""
 
 
 class PlanError(FlexpError):

@@ -7,6 +7,8 @@ from flexp.cli import adapters  # isort: split
 
 from flexp.cli import listings  # isort: split
 
+from flexp.cli import identity  # isort: split
+
 from flexp.cli.base import app, main
 
-__all__ = ["adapters", "app", "listings", "main", "runs"]
+__all__ = ["adapters", "app", "identity", "listings", "main", "runs"]

@@ -329,12 +329,14 @@ class NetworkEngine(Host):
             job.order = structs.replace(job.order, number=guest.number)
             job.ledger = Ledger()
 
-    def gone(self, call: Call) -> None:
-        """A call has ended."""
+    def gone(self, call: Call) -> bool:
+        """A call has ended; whether it was a client's present one."""
         with self.lock:
             guest = self.guests.get(call.name)
-            if guest is not None and guest.call is call:
-                guest.call, guest.ready, guest.lost = None, False, self.clock()
+            if guest is None or guest.call is not call:
+                return False
+            guest.call, guest.ready, guest.lost = None, False, self.clock()
+            return True
 
     def message(self, call: Call, message: Message, digest: str) -> Body:
         """Carries out a message of a step, once, and gives its answer, or what was wrong."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Member:
     strategy: Strategy[Any]
     link: GrpcLink
     rows: Sequence[Row]
+    _: KW_ONLY
     model: Path
     theirs: Manifest | None  # the server's tensors, if the model comes from there
     memory: StoredMemory

@@ -132,6 +132,12 @@ class Echo(Part, frozen=True):
     back: int = 0
 
 
+class Enroll(Part, frozen=True):
+    """Asks for a certificate, with the ticket of a start-up kit; answered by ``Data``."""
+
+    csr: bytes
+
+
 class Data(Part, frozen=True):
     """Bytes."""
 
@@ -175,6 +181,6 @@ class Bye(Part, frozen=True):
 
 
 Control = (
-    Hello | Welcome | Measured | Proposal | Ready | Begin | Order | Outcome | Read | Echo | Data
-    | Noted | Problem | Refused | End | Bye
+    Hello | Welcome | Measured | Proposal | Ready | Begin | Order | Outcome | Read | Echo | Enroll
+    | Data | Noted | Problem | Refused | End | Bye
 )  # fmt: skip

@@ -19,10 +19,11 @@ import grpc
 
 from flexp import errors
 from flexp.errors import FlexpError, LinkError
+from flexp.identity.credentials import Credentials
 from flexp.link import frame
 from flexp.link.control import End, Hello, Order, Problem, Refused, Welcome
 from flexp.link.frame import Body, Joiner
-from flexp.link.grpc import METHOD, Credentials, Keepalive, check_plain, client_options
+from flexp.link.grpc import METHOD, Keepalive, check_plain, client_credentials, client_options
 from flexp.link.messages import Answer, Message
 from flexp.link.wire import Wire
 
@@ -162,7 +163,7 @@ class GrpcLink:
         options = client_options(self.keepalive)
         if self.credentials is None:
             return grpc.insecure_channel(self.address, options)
-        return grpc.secure_channel(self.address, self.credentials.of_client(), options)
+        return grpc.secure_channel(self.address, client_credentials(self.credentials), options)
 
     def _hear(self, heard: frame.Frame, out: SimpleQueue[bytes | None]) -> bool:
         """Takes in a frame; whether it was the welcome."""

@@ -6,13 +6,13 @@ identity. A dead peer is noticed within about 3 seconds with the keepalive profi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any, Literal
 
 import grpc
 
 from flexp.errors import LinkError
+from flexp.identity.credentials import Credentials
 
 METHOD = "/flexp.v1.Federation/Session"
 MAX_MESSAGE = 8 << 20  # of gRPC; frames come in pieces far below it
@@ -20,22 +20,14 @@ Keepalive = Literal["lan", "mobile"]
 _TIMES: dict[Keepalive, tuple[int, int]] = {"lan": (1_500, 1_000), "mobile": (30_000, 10_000)}
 
 
-@dataclass(frozen=True)
-class Credentials:
-    """PEM texts of one side: its own key and certificate, and the authority that it trusts."""
+def client_credentials(of: Credentials) -> grpc.ChannelCredentials:
+    """For dialling a server."""
+    return grpc.ssl_channel_credentials(of.ca, of.key, of.certificate)
 
-    key: bytes
-    certificate: bytes
-    authority: bytes
 
-    def of_client(self) -> grpc.ChannelCredentials:
-        """For dialling a server."""
-        return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
-
-    def of_server(self) -> grpc.ServerCredentials:
-        """For a server that lets nobody in without a certificate of the authority."""
-        pair = (self.key, self.certificate)
-        return grpc.ssl_server_credentials([pair], self.authority, require_client_auth=True)
+def server_credentials(of: Credentials) -> grpc.ServerCredentials:
+    """For a server that lets nobody in without a certificate of the authority."""
+    return grpc.ssl_server_credentials([(of.key, of.certificate)], of.ca, require_client_auth=True)
 
 
 def options(keepalive: Keepalive) -> list[tuple[str, Any]]:

@@ -12,10 +12,11 @@ from typing import Any, Protocol, cast
 import grpc
 
 from flexp.errors import FlexpError, LinkError
+from flexp.identity.credentials import Credentials
 from flexp.link import frame
 from flexp.link.control import Refused
 from flexp.link.frame import Body, Joiner
-from flexp.link.grpc import METHOD, Credentials, Keepalive, check_plain, server_options
+from flexp.link.grpc import METHOD, Keepalive, check_plain, server_credentials, server_options
 from flexp.link.wire import Wire
 
 
@@ -93,7 +94,7 @@ class Listener:
             if credentials is None:
                 self.port = self.server.add_insecure_port(address)
             else:
-                self.port = self.server.add_secure_port(address, credentials.of_server())
+                self.port = self.server.add_secure_port(address, server_credentials(credentials))
         except (RuntimeError, ValueError) as problem:
             raise LinkError(
                 f"{address} cannot be listened on. Is another server running there? Choose another "

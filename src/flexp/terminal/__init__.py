@@ -1,6 +1,7 @@
 """What a person reads in a terminal when a command is done: tables, from documents alone."""
 
 from flexp.terminal.grids import shown
+from flexp.terminal.identities import show_authority, show_certificates, show_issued
 from flexp.terminal.pages import (
     show_assets,
     show_doctor,
@@ -17,12 +18,15 @@ from flexp.terminal.scores import show_compare, show_demo
 
 __all__ = [
     "show_assets",
+    "show_authority",
+    "show_certificates",
     "show_compare",
     "show_cuts",
     "show_demo",
     "show_doctor",
     "show_export",
     "show_fleet",
+    "show_issued",
     "show_methods",
     "show_new_strategy",
     "show_plan",

@@ -1,0 +1,199 @@
+"""What a server knows of a run before any weight is read, and the stage that it is played on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flexp import assets
+from flexp.data.examples import Shard
+from flexp.data.federation import Federation, make_task
+from flexp.data.tasks import Task, open_tokenizer, padding_of
+from flexp.dice import Dice
+from flexp.engine.network import NetworkEngine
+from flexp.errors import RecipeError, StrategyError
+from flexp.fleet import Fleet, fleet
+from flexp.model.adapter import Kind
+from flexp.model.backbone import Backbone
+from flexp.model.skeleton import Skeleton, skeleton
+from flexp.own_tasks import classes_of, own_costs
+from flexp.plan.costs import BlockCosts
+from flexp.plan.sizes import near_bytes
+from flexp.privacy.egress import check_labels
+from flexp.recipe import Recipe
+from flexp.seating import Placed, adapter_kind, costs, dtype_of, work
+from flexp.serving.roster import Entry, Roster, planned
+from flexp.stage import Say, Stage, Survey, seats_for, training
+from flexp.strategies import build
+from flexp.strategies.base import ClientId, Strategy
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The recipe, the model's folder and skeleton, and what its blocks cost."""
+
+    recipe: Recipe
+    strategy: Strategy[Any]
+    source: Path
+    tokenizer: Any
+    bones: Skeleton
+    kind: Kind
+    costs: BlockCosts
+
+    def survey(self, recipe: Recipe, entries: Mapping[ClientId, Entry]) -> Survey:
+        """Where these clients sit, by what they said of themselves."""
+        labels = labels_of(self.recipe, entries)
+        task = make_task(recipe.task, recipe.data, self.tokenizer, labels)
+        own = {
+            client: self._own_task(client, entry, task)
+            for client, entry in entries.items()
+            if self._has_own(client)
+        }
+        shards = {client: Shard() for client in sorted(entries)}
+        federation = Federation(shards, task, (), None, own)
+        sized = own_costs(recipe, self.source, federation)
+        working = partial(work, recipe, self.bones, self.kind)
+        seated = fleet(recipe, {c: sized.get(c, self.costs) for c in shards}, working)
+        return Survey(
+            recipe,
+            self.source,
+            self.tokenizer,
+            federation,
+            classes_of(task),
+            self.bones,
+            self.kind,
+            self.costs,
+            seated,
+            Dice(recipe.seed),
+            sized,
+        )
+
+    def propose(
+        self, name: ClientId, roster: Roster, entry: Entry
+    ) -> tuple[Placed, Mapping[str, int]]:
+        """Where a client would sit among those who are there, and its bytes by part."""
+        entries = {**roster.entries, name: entry}
+        if roster.started:  # the others sit where they sit
+            entries = {name: entry}
+        found = self.survey(planned(self.recipe, entries), entries)
+        placed = found.placed[name]
+        seat, sized = placed.seat, found.own_costs.get(name, self.costs)
+        parts = near_bytes(
+            sized,
+            seat.cut.front,
+            seat.cut.back,
+            head_near=seat.labels == "keep",
+            recompute=seat.recompute,
+            accumulate=seat.accumulate,
+        )
+        return placed, parts
+
+    def _has_own(self, client: ClientId) -> bool:
+        asked = self.recipe.clients.get(client)
+        return asked is not None and any((asked.task, asked.label))
+
+    def _own_task(self, client: ClientId, entry: Entry, shared: Task) -> Task:
+        kind: Any = entry.space[0] if entry.space else self.recipe.task.kind
+        asked = self.recipe.clients[client].task
+        told = (
+            self.recipe.task
+            if asked is None
+            else self.recipe.task.model_copy(update=asked.model_dump(exclude_none=True))
+        )
+        told = told.model_copy(update={"kind": kind, "labels": entry.space[1:]})
+        return make_task(told, self.recipe.data, self.tokenizer, entry.space[1:])
+
+
+def floor_of(recipe: Recipe, cache: assets.Cache, say: Say) -> Floor:
+    """Reads the model's config; raises a FlexpError for what cannot run over a network."""
+    strategy = build(recipe.strategy.name, recipe.strategy.options)
+    if strategy.kind == "centralised":
+        raise StrategyError(
+            f'Method "{strategy.name}" puts all rows in one place, so it does not run over a '
+            "network. Use `flexp run`, or another method."
+        )
+    if any(held.alone for held in recipe.participation.values()):
+        raise RecipeError(
+            "participation: over a network nobody can be told to be alone. Remove alone, or use "
+            "`flexp run`."
+        )
+    check_labels(recipe.plan.labels, recipe.privacy.profile, text=recipe.task.kind == "causal-lm")
+    source = assets.resolve(recipe.model.source, cache, revision=recipe.model.revision, say=say)
+    bones = skeleton(source, recipe.task.kind, blocks_at=recipe.model.blocks_at)
+    kind = adapter_kind(recipe.adapter)
+    sized = costs(recipe, bones, kind)
+    return Floor(recipe, strategy, source, open_tokenizer(source), bones, kind, sized)
+
+
+def labels_of(recipe: Recipe, entries: Mapping[ClientId, Entry]) -> tuple[str, ...]:
+    """The labels of the recipe's task: its own, else all that clients with that task have."""
+    if recipe.task.kind != "classification" or recipe.task.labels:
+        return recipe.task.labels
+    own = {c for c, asked in recipe.clients.items() if asked.task or asked.label}
+    names = {label for c, e in entries.items() if c not in own for label in e.space[1:]}
+    numbers = all(name.lstrip("-").isdigit() for name in names)
+    return tuple(sorted(names, key=int) if numbers else sorted(names))
+
+
+def open_stage(floor: Floor, roster: Roster, *, patience: float, say: Say) -> Stage[NetworkEngine]:
+    """Loads the blocks of the server and seats everybody on the roster."""
+    recipe = roster.planned(floor.recipe)
+    found = floor.survey(recipe, roster.entries)
+    seated = seats_for(floor.strategy, found, recipe)
+    say(f"loading {recipe.model.source}")
+    backbone = Backbone.open(
+        floor.source,
+        task=recipe.task.kind,
+        classes=found.classes,
+        seed=recipe.seed,
+        dtype=dtype_of(recipe),
+        device=recipe.model.device,
+        blocks_at=recipe.model.blocks_at,
+        name=recipe.model.source,
+        pad=padding_of(floor.tokenizer),
+        outside=recipe.plan.labels != "keep",
+    )
+    engine = NetworkEngine(
+        backbone,
+        found.federation.task,
+        kind=floor.kind,
+        training=training(recipe),
+        dice=found.dice,
+        run=floor.recipe.hash()[:12],
+        tasks=found.federation.own,
+        patience=patience,
+    )
+    renew = partial(_renewed, floor, roster)
+    return Stage(found, recipe, floor.strategy, backbone, seated, engine, renew)
+
+
+def _renewed(
+    floor: Floor, roster: Roster, stage: Stage[NetworkEngine], round: int
+) -> Stage[NetworkEngine]:
+    """The stage with those who came since: they are there from this round on."""
+    late = [c for c in sorted(roster.entries) if c not in stage.fleet.placed]
+    if not late:
+        return stage
+    for client in late:
+        roster.entries[client] = replace(roster.entries[client], joins=round)
+    roster.write(floor.recipe)
+    fresh = {c: roster.entries[c] for c in late}
+    found = floor.survey(planned(floor.recipe, fresh), fresh)
+    seats = seats_for(floor.strategy, found, found.recipe)
+    known = stage.survey.federation
+    federation = replace(
+        known,
+        shards={**known.shards, **found.federation.shards},
+        own={**known.own, **found.federation.own},
+    )
+    stage.engine.tasks = federation.own
+    joined = Fleet(
+        {**stage.fleet.placed, **seats.placed},
+        (*stage.fleet.moves, *seats.moves),
+        {**stage.fleet.presence, **seats.presence},
+        stage.fleet.solo,
+    )
+    return replace(stage, survey=replace(stage.survey, federation=federation), fleet=joined)

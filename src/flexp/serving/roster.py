@@ -1,0 +1,106 @@
+"""Who takes part in a run over the network, with which device and from when: kept on disk.
+
+A server that begins anew finds here what its clients said of themselves, so that the plan is the
+same and nobody is asked again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flexp.errors import CheckpointError
+from flexp.parcel import write_atomic
+from flexp.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A client as it said it is; ``joins`` is the first round that it is there for."""
+
+    memory: int
+    flops: float | None
+    uplink: float | None
+    downlink: float | None
+    latency: float
+    rows: tuple[int, int, int] = (0, 0, 0)
+    space: tuple[str, ...] = ()
+    accepted: str = ""
+    joins: int = 0
+
+    def device(self, name: str) -> dict[str, Any]:
+        """This client's device as a recipe declares one."""
+        return {
+            "name": name,
+            "memory": self.memory,
+            "gflops": None if self.flops is None else self.flops / 1e9,
+            "up_mbit": None if self.uplink is None else self.uplink * 8e-6,
+            "down_mbit": None if self.downlink is None else self.downlink * 8e-6,
+            "latency_ms": self.latency * 1e3,
+        }
+
+
+class Roster:
+    """Entries by client, in a file that is written whole whenever one changes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.entries = path, dict[str, Entry]()
+        self.started = False  # whether the quorum was there and the run has begun
+
+    def read(self, recipe: Recipe) -> None:
+        """What an earlier server process has written, if it served this recipe."""
+        if not self.path.is_file():
+            return
+        try:
+            plain = json.loads(self.path.read_text("utf-8"))
+            if plain["recipe"] != recipe.hash():
+                raise CheckpointError(
+                    f"{self.path} is of another recipe. Serve the recipe that the run began with, "
+                    "or choose another folder with out=FOLDER."
+                )
+            for name, row in plain["clients"].items():
+                pair = {k: tuple(row[k]) for k in ("rows", "space")}
+                self.entries[name] = Entry(**{**row, **pair})
+            self.started = plain["started"]
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise CheckpointError(f"{self.path} cannot be read: {problem}") from problem
+
+    def write(self, recipe: Recipe) -> None:
+        """Puts all entries on disk."""
+        clients = {name: asdict(entry) for name, entry in sorted(self.entries.items())}
+        plain = {"recipe": recipe.hash(), "started": self.started, "clients": clients}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path, json.dumps(plain, indent=1).encode())
+
+    def set(self, name: str, entry: Entry) -> None:
+        """Enters a client, or what it says anew; the round that it joins at stays."""
+        known = self.entries.get(name)
+        self.entries[name] = entry if known is None else replace(entry, joins=known.joins)
+
+    def planned(self, recipe: Recipe) -> Recipe:
+        """The recipe with everybody's device declared, except where it says itself who sits where.
+
+        It can be run in one process, and then gives the same seats.
+        """
+        return planned(recipe, self.entries)
+
+
+def planned(recipe: Recipe, entries: Mapping[str, Entry]) -> Recipe:
+    """As ``Roster.planned``, for these clients."""
+    plain, plan = recipe.plain(), recipe.plan
+    presence = dict(plain["participation"])
+    for name, entry in entries.items():
+        if entry.joins:
+            presence[name] = {**presence.get(name, {}), "joins": entry.joins}
+    told = {**plain["plan"]}
+    if plan.cut is None:
+        open_ = [c for c in sorted(entries) if c not in plan.assign and c not in plan.cuts]
+        mine = [entries[c].device(c) for c in open_]
+        told["devices"] = [*told["devices"], *mine]
+        told["assign"] = {**{c: c for c in open_}, **told["assign"]}
+    for field in ("cuts", "assign", "slow", "ranks"):
+        told[field] = {c: v for c, v in told[field].items() if c in entries}
+    return Recipe.model_validate({**plain, "plan": told, "participation": presence})
