@@ -62,7 +62,8 @@ class LocalEngine:
         self.kind, self.training, self.dice = kind, training, dice
         self.profile: Profile = profile
         self.pool = pool  # everybody's training rows, for a method that is not federated
-        self.own, self.wires = own or {}, wires or {}
+        self.own = own or {}
+        self.wires: Mapping[ClientId, Wire] = wires or {}
         self.name, self.keep_crossings = run, keep_crossings
         self.wrap: Callable[[ClientId, Link], Link] = wrap
         self.measures = False  # whether turns are measured, which takes a little time
