@@ -109,3 +109,15 @@ def test_no_row_of_flexp_uploads_weights_but_the_first_versions() -> None:
         for row in quick(name)["costs"]:
             if row["method"].startswith("flexp") and row["method"] != "flexp_sfl":
                 assert row["adapters_sent"] == 0, row
+
+
+def test_int8_saves_what_is_claimed_at_the_gradient_and_accuracy_that_are_claimed() -> None:
+    found = quick("wire")
+    assert found["milliseconds_per_mib"]
+    summary = found["summary"]
+    least = {"bf16": 0.5, "fp16": 0.5, "int8": 386 / 1536, "int8-group": 396 / 1536}
+    for wire, ratio in least.items():
+        held = summary[wire]
+        assert held["packed_bytes_ratio"] == pytest.approx(ratio)
+        assert min(held[f"{side}_cosine"]["median"] for side in ("near", "far")) > 0.999
+    assert sum(run["failures"] for run in found["runs"]) == 0

@@ -3,6 +3,8 @@
 # In the order in which `flexp --help` lists them.
 from flexp.cli import runs  # isort: split
 
+from flexp.cli import network  # isort: split
+
 from flexp.cli import adapters  # isort: split
 
 from flexp.cli import listings  # isort: split
@@ -11,4 +13,4 @@ from flexp.cli import identity  # isort: split
 
 from flexp.cli.base import app, main
 
-__all__ = ["adapters", "app", "identity", "listings", "main", "runs"]
+__all__ = ["adapters", "app", "identity", "listings", "main", "network", "runs"]

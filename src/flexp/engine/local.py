@@ -62,7 +62,8 @@ class LocalEngine(Host):
         self.shards = shards
         self.profile: Profile = profile
         self.pool = pool  # everybody's training rows, for a method that is not federated
-        self.own, self.wires = own or {}, wires or {}
+        self.own = own or {}
+        self.wires: Mapping[ClientId, Wire] = wires or {}
         self.tasks = {client: own.task for client, own in self.own.items()}
         self.name, self.keep_crossings = run, keep_crossings
         self.wrap: Callable[[ClientId, Link], Link] = wrap

@@ -71,6 +71,7 @@ class Joining:
     memory: int | None = None
     keepalive: Keepalive = "lan"
     patience: float | None = None
+    tune: Callable[[str], None] = lambda mode: None  # told the recipe's mode before anything runs
     process: str = field(default_factory=partial(secrets.token_hex, 8))
 
     def hello(self, server: str, order: int) -> Hello:
@@ -154,6 +155,7 @@ class Stay:
         recipe = make(json.loads(welcome.recipe), "the server's recipe")
         if recipe.hash() != welcome.hash:
             raise RecipeError("The server's recipe has not the hash that it says. Do not join it.")
+        self.asked.tune(recipe.mode)
         name, member = welcome.client, self.member
         if member is not None and member.recipe.hash() != recipe.hash():
             member = None

@@ -141,7 +141,7 @@ class GrpcLink:
         """One stream from its beginning to its end; whether the server said welcome."""
         out: SimpleQueue[bytes | None] = SimpleQueue()
         out.put(frame.encode(0, self.hello(self._server, self._order)))
-        channel = self._channel()
+        channel = channel_to(self.address, self.credentials, self.keepalive)
         welcomed = False
         try:
             stream: Any = channel.stream_stream(METHOD)
@@ -158,12 +158,6 @@ class GrpcLink:
                 self._out = None
             channel.close()
         return welcomed
-
-    def _channel(self) -> Any:
-        options = client_options(self.keepalive)
-        if self.credentials is None:
-            return grpc.insecure_channel(self.address, options)
-        return grpc.secure_channel(self.address, client_credentials(self.credentials), options)
 
     def _hear(self, heard: frame.Frame, out: SimpleQueue[bytes | None]) -> bool:
         """Takes in a frame; whether it was the welcome."""
@@ -215,6 +209,38 @@ class GrpcLink:
         for _, future in asked.values():
             future.set_exception(problem)
         self.told.put(problem)
+
+
+def ask_once(address: str, credentials: Credentials | None, body: Body, patience: float) -> Body:
+    """One question on a stream of its own, before there is a hello; raises what was refused."""
+    check_plain(address, credentials)
+    out: SimpleQueue[bytes | None] = SimpleQueue()
+    out.put(frame.encode(1, body))
+    channel = channel_to(address, credentials, "lan")
+    joiner = Joiner()
+    try:
+        stream: Any = channel.stream_stream(METHOD)
+        for piece in stream(_pieces(out), timeout=patience, wait_for_ready=True):
+            data = joiner.add(piece)
+            if data is not None:
+                heard = frame.decode(data).body
+                if isinstance(heard, Refused):
+                    raise LinkError(heard.text)
+                return heard
+    except grpc.RpcError as problem:
+        raise LinkError(f"{address} gave no answer: {_reason(problem)}.") from problem
+    finally:
+        out.put(None)
+        channel.close()
+    raise LinkError(f"{address} gave no answer.")
+
+
+def channel_to(address: str, credentials: Credentials | None, keepalive: Keepalive) -> Any:
+    """A gRPC channel: mutual TLS, or plain text within this machine."""
+    options = client_options(keepalive)
+    if credentials is None:
+        return grpc.insecure_channel(address, options)
+    return grpc.secure_channel(address, client_credentials(credentials), options)
 
 
 def _pieces(out: SimpleQueue[bytes | None]) -> Iterator[bytes]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import secrets
 import threading
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import get_args
+from typing import Any, get_args
 
+import msgspec
 import torch
 
 from flexp import __version__
@@ -208,17 +209,19 @@ class Reception:
         return Data(made)
 
     def _propose(self, call: Call, device: Measured) -> Body:
-        entry = Entry(**{f: getattr(device, f) for f in device.__struct_fields__})
+        entry = msgspec.convert(msgspec.structs.asdict(device), Entry)
         with self.changed:
             if self.stage is not None and call.name in self.stage.fleet.placed:
                 placed = self.stage.fleet.placed[call.name]
                 return Proposal(placed.seat, placed.bytes, {}, placed.reason, final=True)
             placed, parts = self.floor.propose(call.name, self.roster, entry)
-            known = self.roster.entries.get(call.name)
-            if known is not None:
-                kept = {k: getattr(known, k) for k in ("rows", "space", "accepted", "joins")}
-                entry = Entry(**{**asdict(entry), **kept})
-            self.roster.set(call.name, entry)
+            known = self.roster.entries.get(call.name, entry)
+            kept: dict[str, Any] = {
+                "rows": known.rows,
+                "space": known.space,
+                "accepted": known.accepted,
+            }
+            self.roster.set(call.name, replace(entry, **kept))
         started = self.roster.started
         return Proposal(placed.seat, placed.bytes, dict(parts), placed.reason, final=started)
 
@@ -230,8 +233,12 @@ class Reception:
             )
         with self.changed:
             entry = self.roster.entries[call.name]
-            plain = {**asdict(entry), "rows": ready.rows, "space": ready.space}
-            self.roster.set(call.name, Entry(**{**plain, "accepted": ready.accepted}))
+            told: dict[str, Any] = {
+                "rows": ready.rows,
+                "space": ready.space,
+                "accepted": ready.accepted,
+            }
+            self.roster.set(call.name, replace(entry, **told))
             self.roster.write(self.floor.recipe)
             again = call.name in self.here
             self.here.add(call.name)

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from flexp.errors import CheckpointError
 from flexp.parcel import write_atomic
 from flexp.recipe import Recipe
@@ -62,10 +64,9 @@ class Roster:
                     "or choose another folder with out=FOLDER."
                 )
             for name, row in plain["clients"].items():
-                pair = {k: tuple(row[k]) for k in ("rows", "space")}
-                self.entries[name] = Entry(**{**row, **pair})
+                self.entries[name] = msgspec.convert(row, Entry)
             self.started = plain["started"]
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+        except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError) as problem:
             raise CheckpointError(f"{self.path} cannot be read: {problem}") from problem
 
     def write(self, recipe: Recipe) -> None:
@@ -95,7 +96,9 @@ def planned(recipe: Recipe, entries: Mapping[str, Entry]) -> Recipe:
     for name, entry in entries.items():
         if entry.joins:
             presence[name] = {**presence.get(name, {}), "joins": entry.joins}
-    told = {**plain["plan"]}
+    told, link = {**plain["plan"]}, {**plain["link"]}
+    link["wires"] = {c: v for c, v in link["wires"].items() if c in entries}
+    presence = {c: v for c, v in presence.items() if c in entries}
     if plan.cut is None:
         open_ = [c for c in sorted(entries) if c not in plan.assign and c not in plan.cuts]
         mine = [entries[c].device(c) for c in open_]
@@ -103,4 +106,4 @@ def planned(recipe: Recipe, entries: Mapping[str, Entry]) -> Recipe:
         told["assign"] = {**{c: c for c in open_}, **told["assign"]}
     for field in ("cuts", "assign", "slow", "ranks"):
         told[field] = {c: v for c, v in told[field].items() if c in entries}
-    return Recipe.model_validate({**plain, "plan": told, "participation": presence})
+    return Recipe.model_validate({**plain, "plan": told, "link": link, "participation": presence})

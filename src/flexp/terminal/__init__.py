@@ -2,6 +2,7 @@
 
 from flexp.terminal.grids import shown
 from flexp.terminal.identities import show_authority, show_certificates, show_issued
+from flexp.terminal.network import show_joined, show_terms
 from flexp.terminal.pages import (
     show_assets,
     show_doctor,
@@ -27,11 +28,13 @@ __all__ = [
     "show_export",
     "show_fleet",
     "show_issued",
+    "show_joined",
     "show_methods",
     "show_new_strategy",
     "show_plan",
     "show_predictions",
     "show_run",
+    "show_terms",
     "show_voices",
     "shown",
 ]
