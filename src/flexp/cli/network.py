@@ -106,7 +106,7 @@ def join(
 ) -> None:
     """Takes part in a run on a server: trains here on rows that stay here, ends with an adapter.
 
-    Shows what will run here and what leaves, and asks. Stop it at any time; the same command goes on.
+    Shows what will run here and what leaves, and asks. Stop it any time; the same command goes on.
     """
     from flexp.client.heap import give_back
 

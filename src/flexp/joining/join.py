@@ -76,7 +76,7 @@ class Joining:
 
     def hello(self, server: str, order: int) -> Hello:
         """The first words of a stream."""
-        versions = __version__, torch.__version__
+        versions = __version__, str(torch.__version__)
         return Hello(PROTOCOL, *versions, self.name, self.process, server, order)
 
 

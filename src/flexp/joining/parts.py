@@ -26,7 +26,7 @@ from flexp.model.files import (
 from flexp.parcel import write_atomic
 from flexp.plan.devices import format_bytes
 
-STEP = 1 << 20
+STEP = 1 << 19
 
 Say = Callable[[str], None]
 

@@ -120,8 +120,9 @@ class GrpcLink:
             try:
                 if self._converse():
                     wait, lost, told = FIRST, time.monotonic(), False
-            except FlexpError as problem:
-                self._die(problem)
+            except Exception as problem:  # noqa: BLE001 who waits must hear of it
+                known = isinstance(problem, FlexpError)
+                self._die(problem if known else LinkError(f"{type(problem).__name__}: {problem}"))
                 return
             if self._closed.is_set():
                 break
@@ -251,4 +252,5 @@ def _pieces(out: SimpleQueue[bytes | None]) -> Iterator[bytes]:
 def _reason(problem: grpc.RpcError) -> str:
     """Why a stream ended, in a few words."""
     details = str(cast("Any", problem).details() or cast("Any", problem).code())
-    return details.splitlines()[0][:200]
+    line = details.splitlines()[0]
+    return line.rpartition("Failed to connect to remote host: ")[2].rpartition("last error: ")[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexp import assets
-from flexp.data.examples import Shard
+from flexp.data.examples import Examples, Shard
 from flexp.data.federation import Federation, make_task
 from flexp.data.tasks import Task, open_tokenizer, padding_of
 from flexp.dice import Dice
@@ -20,8 +20,7 @@ from flexp.model.adapter import Kind
 from flexp.model.backbone import Backbone
 from flexp.model.skeleton import Skeleton, skeleton
 from flexp.own_tasks import classes_of, own_costs
-from flexp.plan.costs import BlockCosts
-from flexp.plan.sizes import near_bytes
+from flexp.plan.costs import BlockCosts, near_bytes
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
 from flexp.seating import Placed, adapter_kind, costs, dtype_of, work
@@ -43,16 +42,23 @@ class Floor:
     kind: Kind
     costs: BlockCosts
 
-    def survey(self, recipe: Recipe, entries: Mapping[ClientId, Entry]) -> Survey:
-        """Where these clients sit, by what they said of themselves."""
+    def survey(
+        self, recipe: Recipe, entries: Mapping[ClientId, Entry], *, draft: bool = False
+    ) -> Survey:
+        """Where these clients sit, by what they said of themselves.
+
+        For a draft, before all have come, two labels stand for those that are not known yet.
+        """
         labels = labels_of(self.recipe, entries)
+        if draft and len(labels) < 2 and recipe.task.kind == "classification":
+            labels = ("one", "other")
         task = make_task(recipe.task, recipe.data, self.tokenizer, labels)
         own = {
             client: self._own_task(client, entry, task)
             for client, entry in entries.items()
             if self._has_own(client)
         }
-        shards = {client: Shard() for client in sorted(entries)}
+        shards = {client: Shard(Examples()) for client in sorted(entries)}
         federation = Federation(shards, task, (), None, own)
         sized = own_costs(recipe, self.source, federation)
         working = partial(work, recipe, self.bones, self.kind)
@@ -78,7 +84,7 @@ class Floor:
         entries = {**roster.entries, name: entry}
         if roster.started:  # the others sit where they sit
             entries = {name: entry}
-        found = self.survey(planned(self.recipe, entries), entries)
+        found = self.survey(planned(self.recipe, entries), entries, draft=True)
         placed = found.placed[name]
         seat, sized = placed.seat, found.own_costs.get(name, self.costs)
         parts = near_bytes(
@@ -103,8 +109,9 @@ class Floor:
             if asked is None
             else self.recipe.task.model_copy(update=asked.model_dump(exclude_none=True))
         )
-        told = told.model_copy(update={"kind": kind, "labels": entry.space[1:]})
-        return make_task(told, self.recipe.data, self.tokenizer, entry.space[1:])
+        labels = entry.space[1:] or (("one", "other") if kind == "classification" else ())
+        told = told.model_copy(update={"kind": kind, "labels": labels})
+        return make_task(told, self.recipe.data, self.tokenizer, labels)
 
 
 def floor_of(recipe: Recipe, cache: assets.Cache, say: Say) -> Floor:

@@ -43,7 +43,8 @@ from flexp.serving.floor import Floor, labels_of
 from flexp.serving.roster import Entry, Roster
 from flexp.stage import Say, Stage
 
-STEP = 1 << 20  # bytes of a file in one answer, and of an echo
+ECHO = 1_000_000
+STEP = 1 << 19  # bytes of a file in one answer
 STEPS = get_args(Message)
 
 
@@ -143,7 +144,7 @@ class Reception:
         if isinstance(body, Read):
             return self._read(body)
         if isinstance(body, Echo):
-            return Data(bytes(min(body.back, STEP)))
+            return Data(bytes(min(body.back, ECHO)))
         if isinstance(body, Bye):
             self.say(f"{call.name} says goodbye")
             return Noted()

@@ -99,11 +99,11 @@ def planned(recipe: Recipe, entries: Mapping[str, Entry]) -> Recipe:
     told, link = {**plain["plan"]}, {**plain["link"]}
     link["wires"] = {c: v for c, v in link["wires"].items() if c in entries}
     presence = {c: v for c, v in presence.items() if c in entries}
-    if plan.cut is None:
-        open_ = [c for c in sorted(entries) if c not in plan.assign and c not in plan.cuts]
-        mine = [entries[c].device(c) for c in open_]
-        told["devices"] = [*told["devices"], *mine]
-        told["assign"] = {**{c: c for c in open_}, **told["assign"]}
+    told["assign"] = dict(told["assign"])
+    for client in sorted(entries.keys() - plan.assign.keys()):
+        device = entries[client].device(f"{client}'s device")
+        told["devices"] = [*told["devices"], device]
+        told["assign"][client] = device["name"]
     for field in ("cuts", "assign", "slow", "ranks"):
         told[field] = {c: v for c, v in told[field].items() if c in entries}
     return Recipe.model_validate({**plain, "plan": told, "link": link, "participation": presence})

@@ -14,6 +14,7 @@ from flexp.terminal.grids import Row, grid, shown
 def show_terms(document: Mapping[str, Any], console: Console) -> None:
     """What would run here, how much memory it takes, what leaves, and the hash to agree to."""
     needed = document["bytes"].get("total")
+    memory = format_bytes(needed) if needed else "as before"
     lines = [
         ["run", f"{document['run']} on {document['server']}, as {document['client']}"],
         ["method", f"{document['method']}, {document['rounds']} rounds"],
@@ -21,7 +22,7 @@ def show_terms(document: Mapping[str, Any], console: Console) -> None:
         ["runs here", f"{document['front']} front and {document['back']} back blocks"],
         [
             "memory",
-            f"{format_bytes(needed) if needed else 'as before'} of {format_bytes(document['memory'])}",
+            f"{memory} of {format_bytes(document['memory'])}",
         ],
     ]
     if not document["final"]:
@@ -40,9 +41,7 @@ def show_joined(document: Row, console: Console) -> None:
         told = ", ".join(f"{metric} {shown(metric, value)}" for metric, value in metrics.items())
         console.print(f"{data} test rows: {told}", highlight=False)
     sent, received = (format_bytes(document[k]) for k in ("sent_bytes", "received_bytes"))
-    console.print(
-        f"{document['client']}: {document['turns']} turns, {sent} left this device, {received} came",
-        highlight=False,
-    )
+    line = f"{document['client']}: {document['turns']} turns, {sent} left here, {received} came"
+    console.print(line, highlight=False)
     if document["adapter"]:
         console.print(f"PEFT adapter: {document['adapter']}", highlight=False)
