@@ -207,10 +207,19 @@ def backbone(family: str = "bert-cls", depth: int = 4) -> Backbone:
 
 
 def wrap(made: Any, config: Any) -> Backbone:
+    model = drawn_once(made, config)
+    return Backbone(model, task=task_of(model))
+
+
+def model_of(family: str, depth: int = 4) -> Any:
+    """The plain model that ``backbone`` wraps."""
+    return drawn_once(*_families(depth)[family])
+
+
+def drawn_once(made: Any, config: Any) -> Any:
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(0)
-        model = made(config)
-    return Backbone(model, task=task_of(model))
+        return made(config)
 
 
 def batches_for(body: Backbone, n: int, side: str = "right") -> list[Batch]:

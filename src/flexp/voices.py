@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from flexp import assets, export
+from flexp.client.speech import VARIED
 from flexp.data.tasks import open_tokenizer
 from flexp.errors import ExportError
 from flexp.model.skeleton import AUTO
@@ -52,8 +53,8 @@ class Voices:
                 max_new_tokens=tokens,
                 use_cache=True,
                 do_sample=False,
-                repetition_penalty=1.2,
-                no_repeat_ngram_size=3,
+                repetition_penalty=VARIED.repetition_penalty,
+                no_repeat_ngram_size=VARIED.no_repeat_ngram_size,
                 pad_token_id=self.tokenizer.eos_token_id,
             )
         fresh = ids[0, given["input_ids"].shape[1] :]

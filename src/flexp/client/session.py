@@ -10,6 +10,7 @@ from torch import Tensor
 from flexp.link.messages import (
     Answer,
     Backward,
+    Continue,
     Do,
     Fetch,
     Forward,
@@ -28,7 +29,7 @@ from flexp.model.personal import Ask
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Egress
 from flexp.selection import ALL, Where
-from flexp.tensors import BlockScalars, Tensors
+from flexp.tensors import BlockScalars, Tensors, Wear
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Session:
     wave: int
     step: int = 0
     call: int = 0
+    talks: int = 0
     waiting: list[Op] = field(default_factory=list[Op])
 
     def _key(self, phase: Phase, call: int | None = None) -> StepKey:
@@ -104,6 +106,20 @@ class Session:
         answer = self._send(Backward(self._key("backward", call), grad, hidden))
         count = sum(1 for k in answer.tensors if k.startswith("coef/"))
         return answer.tensors.get("grad"), [answer.tensors[f"coef/{n}"] for n in range(count)]
+
+    def begin_talk(self) -> int:
+        """The number of a new conversation; waiting operations run before it."""
+        self.flush()
+        self.talks += 1
+        return self.talks
+
+    def proceed(
+        self, talk: int, wear: Wear, hidden: Tensor, before: int, *, logits: bool
+    ) -> Tensor:
+        """The far part of a conversation's next positions."""
+        self.next_step()
+        message = Continue(self._key("continue"), talk, wear, hidden, before)
+        return self._send(message).tensors["logits" if logits else "hidden"]
 
     def queue(self, op: Op) -> None:
         """Lets an operation ride on the next forward."""

@@ -284,6 +284,7 @@ class LocalEngine(Host):
         """Takes both sides back to before the turn."""
         self.memories[client].rollback()
         self.tenants.rollback(client)
+        self.trunk.talks.drop(client)
 
 
 def size_of(slots: Iterable[Tensors]) -> int:

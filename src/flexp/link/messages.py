@@ -1,4 +1,4 @@
-"""What crosses between a client and the server: eight messages and one kind of answer, all data.
+"""What crosses between a client and the server: nine messages and one kind of answer, all data.
 
 ``Backward`` never steps. Operations ride on the next ``Forward``, so they cost no round trip of
 their own. Every message names the step it belongs to; the server's step table runs each once.
@@ -19,7 +19,7 @@ from flexp.parcel import JSON, Facts
 from flexp.selection import ALL, Where
 from flexp.tensors import BlockScalars, Tensors, Wear
 
-Phase = Literal["join", "fetch", "put", "forward", "backward", "do", "submit", "leave"]
+Phase = Literal["join", "fetch", "put", "forward", "backward", "continue", "do", "submit", "leave"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,24 @@ class Backward:
 
 
 @dataclass(frozen=True)
+class Continue:
+    """The next positions of a growing text, ``before`` of which came earlier.
+
+    Another ``talk`` than before begins a new conversation, and ends the one before.
+    """
+
+    key: StepKey
+    talk: int
+    wear: Wear
+    hidden: Tensor
+    before: int
+
+    def tensors(self) -> Tensors:
+        """The tensors on board, by name."""
+        return {"hidden": self.hidden}
+
+
+@dataclass(frozen=True)
 class Do:
     """Operations whose answers are needed now, or that no forward followed."""
 
@@ -157,7 +175,7 @@ class Leave:
         return {}
 
 
-Message = Join | Fetch | Put | Forward | Backward | Do | Submit | Leave
+Message = Join | Fetch | Put | Forward | Backward | Continue | Do | Submit | Leave
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ class Backbone:
             self.in_tuple, self.width = self._probe(blocks)
         equip(model, self.blocks_path, blocks, self.in_tuple, self.head)
         self._layouts: dict[tuple[Kind, int | None], Layout] = {}
+        self.spoken: set[tuple[int, int | None, bool]] = set()  # blocks proved to run with a cache
         with lent(model, [block.forward for block in blocks], self.held):
             self.check(self)
             self.output = self._tapped() if chunked and task == "causal-lm" else None
@@ -158,16 +159,20 @@ class Backbone:
         feed: Tensor | None = None,
         tap: bool = False,
         recompute: bool = False,
+        cache: Any = None,
     ) -> Tensor:
         """Blocks ``first`` to ``last`` of one forward, from ``feed`` if given.
 
         Returns the hidden state [rows, length, width] at ``last``, or the logits if it is None;
         with ``tap`` what the output embedding would have read. ``recompute`` keeps nothing from
-        inside a block for the backward pass, which runs it again.
+        inside a block for the backward pass, which runs it again. The blocks that run read and
+        write their layers of a ``cache``.
         """
         if feed is not None and first == last:
             return feed
-        return run(self.model, Pass(first, last, feed, worn or Worn(), tap, recompute), inputs)
+        more = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+        now = Pass(first, last, feed, worn or Worn(), tap, recompute)
+        return run(self.model, now, {**inputs, **more})
 
     def blanks(self, shapes: Mapping[str, tuple[int, ...]], mask: Tensor | None) -> dict[str, Any]:
         """Inputs that say nothing but shape and padding, for the side that has no real ones.

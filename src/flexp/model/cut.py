@@ -188,7 +188,7 @@ class Tap:
         return self.forward(hidden)
 
 
-def run(model: nn.Module, now: Pass, inputs: Mapping[str, Tensor]) -> Tensor:
+def run(model: nn.Module, now: Pass, inputs: Mapping[str, Any]) -> Tensor:
     """One forward under a pass: the hidden state at ``last`` or at the tap, or the logits."""
     token = PASS.set(now)
     try:

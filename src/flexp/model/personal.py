@@ -171,10 +171,11 @@ class PersonalModel:
             dice = self.dropout("call", n=self.calls)
             self.calls += 1
         worn = dropping(worn, self.dropout_rate, dice)
-        return worn, self._inputs(batch, worn), coefs, dice
+        return worn, self.worn_inputs(batch.inputs, worn), coefs, dice
 
-    def _inputs(self, batch: Inputs, worn: Worn) -> dict[str, Tensor]:
-        inputs = dict(batch.inputs)
+    def worn_inputs(self, inputs: Mapping[str, Tensor], worn: Worn) -> dict[str, Tensor]:
+        """The inputs of a forward: behind the prompt that is worn, if one is."""
+        inputs = dict(inputs)
         if worn.prompt is not None:
             ids = inputs.pop("input_ids")
             embedded: Tensor = cast(Any, self.backbone.model).get_input_embeddings()(ids)

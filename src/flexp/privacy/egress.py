@@ -43,6 +43,7 @@ class Egress:
         """What the cut alone sends, whatever the method."""
         out = (
             Leave("hidden", when="every step", why="the server's blocks start from it"),
+            Leave("hidden", when="every token", why="in a chat the server's blocks go on from it"),
             Leave("mask", when="every step", why="which positions are padding"),
             Leave("grad", when="every step", why="the server's adapters learn from it"),
             Leave("coef/*", when="every step", why="weights of a mix, one number per block"),

@@ -17,6 +17,7 @@ from flexp.errors import LinkError, StepError
 from flexp.link.messages import (
     Answer,
     Backward,
+    Continue,
     Do,
     Fetch,
     Forward,
@@ -35,6 +36,7 @@ from flexp.model.worn import Worn
 from flexp.parcel import JSON, Parcel
 from flexp.selection import select
 from flexp.server.steps import StepTable
+from flexp.server.talks import Talks
 from flexp.server.tenants import Tenancy, Tenants
 from flexp.tensors import PerRow, terms
 
@@ -62,6 +64,7 @@ class Trunk:
         self.backbone, self.tenants, self.task, self.dropout = backbone, tenants, task, dropout
         self.tables: dict[str, StepTable] = {}
         self.pending: dict[str, dict[int, Pending]] = {}
+        self.talks = Talks(backbone)
         self.flops: dict[str, int] | None = None  # of each client's messages, if they are counted
         self.parked, self.aside = False, threading.Lock()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="flexp-trunk")
@@ -128,11 +131,17 @@ class Trunk:
         self.tenants.settled(client)
         return self._at_work(home, message)
 
-    def _at_work(self, home: Tenancy, message: Forward | Backward | Do | Submit | Leave) -> Answer:
+    def _at_work(
+        self, home: Tenancy, message: Forward | Backward | Continue | Do | Submit | Leave
+    ) -> Answer:
         if isinstance(message, Forward):
             return self._forward(home, message)
         if isinstance(message, Backward):
             return self._backward(home, message)
+        if isinstance(message, Continue):
+            self.tenants.wear_shared(home)
+            until = "logits" if home.seat.labels == "logits" else "hidden"
+            return Answer({until: self.talks.proceed(home, message)})
         if isinstance(message, Do):
             return Answer(scalars=tuple(self.tenants.do(home.client, message.ops)))
         return self._submit(home, message) if isinstance(message, Submit) else self._leave(home)
@@ -145,6 +154,7 @@ class Trunk:
             )
         self.tenants.optims(home.client, message.optims)
         self.pending[home.client] = {}
+        self.talks.drop(home.client)
         offered = {slot: sorted(held) for slot, held in home.offered.items()}
         loose = {f"tensor/{k}": v for k, v in home.loose.items()}
         facts: dict[str, JSON] = {"offered": offered, "facts": dict(home.facts), "moved": None}
@@ -174,6 +184,7 @@ class Trunk:
 
     def _leave(self, home: Tenancy) -> Answer:
         self.pending.pop(home.client, None)
+        self.talks.drop(home.client)
         self.tenants.leave(home.client)
         return Answer()
 
