@@ -30,6 +30,7 @@ from transformers.utils import logging
 from flexp import assets, commands
 from flexp import run as running
 from flexp.engine.base import assigned
+from flexp.engine.local import LocalEngine
 from flexp.events import Event, Stream, TurnEnded, TurnFailed
 from flexp.link.metered import Ledger
 from flexp.link.wire import PACKED, Wire, pack, unpack
@@ -117,7 +118,7 @@ def play(task: Task, seed: int, rounds: int, found: dict[str, Any]) -> None:
     first.engine.close()
 
 
-def scored(stage: Stage, result: running.Result) -> dict[str, float]:
+def scored(stage: Stage[LocalEngine], result: running.Result) -> dict[str, float]:
     """The mean accuracy after training, on own and on everybody's test rows."""
     metric = stage.federation.task.metric
     means = {s.cell: s.value for s in result.scores if (s.client, s.metric) == ("all", metric)}
@@ -139,7 +140,7 @@ class Crossed:
         self.seen["failures"] += isinstance(event, TurnFailed)
 
 
-def gradients(stage: Stage, result: running.Result) -> list[dict[str, Any]]:
+def gradients(stage: Stage[LocalEngine], result: running.Result) -> list[dict[str, Any]]:
     """Cosines of each client's gradients, near and far, with those of fp32 on the same batch."""
     rows: list[dict[str, Any]] = []
     for client in sorted(stage.placed):
@@ -151,7 +152,9 @@ def gradients(stage: Stage, result: running.Result) -> list[dict[str, Any]]:
     return rows
 
 
-def gradient(stage: Stage, result: running.Result, client: str, wire: Wire) -> dict[str, Tensors]:
+def gradient(
+    stage: Stage[LocalEngine], result: running.Result, client: str, wire: Wire
+) -> dict[str, Tensors]:
     engine = stage.engine
     engine.wires = {client: wire}
     work = assigned(stage.strategy, engine, result.state, client, result.turn)

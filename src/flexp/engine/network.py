@@ -10,9 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, Literal
 
 from msgspec import structs
@@ -22,52 +21,19 @@ from flexp.data.tasks import Task
 from flexp.dice import Dice
 from flexp.engine.base import Arrival, Assignment, Failure, Give
 from flexp.engine.flow import Flow
+from flexp.engine.guests import TICK, Guests, Job
 from flexp.engine.host import Host
 from flexp.engine.look import Cells, Look
 from flexp.errors import FlexpError, LinkError, StepError
 from flexp.link.control import Noted, Order, Outcome, Problem
 from flexp.link.frame import Body
 from flexp.link.listen import Call
-from flexp.link.messages import Answer, Leave, Message, StepKey
+from flexp.link.messages import Answer, Leave, Message
 from flexp.link.metered import Ledger
 from flexp.model.adapter import Kind
 from flexp.model.backbone import Backbone
 from flexp.model.ops import SlotSpec
 from flexp.strategies.base import ClientId, Served, Strategy, Turn
-
-TICK = 0.2  # seconds between two looks at who has gone
-
-
-@dataclass(eq=False)
-class Job:
-    """An order under way, and what becomes of it."""
-
-    work: Assignment
-    specs: Mapping[str, SlotSpec]
-    order: Order
-    done: SimpleQueue[Job]
-    began: float
-    ledger: Ledger = field(default_factory=Ledger)
-    error: str = ""
-    cells: Cells = field(default_factory=dict[str, dict[str, float]])
-    over: bool = False
-    taken: threading.Event | None = None  # without a barrier: set when the next order is given
-
-
-@dataclass(eq=False)
-class Guest:
-    """A client out on the network: the call that it has now, and the order that it works on."""
-
-    name: ClientId
-    call: Call | None = None
-    process: str = ""
-    ready: bool = False
-    rows: int = 0  # it says that it has these for training
-    lost: float = 0.0  # since when there is no call
-    number: int = 0  # of its newest order
-    job: Job | None = None
-    left: StepKey | None = None  # the last message of its last turn
-    floors: tuple[int, int] = (0, 0)  # turns that counted at the last two checkpoints
 
 
 class NetworkEngine(Host):
@@ -88,16 +54,9 @@ class NetworkEngine(Host):
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         super().__init__(backbone, task, kind=kind, training=training, dice=dice)
-        self.tasks, self.name, self.patience = tasks, run, patience
-        self.clock, self.pause = clock, pause
-        self.guests: dict[ClientId, Guest] = {}
-        self.lock = threading.RLock()
+        self.tasks, self.name, self.clock, self.pause = tasks, run, clock, pause
+        self.guests = Guests(patience, clock)
         self.orders: list[ClientId] | None = None  # whose messages were heard, without a barrier
-
-    def guest(self, name: ClientId) -> Guest:
-        """What is known of a client; it need not have called yet."""
-        with self.lock:
-            return self.guests.setdefault(name, Guest(name, lost=self.clock()))
 
     # ---- the round loop's side
 
@@ -111,7 +70,7 @@ class NetworkEngine(Host):
         for some in [todo] if together else [[each] for each in todo]:
             done: SimpleQueue[Job] = SimpleQueue()
             under_way = [self._begin("train", each, specs, turn, done) for each in some]
-            for job in self._ended(under_way, done):
+            for job in self.guests.ended(under_way, done):
                 yield self._arrival(job)
 
     def flow(self, strategy: Strategy[Any], give: Give, flow: Flow) -> Iterator[Arrival]:
@@ -137,7 +96,7 @@ class NetworkEngine(Host):
             for client in list(flow.lines):
                 begin(client)
             while under_way:
-                job = next(self._ended(under_way, done))
+                job = next(self.guests.ended(under_way, done))
                 under_way.remove(job)
                 yield self._arrival(job)
                 begin(job.work.client)
@@ -173,9 +132,9 @@ class NetworkEngine(Host):
     def saved(self) -> None:
         """A checkpoint is on disk: clients need what they had at the one before it, no older."""
         super().saved()
-        with self.lock:
+        with self.guests.lock:
             for client, home in self.tenants.homes.items():
-                guest = self.guest(client)
+                guest = self.guests[client]
                 guest.floors = (guest.floors[1], home.turns)
 
     def _all(
@@ -190,13 +149,13 @@ class NetworkEngine(Host):
         done: SimpleQueue[Job] = SimpleQueue()
         specs = self.training.specs(strategy.specs())
         jobs = [self._begin(kind, each, specs, turn, done, **more) for each in work]
-        for job in self._ended(jobs, done):
+        for job in self.guests.ended(jobs, done):
             self.trunk.between(partial(self._undo, job.work.client))
         return jobs
 
     def _wait_for_any(self, clients: Sequence[ClientId]) -> None:
         """Waits until one of these is there: nobody trains, and nothing is lost by it."""
-        while clients and not any(self.guest(c).ready for c in clients):
+        while clients and not any(self.guests[c].ready for c in clients):
             self.pause(TICK)
 
     def _begin(
@@ -211,57 +170,25 @@ class NetworkEngine(Host):
         **more: Any,
     ) -> Job:
         """Opens a client's tenancy and gives it an order, now or when it calls."""
-        guest = self.guest(work.client)
+        guest = self.guests[work.client]
         self.trunk.between(partial(self.admit, work, specs))
-        with self.lock:
-            guest.number += 1
-            order = Order(
-                guest.number,
-                kind,
-                work.seat,
-                round=turn.round,
-                wave=turn.wave,
-                before=work.before,
-                turns=self.tenants[work.client].turns,
-                floor=guest.floors[0],
-                rounds=turn.rounds,
-                **more,
-            )
-            job = Job(work, specs, order, done, self.clock())
-            job.taken = threading.Event() if flows else None
-            guest.job = job
-            if guest.call is not None and guest.ready:
-                guest.call.tell(order)
+        guest.number += 1
+        order = Order(
+            guest.number,
+            kind,
+            work.seat,
+            round=turn.round,
+            wave=turn.wave,
+            before=work.before,
+            turns=self.tenants[work.client].turns,
+            floor=guest.floors[0],
+            rounds=turn.rounds,
+            **more,
+        )
+        job = Job(work, specs, order, done, self.clock())
+        job.taken = threading.Event() if flows else None
+        self.guests.give(job)
         return job
-
-    def _ended(self, jobs: Sequence[Job], done: SimpleQueue[Job]) -> Iterator[Job]:
-        """Jobs as they end; who stays away for too long has failed."""
-        left = len(jobs)
-        while left:
-            try:
-                yield done.get(timeout=TICK)
-                left -= 1
-            except Empty:
-                self._give_up(jobs)
-
-    def _give_up(self, jobs: Sequence[Job]) -> None:
-        with self.lock:
-            for job in jobs:
-                guest = self.guest(job.work.client)
-                if job.over or (guest.call is not None and guest.ready):
-                    continue
-                away = self.clock() - guest.lost
-                if away > self.patience:
-                    self._end(job, f"did not come back for {away:.0f} seconds")
-
-    def _end(self, job: Job, error: str = "") -> None:
-        """An order is over, once."""
-        with self.lock:
-            guest = self.guest(job.work.client)
-            if job.over:
-                return
-            job.over, job.error, guest.job = True, error, None
-            job.done.put(job)
 
     def _arrival(self, job: Job) -> Arrival:
         client, seconds = job.work.client, self.clock() - job.began
@@ -277,66 +204,36 @@ class NetworkEngine(Host):
     def _claimed(self, client: ClientId, rows: Any) -> int:
         """Rows that the server did not see: as the client says, but no more than there can be."""
         train = self.training
-        known = self.guest(client).rows
+        known = self.guests[client].rows
         most = known * (train.epochs or 1) if train.steps is None else train.steps * train.batch
         return max(0, min(rows, most)) if type(rows) is int else 0
 
     def _undo(self, client: ClientId) -> None:
         self.trunk.pending.pop(client, None)
+        self.trunk.talks.drop(client)
         self.tenants.rollback(client)
 
     # ---- the calls' side
 
-    def attach(self, call: Call, process: str, *, knows_server: bool) -> bool:
-        """Takes a call as a client's present one; the newest counts. Whether it just goes on."""
-        with self.lock:
-            guest = self.guest(call.name)
-            old, guest.call = guest.call, call
-            resumed = knows_server and guest.process == process
-            guest.process, guest.ready = process, resumed
-            if old is not None and old is not call:
-                old.close()
-        return resumed
-
-    def go_on(self, call: Call, order: int) -> None:
-        """Tells who just goes on its order, if it has not heard of it."""
-        with self.lock:
-            guest = self.guest(call.name)
-            if guest.job is not None and guest.job.order.number > order:
-                call.tell(guest.job.order)
-
     def ready(self, call: Call, rows: int) -> None:
         """A new process is ready: an order that the old one had begun begins anew."""
-        with self.lock:
-            guest = self.guest(call.name)
-            job, guest.rows = guest.job, rows
+        guest = self.guests[call.name]
+        job, guest.rows = guest.job, rows
         if job is not None and not job.over:
             self.trunk.between(partial(self._begin_anew, job))
-        with self.lock:
-            guest.ready = guest.call is call
-            if guest.ready and guest.job is not None:
-                call.tell(guest.job.order)
+        self.guests.seated(call)
 
     def _begin_anew(self, job: Job) -> None:
         """On the compute thread: takes the tenancy back to before the turn, and opens it again."""
-        with self.lock:
+        with self.guests.lock:
             if job.over:
                 return
             self._undo(job.work.client)
             self.admit(job.work, job.specs)
-            guest = self.guest(job.work.client)
+            guest = self.guests[job.work.client]
             guest.number += 1
             job.order = structs.replace(job.order, number=guest.number)
             job.ledger = Ledger()
-
-    def gone(self, call: Call) -> bool:
-        """A call has ended; whether it was a client's present one."""
-        with self.lock:
-            guest = self.guests.get(call.name)
-            if guest is None or guest.call is not call:
-                return False
-            guest.call, guest.ready, guest.lost = None, False, self.clock()
-            return True
 
     def message(self, call: Call, message: Message, digest: str) -> Body:
         """Carries out a message of a step, once, and gives its answer, or what was wrong."""
@@ -347,7 +244,7 @@ class NetworkEngine(Host):
 
     def _carry_out(self, call: Call, message: Message, digest: str) -> Answer:
         """On the compute thread."""
-        guest = self.guest(call.name)
+        guest = self.guests[call.name]
         job = guest.job
         if guest.call is not call:
             raise LinkError(f'Another process has joined as "{call.name}"; this one is not heard.')
@@ -366,7 +263,7 @@ class NetworkEngine(Host):
         if isinstance(message, Leave) and job.order.kind == "train":
             self.tenants.commit(call.name)
             guest.left = message.key
-            self._end(job)
+            self.guests.end(job)
             if job.taken is not None:
                 # What comes next for this client is decided before anybody's next message.
                 self.trunk.park(job.taken)
@@ -374,11 +271,11 @@ class NetworkEngine(Host):
 
     def outcome(self, call: Call, outcome: Outcome) -> Body:
         """An order has ended otherwise than by leaving: with scores, or with an error."""
-        with self.lock:
-            job = self.guest(call.name).job
+        with self.guests.lock:
+            job = self.guests[call.name].job
             if job is not None and job.order.number == outcome.order and call.alive:
                 job.cells = outcome.cells
-                self._end(job, outcome.error)
+                self.guests.end(job, outcome.error)
         return Noted()
 
 

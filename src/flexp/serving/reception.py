@@ -101,9 +101,8 @@ class Reception:
         with self.changed:
             self.over = end
             if self.stage is not None:
-                for guest in self.stage.engine.guests.values():
-                    if guest.call is not None:
-                        guest.call.tell(end)
+                for call in self.stage.engine.guests.present():
+                    call.tell(end)
 
     # ---- for the calls' threads
 
@@ -133,7 +132,7 @@ class Reception:
                     self.here.discard(call.name)
                     self.say(f"{call.name} has gone before the beginning")
             self.changed.notify_all()
-        if self.stage is not None and self.stage.engine.gone(call) and self.over is None:
+        if self.stage is not None and self.stage.engine.guests.gone(call) and self.over is None:
             self.say(f"{call.name} has lost its connection")
 
     def _ask(self, call: Call, body: Body) -> Body:
@@ -166,9 +165,9 @@ class Reception:
         resumed = False
         if self.stage is not None:
             known = hello.server == self.server
-            resumed = self.stage.engine.attach(call, hello.process, knows_server=known)
+            resumed = self.stage.engine.guests.attach(call, hello.process, knows_server=known)
             if resumed:
-                self.stage.engine.go_on(call, hello.order)
+                self.stage.engine.guests.go_on(call, hello.order)
         if resumed:
             return Welcome(self.server, resumed=True)
         recipe = self.floor.recipe
@@ -263,8 +262,8 @@ class Reception:
         call.tell(Begin(placed.seat, placed.bytes, placed.reason, labels))
         entry = self.roster.entries[name]
         engine = stage.engine
-        if engine.guest(name).call is not call:
-            engine.attach(call, "", knows_server=False)
+        if engine.guests[name].call is not call:
+            engine.guests.attach(call, "", knows_server=False)
         engine.ready(call, entry.rows[0])
         if self.over is not None:
             call.tell(self.over)

@@ -96,6 +96,6 @@ def _part(reception: Reception, seconds: float) -> None:
     until = time.monotonic() + seconds
     stage = reception.stage
     while stage is not None and time.monotonic() < until:
-        if all(guest.call is None for guest in stage.engine.guests.values()):
+        if not stage.engine.guests.present():
             return
         time.sleep(0.1)

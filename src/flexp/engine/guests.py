@@ -1,0 +1,150 @@
+"""Clients out on the network: the call that each has now, and the order that it works on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+
+from flexp.engine.base import Assignment
+from flexp.engine.look import Cells
+from flexp.link.control import Order, Refused
+from flexp.link.listen import Call
+from flexp.link.messages import StepKey
+from flexp.link.metered import Ledger
+from flexp.model.ops import SlotSpec
+from flexp.strategies.base import ClientId
+
+TICK = 0.2  # seconds between two looks at who has gone
+REPLACED = (
+    'Another process has joined as "{name}", and the newest counts: this one stops. Let one process '
+    "use an identity."
+)
+
+
+@dataclass(eq=False)
+class Job:
+    """An order under way, and what becomes of it."""
+
+    work: Assignment
+    specs: Mapping[str, SlotSpec]
+    order: Order
+    done: SimpleQueue[Job]
+    began: float
+    ledger: Ledger = field(default_factory=Ledger)
+    error: str = ""
+    cells: Cells = field(default_factory=dict[str, dict[str, float]])
+    over: bool = False
+    taken: threading.Event | None = None  # without a barrier: set when the next order is given
+
+
+@dataclass(eq=False)
+class Guest:
+    """A client out on the network: the call that it has now, and the order that it works on."""
+
+    name: ClientId
+    call: Call | None = None
+    process: str = ""
+    ready: bool = False
+    rows: int = 0  # it says that it has these for training
+    lost: float = 0.0  # since when there is no call
+    number: int = 0  # of its newest order
+    job: Job | None = None
+    left: StepKey | None = None  # the last message of its last turn
+    floors: tuple[int, int] = (0, 0)  # turns that counted at the last two checkpoints
+
+
+class Guests:
+    """All of them; every method may be called from any thread.
+
+    ``patience`` is for how many seconds a client may be away while it has an order.
+    """
+
+    def __init__(self, patience: float, clock: Callable[[], float]) -> None:
+        self.patience, self.clock = patience, clock
+        self.lock = threading.RLock()
+        self.held: dict[ClientId, Guest] = {}
+
+    def __getitem__(self, name: ClientId) -> Guest:
+        """What is known of a client; it need not have called yet."""
+        with self.lock:
+            return self.held.setdefault(name, Guest(name, lost=self.clock()))
+
+    def present(self) -> list[Call]:
+        """The calls of those who are here."""
+        with self.lock:
+            return [guest.call for guest in self.held.values() if guest.call is not None]
+
+    def give(self, job: Job) -> None:
+        """Gives a client an order: now, or when it calls."""
+        with self.lock:
+            guest = self[job.work.client]
+            guest.job = job
+            if guest.call is not None and guest.ready:
+                guest.call.tell(job.order)
+
+    def ended(self, jobs: Sequence[Job], done: SimpleQueue[Job]) -> Iterator[Job]:
+        """Jobs as they end; who stays away for too long has failed."""
+        left = len(jobs)
+        while left:
+            try:
+                yield done.get(timeout=TICK)
+                left -= 1
+            except Empty:
+                self._give_up(jobs)
+
+    def end(self, job: Job, error: str = "") -> None:
+        """An order is over, once."""
+        with self.lock:
+            if job.over:
+                return
+            job.over, job.error = True, error
+            self[job.work.client].job = None
+            job.done.put(job)
+
+    def attach(self, call: Call, process: str, *, knows_server: bool) -> bool:
+        """Takes a call as a client's present one; the newest counts. Whether it just goes on."""
+        with self.lock:
+            guest = self[call.name]
+            old, guest.call = guest.call, call
+            resumed = knows_server and guest.process == process
+            guest.process, guest.ready = process, resumed
+        if old is not None and old is not call:
+            old.tell(Refused(REPLACED.format(name=call.name)))
+            old.close()
+        return resumed
+
+    def go_on(self, call: Call, order: int) -> None:
+        """Tells who just goes on its order, if it has not heard of it."""
+        with self.lock:
+            job = self[call.name].job
+            if job is not None and job.order.number > order:
+                call.tell(job.order)
+
+    def seated(self, call: Call) -> None:
+        """A call that can take orders from now on, and the one that waits for it."""
+        with self.lock:
+            guest = self[call.name]
+            guest.ready = guest.call is call
+            if guest.ready and guest.job is not None:
+                call.tell(guest.job.order)
+
+    def gone(self, call: Call) -> bool:
+        """A call has ended; whether it was a client's present one."""
+        with self.lock:
+            guest = self.held.get(call.name)
+            if guest is None or guest.call is not call:
+                return False
+            guest.call, guest.ready, guest.lost = None, False, self.clock()
+            return True
+
+    def _give_up(self, jobs: Sequence[Job]) -> None:
+        with self.lock:
+            for job in jobs:
+                guest = self[job.work.client]
+                if job.over or (guest.call is not None and guest.ready):
+                    continue
+                away = self.clock() - guest.lost
+                if away > self.patience:
+                    self.end(job, f"did not come back for {away:.0f} seconds")

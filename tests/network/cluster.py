@@ -1,0 +1,171 @@
+"""Real server and client processes for a test, on this machine; all are gone when it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NURSERY = Path(__file__).with_name("nursery.py")
+PATIENCE = 100.0  # seconds until a test that waits has failed
+
+
+class Nursery:
+    """Where processes come from."""
+
+    def __init__(self) -> None:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(NURSERY)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=env,
+            text=True,
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """One request and its answer."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """Ends all that it started."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=20)
+        self.process.stdout.close()
+
+
+@dataclass
+class Program:
+    """One running command."""
+
+    nursery: Nursery
+    pid: int
+    log: Path
+    code: int | None = None
+
+    def text(self) -> str:
+        """What it has written so far."""
+        return self.log.read_text("utf-8", errors="replace") if self.log.exists() else ""
+
+    def over(self) -> bool:
+        """Whether it has ended; then ``code`` says how."""
+        if self.code is None:
+            self.code = self.nursery.ask(pid=self.pid)["code"]
+        return self.code is not None
+
+    def wait(self, patience: float = PATIENCE) -> int:
+        """Its exit code."""
+        until(self.over, f"{self.log.name} to end", patience, self.text)
+        assert self.code is not None
+        return self.code
+
+    def wait_for(self, pattern: str, patience: float = PATIENCE) -> re.Match[str]:
+        """Until it has written something like this."""
+
+        def found() -> bool:
+            return re.search(pattern, self.text()) is not None or self.over()
+
+        until(found, f"{pattern!r} in {self.log.name}", patience, self.text)
+        match = re.search(pattern, self.text())
+        assert match is not None, f"{self.log.name} ended without {pattern!r}:\n{self.text()}"
+        return match
+
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """A signal; SIGKILL unless another is named."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, how)
+        if how is signal.SIGKILL:
+            self.wait(20)
+
+
+@dataclass
+class Cluster:
+    """A server and its clients, in a folder of their own."""
+
+    nursery: Nursery
+    folder: Path
+    programs: list[Program] = field(default_factory=list[Program])
+    port: int = 0
+
+    def start(
+        self, name: str, *argv: str, env: Mapping[str, str] = {}, address_space: int = 0
+    ) -> Program:
+        """Starts a command; its output goes to ``name.log``."""
+        log = self.folder / f"{name}.log"
+        answer = self.nursery.ask(
+            argv=list(argv),
+            cwd=str(self.folder),
+            log=str(log),
+            env=dict(env),
+            address_space=address_space,
+        )
+        self.programs.append(Program(self.nursery, answer["pid"], log))
+        return self.programs[-1]
+
+    def serve(
+        self, recipe: Path, *argv: str, name: str = "server", host: str = "127.0.0.1"
+    ) -> Program:
+        """`flexp serve` on a free port, or on the one that it had before."""
+        here = f"{host}:{self.port}"
+        program = self.start(name, "serve", str(recipe), "--listen", here, *argv)
+        before = program.text().count("listening on")
+        found = until(lambda: _port(program, before), "the port", PATIENCE, program.text)
+        self.port = found
+        return program
+
+    def join(
+        self, name: str, data: Path, *argv: str, at: str = "", log: str = "", **how: Any
+    ) -> Program:
+        """`flexp join` as somebody; it agrees to any recipe that the server's log names."""
+        where = at or f"127.0.0.1:{self.port}"
+        folder = self.folder / "devices" / name
+        accept = ("--accept", self.hash()) if "--accept" not in argv else ()
+        given = ("--data", str(data), "--folder", str(folder), *accept, *argv)
+        return self.start(log or name, "join", where, *given, **how)
+
+    def hash(self) -> str:
+        """The recipe's hash, as the server says it."""
+        text = (self.folder / "server.log").read_text("utf-8")
+        found = re.search(r"recipe\s+([0-9a-f]{64})", text)
+        assert found is not None, text
+        return found.group(1)
+
+    def adapter(self, name: str) -> Path:
+        """The folder of a client's exported adapter."""
+        return self.folder / "devices" / name / "adapter"
+
+    def reap(self) -> None:
+        """Nothing that was started is left."""
+        for program in self.programs:
+            if not program.over():
+                program.kill()
+
+
+def _port(program: Program, before: int) -> int:
+    found = re.findall(r"listening on [\w.]+:(\d+)", program.text())
+    return int(found[-1]) if found else 0
+
+
+def until(
+    true: Callable[[], Any], what: str, patience: float, said: Callable[[], str] = lambda: ""
+) -> Any:
+    """Waits for something to become true and returns it."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        if found := true():
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"waited {patience} s for {what}:\n{said()}")

@@ -1,0 +1,23 @@
+"""A nursery per test process, and a cluster per test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from network.cluster import Cluster, Nursery
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    made = Nursery()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def cluster(nursery: Nursery, tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(nursery, tmp_path)
+    yield made
+    made.reap()

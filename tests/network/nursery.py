@@ -1,0 +1,96 @@
+"""Starts processes of the program quickly: everything is imported once, then each is a fork.
+
+Run as ``python nursery.py``; reads one JSON request per line and answers with one. A child is the
+program itself, in a session of its own, with its own log; no gRPC object exists before the fork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def child(request: dict[str, Any]) -> int:
+    """The program with these arguments; its exit code."""
+    os.setsid()
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(request["cwd"])
+    os.environ.update(request["env"])
+    if request.get("address_space"):
+        import resource
+
+        limit = request["address_space"]
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    sys.argv = ["flexp", *request["argv"]]
+    from flexp.cli import main
+
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def serve() -> None:
+    """Answers requests until its standard input ends; then nothing that it started is left."""
+    import flexp.cli
+    import flexp.joining.join
+    import flexp.live
+    import flexp.serving.serve
+    import flexp.terminal  # noqa: F401
+
+    ended: dict[int, int] = {}
+    alive: set[int] = set()
+
+    def reap(options: int, pid: int = -1) -> None:
+        while alive:
+            found, status = os.waitpid(pid, options)
+            if not found:
+                return
+            alive.discard(found)
+            ended[found] = os.waitstatus_to_exitcode(status)
+            if pid != -1:
+                return
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: dict[str, Any] = {}
+        if "argv" in request:
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    code = child(request)
+                finally:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code)
+            alive.add(pid)
+            answer["pid"] = pid
+        else:
+            reap(os.WNOHANG)
+            answer["code"] = ended.get(request["pid"])
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    for pid in list(alive):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    reap(0)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+    serve()
