@@ -18,8 +18,8 @@ from flexp.strategies.base import ClientId
 
 TICK = 0.2  # seconds between two looks at who has gone
 REPLACED = (
-    'Another process has joined as "{name}", and the newest counts: this one stops. Let one process '
-    "use an identity."
+    'Another process has joined as "{name}", and the newest counts: this one stops. Let one '
+    "process use an identity."
 )
 
 
