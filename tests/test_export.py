@@ -43,7 +43,7 @@ def test_a_split_trained_adapter_opens_with_plain_peft(
     recipe = recipe_file.read(recipe_of(rounds=2, adapter__kind=kind), [])
     ready = stage.prepare(recipe, assets.Cache(tmp_path / "no-assets"))
     result = run.run(ready, Stream())
-    written = run.save_adapters(ready, result, tmp_path / "adapters")
+    written = run.save_adapters(result, tmp_path / "adapters")
     batch = ready.federation.task.collate(ready.federation.shards["anna"].test, [0, 1, 2])
     offer = ready.strategy.offer(result.state, "anna", result.turn)
     work = Assignment("anna", ready.seats["anna"], offer)

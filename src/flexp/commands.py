@@ -19,7 +19,7 @@ import yaml
 from flexp import assets, checkpoint, export, planning, report, voices
 from flexp import run as running
 from flexp.data.federation import label_table
-from flexp.data.tasks import open_tokenizer
+from flexp.data.tokens import open_tokenizer
 from flexp.dice import Dice
 from flexp.engine.host import Host
 from flexp.errors import AssetError, ExportError, FlexpError
@@ -82,9 +82,13 @@ def carry_out(
     resume: bool,
     adapters: bool,
     orders: running.Orders | None = None,
+    after: Callable[[running.Result], None] = lambda result: None,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Runs what has been prepared, in its folder; the result is written last."""
+    """Runs what has been prepared, in its folder; the result is written last.
+
+    ``after`` is what still needs the engine when all is written.
+    """
     recipe = stage.recipe
     for client, placed in stage.placed.items():
         cut = placed.seat.cut
@@ -97,10 +101,21 @@ def carry_out(
             stream.subscribe(sink)
         try:
             result = running.run(stage, stream, out=out, resume=resume, replay=orders)
-            written = running.save_adapters(stage, result, out / "adapters") if adapters else []
+            written = running.save_adapters(result, out / "adapters") if adapters else []
+            document = document_of(stage, result, out, written)
+            write_atomic(out / "result.json", json.dumps(document, indent=1).encode())
+            after(result)
         finally:
             stage.engine.close()
-    document = {
+    return document
+
+
+def document_of(
+    stage: Stage[Host], result: running.Result, out: Path, written: Sequence[Path]
+) -> dict[str, Any]:
+    """What came of a run, as plain data."""
+    recipe = stage.recipe
+    return {
         "name": recipe.name,
         "method": stage.strategy.name,
         "kind": stage.strategy.kind,
@@ -112,8 +127,6 @@ def carry_out(
         "adapters": [str(path) for path in written],
         "rows": running.rows(result.scores, stage.strategy.name, recipe.seed),
     }
-    write_atomic(out / "result.json", json.dumps(document, indent=1).encode())
-    return document
 
 
 def _rewind(out: Path, recipe: Recipe, recorder: Recorder, say: Say) -> None:
@@ -177,10 +190,18 @@ def _labelled(
 
 def chat(folders: Sequence[Path], cache: assets.Cache, *, frame: str, tokens: int) -> Chat:
     """Opens adapters for a conversation; ``frame`` is what is put around every text."""
+    if not folders:
+        raise ExportError("Name adapter folders, or a server that stays with --via HOST:PORT.")
+    framed(frame, "")
+    spoken = voices.open_voices(folders, cache)
+    return lambda text: spoken.speak(framed(frame, text), tokens=tokens)
+
+
+def framed(frame: str, text: str) -> str:
+    """A text in its frame; ExportError if the frame has no place for it."""
     if "{text}" not in frame:
         raise ExportError('The frame has no "{text}". Give one like "Friend: {text}\\nMe:".')
-    spoken = voices.open_voices(folders, cache)
-    return lambda text: spoken.speak(frame.replace("{text}", text), tokens=tokens)
+    return frame.replace("{text}", text)
 
 
 def export_adapter(

@@ -15,7 +15,7 @@ import yaml
 
 from flexp import assets, commands, planning, recipe_file, voices
 from flexp import run as running
-from flexp.data.tasks import open_tokenizer
+from flexp.data.tokens import open_tokenizer
 from flexp.engine.base import assigned
 from flexp.engine.local import LocalEngine
 from flexp.errors import RecipeError
@@ -100,7 +100,7 @@ def play(
             stack.callback(stage.engine.close)
         with ThreadPoolExecutor(demo.side_by_side) as pool:
             results = dict(zip(recipes, pool.map(one, recipes), strict=True))
-        running.save_adapters(stages["flexp"], results["flexp"], out / "adapters")
+        running.save_adapters(results["flexp"], out / "adapters")
         folders = [out / name for name in recipes]
         rows = [row for name, r in results.items() for row in running.rows(r.scores, name, seed)]
         return {

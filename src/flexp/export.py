@@ -15,7 +15,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from flexp.client.desk import Desk
-from flexp.data.tasks import open_tokenizer
+from flexp.data.tokens import open_tokenizer
 from flexp.errors import ExportError
 from flexp.model.adapter import Kind, Prompt, peft_config
 from flexp.model.backbone import Backbone

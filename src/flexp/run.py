@@ -48,11 +48,12 @@ Orders = Mapping[int, Sequence[ClientId]]
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves behind in memory: scores, and who was served an adapter."""
+    """What a run leaves behind in memory; on its stage are all who have come by its end."""
 
     scores: tuple[Score, ...]
     state: Any
     turn: Turn
+    stage: Stage[Any]
 
 
 def run(
@@ -93,7 +94,7 @@ def run(
     if not scores:
         scores = score(stage, state, stream, recipe.rounds)
     stream.write(RunEnded(recipe.rounds, time.monotonic() - started))
-    return Result(tuple(scores), state, after(stage, recipe.rounds))
+    return Result(tuple(scores), state, after(stage, recipe.rounds), stage)
 
 
 def due(recipe: Recipe, done: int) -> bool:
@@ -219,11 +220,12 @@ def score(stage: Stage[Host], state: Any, stream: Stream, done: int) -> list[Sco
     return scores
 
 
-def save_adapters(stage: Stage[Host], result: Result, folder: Path) -> list[Path]:
+def save_adapters(result: Result, folder: Path) -> list[Path]:
     """Every client gets its personal adapter, if it is one, as a PEFT folder.
 
     Those in this process in ``folder``; others write theirs where they are.
     """
+    stage: Stage[Host] = result.stage
     recipe, written = stage.recipe, list[Path]()
 
     def write(desk: Desk, served: Served) -> None:

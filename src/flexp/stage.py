@@ -13,7 +13,7 @@ from flexp.client.desk import Training
 from flexp.data import sources
 from flexp.data.federation import Federation, federate, space_of
 from flexp.data.sources import Row
-from flexp.data.tasks import open_tokenizer, padding_of
+from flexp.data.tokens import open_tokenizer, padding_of
 from flexp.dice import Dice
 from flexp.engine.base import Own
 from flexp.engine.flow import Pace

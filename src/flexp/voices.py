@@ -12,7 +12,7 @@ import torch
 
 from flexp import assets, export
 from flexp.client.speech import VARIED
-from flexp.data.tasks import open_tokenizer
+from flexp.data.tokens import open_tokenizer
 from flexp.errors import ExportError
 from flexp.model.skeleton import AUTO
 

@@ -63,7 +63,7 @@ def test_own_rows_are_scored_with_the_prior_and_others_without(
         assert measure(served, task, mine.test)["loss"] != with_prior["loss"]
     assert scores["anna", "personal/own/after", "loss"] == with_prior["loss"]
     assert scores["anna", "personal/global/after", "loss"] == without["loss"]
-    folder = run.save_adapters(ready, result, tmp_path / "adapters")[0]
+    folder = run.save_adapters(result, tmp_path / "adapters")[0]
     ready.engine.close()
     assert card_of(folder).prior == pytest.approx(log_prior(2, mine.train).tolist())
 

@@ -18,7 +18,7 @@ from toys import at_desk, backbone, cuts, same, shard, toy_task, whole, wrap
 from flexp import export
 from flexp.client.desk import Desk, Training
 from flexp.client.speech import GREEDY, VARIED, Conversation, continue_text
-from flexp.data.tasks import open_tokenizer, padding_of
+from flexp.data.tokens import open_tokenizer, padding_of
 from flexp.dice import Dice
 from flexp.engine.base import assigned
 from flexp.engine.local import LocalEngine

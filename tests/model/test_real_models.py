@@ -16,7 +16,8 @@ from toys import cuts
 
 from flexp.data.examples import Batch
 from flexp.data.sources import Row
-from flexp.data.tasks import CausalLM, open_tokenizer, padding_of
+from flexp.data.tasks import CausalLM
+from flexp.data.tokens import open_tokenizer, padding_of
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 

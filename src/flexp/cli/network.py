@@ -98,6 +98,9 @@ def join(
         str | None, typer.Option(help="What training may use here, as 1.5GiB; else what is free.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; one in exact mode.")] = None,
+    more: Annotated[
+        int, typer.Option(min=0, help="If the run is over: turns on its own, with new rows too.")
+    ] = 0,
     patience: Annotated[
         float | None, typer.Option(min=0, help="Seconds to try to reach the server; else for ever.")
     ] = None,
@@ -132,6 +135,7 @@ def join(
         accept=accept,
         model=model,
         memory=None if max_memory is None else parse_bytes(max_memory),
+        more=more,
         patience=patience,
         keepalive=keepalive_of(keepalive),
         tune=tune,

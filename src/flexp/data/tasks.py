@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from flexp.data.columns import is_integer, label_names, label_of, text_of
 from flexp.data.examples import IGNORED, Batch, Example, Examples, Shard, Side, Split, pad
 from flexp.data.loss import Sums, chunked_loss, counted, means, wide
 from flexp.data.sources import Row
+from flexp.data.tokens import begin_of, filler_of, ids_of, only
 from flexp.errors import DataError, nearest
 
 __all__ = [
@@ -93,13 +91,13 @@ class Classification:
         """Label names, or places 0 to n-1 unless the names are numbers themselves."""
         texts = [text_of(row, self.text) for row in rows]
         labels = tuple(self._index(row) for row in rows)
-        ids = _tokens(self.tokenizer, texts, whole=True, max_length=self.max_length)
+        ids = ids_of(self.tokenizer, texts, whole=True, max_length=self.max_length)
         return Examples(ids, labels, tuple(row.origin for row in rows))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         picked = examples.pick(indices)
         labels = torch.tensor(picked.labels, dtype=torch.int64)
-        return Batch(pad(picked.ids, _filler(self.tokenizer), self.side), labels)
+        return Batch(pad(picked.ids, filler_of(self.tokenizer), self.side), labels)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return functional.cross_entropy(wide(logits), labels)
@@ -175,12 +173,12 @@ class CausalLM:
 
     def encode(self, rows: Sequence[Row]) -> Examples:
         """Prompt, text and end of text; too long an example loses the start of its prompt first."""
-        texts = _tokens(self.tokenizer, [text_of(row, self.text) for row in rows])
+        texts = ids_of(self.tokenizer, [text_of(row, self.text) for row in rows])
         column = self.prompt
         before = [text_of(row, column, empty=True) if column else "" for row in rows]
-        prompts = _tokens(self.tokenizer, before)
+        prompts = ids_of(self.tokenizer, before)
         pairs: list[tuple[Example, Example]] = []
-        begin, end = _begin(self.tokenizer), _only(self.tokenizer.eos_token_id)
+        begin, end = begin_of(self.tokenizer), only(self.tokenizer.eos_token_id)
         for row, prompt, text in zip(rows, prompts, texts, strict=True):
             ids, labels = self._joined(begin, prompt, (*text, *end))
             if all(label == IGNORED for label in labels[1:]):
@@ -195,7 +193,7 @@ class CausalLM:
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         picked = examples.pick(indices)
         labels = pad(cast("tuple[Example, ...]", picked.labels), IGNORED, self.side)["input_ids"]
-        return Batch(pad(picked.ids, _filler(self.tokenizer), self.side), labels)
+        return Batch(pad(picked.ids, filler_of(self.tokenizer), self.side), labels)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         flat, targets = shifted(logits, labels)
@@ -229,70 +227,6 @@ class CausalLM:
         before = (*begin, *prompt[max(0, len(prompt) - (room - len(kept))) :])
         labels = (*(IGNORED for _ in before), *kept)
         return (*before, *kept), labels
-
-
-def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; DataError if it has none."""
-    made = cast("Any", AutoTokenizer)
-    try:
-        return made.from_pretrained(source)
-    except (OSError, ValueError) as problem:
-        first = str(problem).strip().splitlines()[0]
-        raise DataError(f'"{source}" has no tokenizer that can be opened: {first}') from problem
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of all that decides which ids a text becomes."""
-    held = cast("Any", tokenizer)
-    inner = getattr(held, "backend_tokenizer", None)
-    whole = inner.to_str() if inner is not None else json.dumps(held.get_vocab(), sort_keys=True)
-    special = json.dumps([held.all_special_tokens, held.all_special_ids, held.padding_side])
-    return hashlib.sha256(f"{whole}\n{special}".encode()).hexdigest()
-
-
-def padding_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that batches are padded with."""
-    held = cast("Any", tokenizer)
-    return held.pad_token_id if held.pad_token_id is not None else held.eos_token_id
-
-
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    *,
-    whole: bool = False,
-    max_length: int | None = None,
-) -> tuple[Example, ...]:
-    """Token ids; a special token spelled out in a text is text and commands nothing."""
-    if not texts:
-        return ()
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=whole,
-        truncation=max_length is not None,
-        max_length=max_length,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        split_special_tokens=True,
-        verbose=False,
-    )
-    return tuple(tuple(ids) for ids in cast("list[list[int]]", encoded["input_ids"]))
-
-
-def _begin(tokenizer: PreTrainedTokenizerBase) -> Example:
-    """The token that this tokenizer puts before every text, when it does."""
-    (plain,), (full,) = _tokens(tokenizer, ["a"]), _tokens(tokenizer, ["a"], whole=True)
-    begin = _only(tokenizer.bos_token_id)
-    return begin if begin and full[: 1 + len(plain)] == (*begin, *plain) else ()
-
-
-def _only(token: Any) -> Example:
-    return (token,) if isinstance(token, int) else ()
-
-
-def _filler(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id at padding, which the attention mask hides."""
-    return (*_only(tokenizer.pad_token_id), *_only(tokenizer.eos_token_id), 0)[0]
 
 
 def _positive(max_length: int) -> None:

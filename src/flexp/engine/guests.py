@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +140,13 @@ class Guests:
             guest.call, guest.ready, guest.lost = None, False, self.clock()
             return True
 
+    def left(self, call: Call) -> None:
+        """A client goes by itself: an order that it has is not waited for."""
+        with self.lock:
+            guest = self[call.name]
+            if guest.call is call:
+                guest.call, guest.ready, guest.lost = None, False, -math.inf
+
     def _give_up(self, jobs: Sequence[Job]) -> None:
         with self.lock:
             for job in jobs:
@@ -147,4 +155,5 @@ class Guests:
                     continue
                 away = self.clock() - guest.lost
                 if away > self.patience:
-                    self.end(job, f"did not come back for {away:.0f} seconds")
+                    told = "has left" if math.isinf(away) else f"away for {away:.0f} seconds"
+                    self.end(job, told)

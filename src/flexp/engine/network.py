@@ -137,9 +137,13 @@ class NetworkEngine(Host):
                 guest = self.guests[client]
                 guest.floors = (guest.floors[1], home.turns)
 
+    def talk(self, strategy: Strategy[Any], work: Assignment, turn: Turn) -> None:
+        """A client talks through the server, until it says that it has ended."""
+        self._all("speak", strategy, [work], turn)
+
     def _all(
         self,
-        kind: Literal["look", "adapter"],
+        kind: Literal["look", "adapter", "speak"],
         strategy: Strategy[Any],
         work: Sequence[Assignment],
         turn: Turn,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -16,7 +17,7 @@ from flexp import __version__, assets
 from flexp.client.store import StoredMemory
 from flexp.data import sources
 from flexp.data.sources import Row
-from flexp.data.tasks import open_tokenizer, tokenizer_digest
+from flexp.data.tokens import open_tokenizer, tokenizer_digest
 from flexp.errors import FlexpError, LinkError, RecipeError
 from flexp.identity.credentials import Credentials
 from flexp.joining.member import Member, spaces_of
@@ -47,6 +48,7 @@ from flexp.recipe import Recipe
 from flexp.recipe_file import make
 from flexp.seating import dtype_of
 from flexp.strategies import build
+from flexp.strategies.base import Strategy
 
 Say = Callable[[str], None]
 Agree = Callable[[Terms], bool]
@@ -58,7 +60,7 @@ class Joining:
 
     ``accept`` is the hash of a recipe that is agreed to already; ``model`` a folder, asset or hub
     id to load instead of fetching blocks from the server; ``memory`` in bytes, None for what is
-    free.
+    free; ``more`` turns of its own are wanted if the run is over.
     """
 
     address: str
@@ -71,13 +73,15 @@ class Joining:
     memory: int | None = None
     keepalive: Keepalive = "lan"
     patience: float | None = None
+    more: int = 0
+    wants: Literal["train", "speak"] = "train"
     tune: Callable[[str], None] = lambda mode: None  # told the recipe's mode before anything runs
     process: str = field(default_factory=partial(secrets.token_hex, 8))
 
     def hello(self, server: str, order: int) -> Hello:
         """The first words of a stream."""
         versions = __version__, str(torch.__version__)
-        return Hello(PROTOCOL, *versions, self.name, self.process, server, order)
+        return Hello(PROTOCOL, *versions, self.name, self.process, server, order, self.wants)
 
 
 def join(asked: Joining, cache: assets.Cache, agree: Agree, say: Say) -> dict[str, Any]:
@@ -99,7 +103,8 @@ def join(asked: Joining, cache: assets.Cache, agree: Agree, say: Say) -> dict[st
     try:
         return stay.until_the_end()
     except KeyboardInterrupt:
-        link.post(Bye())
+        with suppress(FlexpError, TimeoutError):
+            link.post(Bye()).result(timeout=2)
         raise
     finally:
         link.close()
@@ -123,7 +128,7 @@ class Stay:
             try:
                 told = self.link.next()
                 if isinstance(told, Welcome):
-                    self.member = self._come_in(told)
+                    self.member = self.come_in(told)
                 elif self.member is None:
                     continue
                 elif isinstance(told, Begin):
@@ -150,7 +155,7 @@ class Stay:
             self.say(text)
             self.link.ask(Outcome(order.number, error=text))
 
-    def _come_in(self, welcome: Welcome) -> Member:
+    def come_in(self, welcome: Welcome) -> Member:
         """From the welcome to the waiting room; a server that began anew meets the same member."""
         recipe = make(json.loads(welcome.recipe), "the server's recipe")
         if recipe.hash() != welcome.hash:
@@ -160,10 +165,8 @@ class Stay:
         if member is not None and member.recipe.hash() != recipe.hash():
             member = None
         strategy = build(recipe.strategy.name, recipe.strategy.options)
-        device = self._measured(recipe, _bones(recipe, welcome, self.asked.folder))
-        proposal = cast("Proposal", self.link.ask(device))
-        terms = Terms(name, self.asked.address, recipe, strategy, welcome, proposal, device.memory)
-        self._agreed(terms)
+        if self.asked.wants == "train":
+            self._agreed(recipe, strategy, welcome)
         if member is None:
             model, theirs = self._model(recipe, welcome)
             folder = self.asked.folder
@@ -187,20 +190,24 @@ class Stay:
             )
         self.link.wire = recipe.link.of(name)
         space = spaces_of(recipe, name, self.rows)
-        self.link.ask(Ready(recipe.hash(), member.counts(), space, member.memory.held()))
+        turns, more = member.memory.held(), self.asked.more
+        self.link.ask(Ready(recipe.hash(), member.counts(), space, turns, more))
         return member
 
-    def _agreed(self, terms: Terms) -> None:
+    def _agreed(self, recipe: Recipe, strategy: Strategy[Any], welcome: Welcome) -> None:
         """Goes on only if the owner has agreed to this very recipe, now or before."""
-        note, wanted = self.asked.folder / "accepted", terms.welcome.hash
+        device = self._measured(recipe, _bones(recipe, welcome, self.asked.folder))
+        proposal = cast("Proposal", self.link.ask(device))
+        note, wanted = self.asked.folder / "accepted", welcome.hash
         agreed = {self.asked.accept} if self.asked.accept else set[str]()
         if note.is_file():
             agreed.add(note.read_text("utf-8").strip())
+        address, memory = self.asked.address, device.memory
+        terms = Terms(welcome.client, address, recipe, strategy, welcome, proposal, memory)
         if wanted not in agreed and not self.agree(terms):
             raise LinkError(
                 "Not joined. To agree to this recipe without being asked: --accept " + wanted
             )
-        self.asked.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(note, wanted.encode())
 
     def _measured(self, recipe: Recipe, bones: Skeleton) -> Measured:

@@ -14,12 +14,13 @@ from flexp import export
 from flexp.client.desk import Desk
 from flexp.client.store import StoredMemory
 from flexp.client.turn import Client, hand_in
-from flexp.data.examples import Shard
+from flexp.data.examples import Examples, Shard
 from flexp.data.federation import has_own, labels_of, make_task, own_task, places, shard_of
 from flexp.data.objectives import objective_of
 from flexp.data.shards import check
 from flexp.data.sources import Row
-from flexp.data.tasks import Loss, Task, open_tokenizer, padding_of
+from flexp.data.tasks import Loss, Task
+from flexp.data.tokens import open_tokenizer, padding_of
 from flexp.dice import Dice
 from flexp.engine.look import Cells, Look
 from flexp.engine.network import turn_name
@@ -68,6 +69,8 @@ class Member:
 
     def counts(self) -> tuple[int, int, int]:
         """How many rows there are for training, validation and test."""
+        if not self.rows:
+            return 0, 0, 0
         every, data = list(range(len(self.rows))), self.recipe.data
         train, val, test = places(self.name, self.rows, every, data, Dice(self.recipe.seed))
         return len(train), len(val), len(test)
@@ -80,25 +83,26 @@ class Member:
         asked = recipe.clients.get(self.name)
         if asked is not None and has_own(asked):
             task = own_task(asked, shared, recipe.data, task, self.rows)
-        every = list(range(len(self.rows)))
-        shard = shard_of(
-            self.name, self.rows, every, recipe.data, dice=Dice(recipe.seed), task=task
-        )
-        for finding in check({self.name: shard}, task, one_class=recipe.data.one_class):
-            self.say(f"note: {finding}")
-        if asked is not None and asked.objective is not None:
+        shard = self._encoded(task) if self.rows else Shard(Examples())
+        if asked is not None and asked.objective is not None and self.rows:
             self.objective = objective_of(asked.objective, task, shard.train, self.name)
         self.task, self.shard = task, shard
         self._open(told.seat)
 
+    def _encoded(self, task: Task) -> Shard:
+        every, recipe = list(range(len(self.rows))), self.recipe
+        dice = Dice(recipe.seed)
+        shard = shard_of(self.name, self.rows, every, recipe.data, dice=dice, task=task)
+        for finding in check({self.name: shard}, task, one_class=recipe.data.one_class):
+            self.say(f"note: {finding}")
+        return shard
+
     def obey(self, order: Order) -> None:
         """Carries an order out; what goes wrong is told to the server, and nothing of it lasts."""
         started = time.monotonic()
-        self.memory.open(order.turns, order.floor)
-        self._open(order.seat)
         outcome = Outcome(order.number)
         try:
-            desk, offer = self._sit(order)
+            desk, offer = self.sit(order)
             if order.kind == "train":
                 reply = self.strategy.train(desk, offer)
                 hand_in(desk, reply)
@@ -162,8 +166,10 @@ class Member:
         )
         self.seat = seat
 
-    def _sit(self, order: Order) -> tuple[Desk, Parcel]:
-        """The desk of an order, over the link."""
+    def sit(self, order: Order) -> tuple[Desk, Parcel]:
+        """The desk of an order, over the link, with what was kept after the turns that count."""
+        self.memory.open(order.turns, order.floor)
+        self._open(order.seat)
         recipe = self.recipe
         kind, learning = adapter_kind(recipe.adapter), training(recipe)
         client = Client(
@@ -224,6 +230,8 @@ def spaces_of(recipe: Recipe, name: str, rows: Sequence[Row]) -> tuple[str, ...]
     """The kind of task of a client and the names of its labels, as its own rows have them."""
     asked = recipe.clients.get(name)
     told = recipe.task
+    if not rows:
+        return (told.kind,)
     if asked is not None and asked.task is not None:
         told = told.model_copy(update=asked.task.model_dump(exclude_none=True))
     data = recipe.data

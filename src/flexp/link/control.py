@@ -81,6 +81,7 @@ class Ready(Part, frozen=True):
     rows: tuple[int, int, int]
     space: tuple[str, ...]
     turns: tuple[int, ...] = ()
+    more: int = 0  # turns of its own that it wants after the end
 
 
 class Begin(Part, frozen=True):

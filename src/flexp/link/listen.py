@@ -24,12 +24,13 @@ from flexp.link.wire import Wire
 class Call:
     """One stream as the server has it; ``certificate`` (PEM) is None on plain text.
 
-    ``name`` is the client's, once it is known.
+    ``name`` is the client's, once it is known; ``speaks`` if it came to talk, not to train.
     """
 
     certificate: bytes | None
     address: str
     name: str = ""
+    speaks: bool = False
     wire: Wire = "fp32"
     alive: bool = True
     _out: SimpleQueue[bytes | None] = field(default_factory=SimpleQueue[bytes | None])

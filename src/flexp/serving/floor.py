@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 from flexp import assets
 from flexp.data.examples import Examples, Shard
 from flexp.data.federation import Federation, make_task
-from flexp.data.tasks import Task, open_tokenizer, padding_of
+from flexp.data.tasks import Task
+from flexp.data.tokens import open_tokenizer, padding_of
 from flexp.dice import Dice
 from flexp.engine.network import NetworkEngine
 from flexp.errors import RecipeError, StrategyError
@@ -24,7 +25,7 @@ from flexp.plan.costs import BlockCosts, near_bytes
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
 from flexp.seating import Placed, adapter_kind, costs, dtype_of, work
-from flexp.serving.roster import Entry, Roster, planned
+from flexp.serving.roster import WAITS, Entry, Roster, planned
 from flexp.stage import Say, Stage, Survey, seats_for, training
 from flexp.strategies import build
 from flexp.strategies.base import ClientId, Strategy
@@ -145,10 +146,21 @@ def labels_of(recipe: Recipe, entries: Mapping[ClientId, Entry]) -> tuple[str, .
     return tuple(sorted(names, key=int) if numbers else sorted(names))
 
 
-def open_stage(floor: Floor, roster: Roster, *, patience: float, say: Say) -> Stage[NetworkEngine]:
-    """Loads the blocks of the server and seats everybody on the roster."""
-    recipe = roster.planned(floor.recipe)
-    found = floor.survey(recipe, roster.entries)
+def open_stage(
+    floor: Floor,
+    roster: Roster,
+    opened: Callable[[Stage[NetworkEngine]], None],
+    *,
+    patience: float,
+    say: Say,
+) -> Stage[NetworkEngine]:
+    """Loads the blocks of the server and seats everybody who is in the run.
+
+    ``opened`` hears of every later stage on which more clients sit than before.
+    """
+    entries = {c: e for c, e in roster.entries.items() if e.joins != WAITS}
+    recipe = planned(floor.recipe, entries)
+    found = floor.survey(recipe, entries)
     seated = seats_for(floor.strategy, found, recipe)
     say(f"loading {recipe.model.source}")
     backbone = Backbone.open(
@@ -173,12 +185,16 @@ def open_stage(floor: Floor, roster: Roster, *, patience: float, say: Say) -> St
         tasks=found.federation.own,
         patience=patience,
     )
-    renew = partial(_renewed, floor, roster)
+    renew = partial(_renewed, floor, roster, opened)
     return Stage(found, recipe, floor.strategy, backbone, seated, engine, renew)
 
 
 def _renewed(
-    floor: Floor, roster: Roster, stage: Stage[NetworkEngine], round: int
+    floor: Floor,
+    roster: Roster,
+    opened: Callable[[Stage[NetworkEngine]], None],
+    stage: Stage[NetworkEngine],
+    round: int,
 ) -> Stage[NetworkEngine]:
     """The stage with those who came since: they are there from this round on."""
     late = [c for c in sorted(roster.entries) if c not in stage.fleet.placed]
@@ -187,8 +203,18 @@ def _renewed(
     for client in late:
         roster.entries[client] = replace(roster.entries[client], joins=round)
     roster.write(floor.recipe)
-    fresh = {c: roster.entries[c] for c in late}
-    found = floor.survey(planned(floor.recipe, fresh), fresh)
+    stage = added(floor, stage, {c: roster.entries[c] for c in late})
+    opened(stage)
+    return stage
+
+
+def added(
+    floor: Floor, stage: Stage[NetworkEngine], fresh: Mapping[ClientId, Entry]
+) -> Stage[NetworkEngine]:
+    """The stage with more clients; those who are there sit where they sit."""
+    rounds = max(floor.recipe.rounds, *(e.joins + 1 for e in fresh.values()))
+    recipe = floor.recipe.model_copy(update={"rounds": rounds})
+    found = floor.survey(planned(recipe, fresh), fresh)
     seats = seats_for(floor.strategy, found, found.recipe)
     known = stage.survey.federation
     federation = replace(

@@ -6,13 +6,14 @@ import secrets
 import threading
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from queue import SimpleQueue
 from typing import Any, get_args
 
 import msgspec
 import torch
 
 from flexp import __version__
-from flexp.data.tasks import tokenizer_digest
+from flexp.data.tokens import tokenizer_digest
 from flexp.engine.network import NetworkEngine
 from flexp.errors import FlexpError, IdentityError, LinkError
 from flexp.identity.authority import Authority
@@ -33,6 +34,7 @@ from flexp.link.control import (
     Proposal,
     Read,
     Ready,
+    Refused,
     Welcome,
 )
 from flexp.link.frame import Body
@@ -40,12 +42,22 @@ from flexp.link.listen import Call
 from flexp.link.messages import Message
 from flexp.model.files import Manifest, manifest, read_part
 from flexp.serving.floor import Floor, labels_of
-from flexp.serving.roster import Entry, Roster
+from flexp.serving.roster import WAITS, Entry, Roster
 from flexp.stage import Say, Stage
 
 ECHO = 1_000_000
 STEP = 1 << 19  # bytes of a file in one answer
 STEPS = get_args(Message)
+
+
+@dataclass(frozen=True)
+class Late:
+    """Who came after the end, and for what: so many turns of its own, or to talk."""
+
+    name: str
+    entry: Entry | None
+    more: int = 0
+    speaks: bool = False
 
 
 @dataclass
@@ -62,8 +74,10 @@ class Reception:
     authority: Authority | None = None
     stage: Stage[NetworkEngine] | None = None
     over: End | None = None
+    late: SimpleQueue[Late] = field(default_factory=SimpleQueue[Late])  # after the end
     server: str = field(default_factory=lambda: secrets.token_hex(8))
     calls: dict[str, Call] = field(default_factory=dict[str, Call])  # who waits for the beginning
+    devices: dict[str, Entry] = field(default_factory=dict[str, Entry])  # of who has not agreed
     here: set[str] = field(default_factory=set[str])
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -89,12 +103,11 @@ class Reception:
                 self.roster.write(self.floor.recipe)
 
     def open(self, stage: Stage[NetworkEngine]) -> None:
-        """The run begins: everybody who waits is told where it sits."""
+        """A round begins with these: everybody of them who waits is told where it sits."""
         with self.changed:
             self.stage = stage
-            for name, call in sorted(self.calls.items()):
-                self._let_in(name, call)
-            self.calls.clear()
+            for name in sorted(self.calls.keys() & stage.fleet.placed.keys()):
+                self._seat(name, self.calls.pop(name))
 
     def close(self, end: End) -> None:
         """The run is over: who is here is told, and whoever comes yet."""
@@ -103,6 +116,10 @@ class Reception:
             if self.stage is not None:
                 for call in self.stage.engine.guests.present():
                     call.tell(end)
+
+    def members(self) -> set[str]:
+        """Who is in the run, or would be if it began now."""
+        return {c for c, entry in self.roster.entries.items() if entry.joins != WAITS}
 
     # ---- for the calls' threads
 
@@ -145,7 +162,9 @@ class Reception:
         if isinstance(body, Echo):
             return Data(bytes(min(body.back, ECHO)))
         if isinstance(body, Bye):
-            self.say(f"{call.name} says goodbye")
+            if self.stage is not None:
+                self.stage.engine.guests.left(call)
+            self.say(f"{call.name} has left; it may come back")
             return Noted()
         raise LinkError(f'A client does not say "{type(body).__name__}".')
 
@@ -160,7 +179,16 @@ class Reception:
                 f"The recipe's mode is exact: all need one torch. This server has "
                 f"{torch.__version__}, the client {hello.torch}."
             )
-        call.name = self._name(call, hello.name)
+        name = self._name(call, hello.name)
+        speaks = hello.wants == "speak"
+        if speaks and self.stage is None:
+            return Refused("The server is about to begin.", again=True)
+        if speaks and (self.over is None or name not in self._stage().fleet.placed):
+            raise LinkError(
+                f"{name} cannot talk through this server: "
+                + ("the run goes on." if self.over is None else "it has taken part in no run here.")
+            )
+        call.name, call.speaks = name, speaks
         call.wire = self.floor.recipe.link.of(call.name)
         resumed = False
         if self.stage is not None:
@@ -215,13 +243,7 @@ class Reception:
                 placed = self.stage.fleet.placed[call.name]
                 return Proposal(placed.seat, placed.bytes, {}, placed.reason, final=True)
             placed, parts = self.floor.propose(call.name, self.roster, entry)
-            known = self.roster.entries.get(call.name, entry)
-            kept: dict[str, Any] = {
-                "rows": known.rows,
-                "space": known.space,
-                "accepted": known.accepted,
-            }
-            self.roster.set(call.name, replace(entry, **kept))
+            self.devices[call.name] = entry
         started = self.roster.started
         return Proposal(placed.seat, placed.bytes, dict(parts), placed.reason, final=started)
 
@@ -231,42 +253,48 @@ class Reception:
                 f"The client agreed to recipe {ready.accepted[:12]}, but this run is "
                 f"{self.floor.recipe.hash()[:12]}. Look at the new one and agree again."
             )
+        if call.speaks:
+            self.late.put(Late(call.name, None, speaks=True))
+            self._seat(call.name, call)
+            return Noted()
         with self.changed:
-            entry = self.roster.entries[call.name]
+            entry = self.devices.get(call.name) or self.roster.entries[call.name]
             told: dict[str, Any] = {
                 "rows": ready.rows,
                 "space": ready.space,
                 "accepted": ready.accepted,
             }
-            self.roster.set(call.name, replace(entry, **told))
-            self.roster.write(self.floor.recipe)
+            entry = replace(entry, **told)
             again = call.name in self.here
             self.here.add(call.name)
             train = ready.rows[0]
             self.say(f"{call.name} is {'back' if again else 'here'}: {train} rows for training")
-            if self.stage is None:
+            if self.over is not None:
                 self.calls[call.name] = call
+                self.late.put(Late(call.name, entry, ready.more))
+                return Noted()
+            if self.roster.started and call.name not in self.members():
+                entry = replace(entry, joins=WAITS)
+            self.roster.set(call.name, entry)
+            self.roster.write(self.floor.recipe)
+            if self.stage is None or call.name not in self.stage.fleet.placed:
+                self.calls[call.name] = call  # until the beginning, or the next round
             else:
-                self._let_in(call.name, call)
+                self._seat(call.name, call)
             self.changed.notify_all()
         return Noted()
 
-    def _let_in(self, name: str, call: Call) -> None:
+    def _seat(self, name: str, call: Call) -> None:
         """Tells a client its seat, and what it is to do if an order waits for it."""
         stage = self._stage()
-        if name not in stage.fleet.placed:  # late: it comes in with the next round
-            self.calls[name] = call
-            return
         placed = stage.fleet.placed[name]
         labels = labels_of(self.floor.recipe, self.roster.entries)
         call.tell(Begin(placed.seat, placed.bytes, placed.reason, labels))
-        entry = self.roster.entries[name]
-        engine = stage.engine
-        if engine.guests[name].call is not call:
-            engine.guests.attach(call, "", knows_server=False)
-        engine.ready(call, entry.rows[0])
-        if self.over is not None:
-            call.tell(self.over)
+        guests = stage.engine.guests
+        if guests[name].call is not call:
+            guests.attach(call, "", knows_server=False)
+        known = self.roster.entries.get(name)
+        stage.engine.ready(call, 0 if known is None else known.rows[0])
 
     def _read(self, asked: Read) -> Body:
         size = max(0, min(asked.size, STEP))

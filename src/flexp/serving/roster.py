@@ -18,10 +18,15 @@ from flexp.errors import CheckpointError
 from flexp.parcel import write_atomic
 from flexp.recipe import Recipe
 
+WAITS = -1
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A client as it said it is; ``joins`` is the first round that it is there for."""
+    """A client as it said it is; ``joins`` is the first round that it is there for.
+
+    Who has come after the beginning waits for the next round.
+    """
 
     memory: int
     flops: float | None
@@ -81,16 +86,12 @@ class Roster:
         known = self.entries.get(name)
         self.entries[name] = entry if known is None else replace(entry, joins=known.joins)
 
-    def planned(self, recipe: Recipe) -> Recipe:
-        """The recipe with everybody's device declared, except where it says itself who sits where.
-
-        It can be run in one process, and then gives the same seats.
-        """
-        return planned(recipe, self.entries)
-
 
 def planned(recipe: Recipe, entries: Mapping[str, Entry]) -> Recipe:
-    """As ``Roster.planned``, for these clients."""
+    """The recipe with everybody's device declared, except where it says itself who sits where.
+
+    It can be run in one process, and then gives the same seats.
+    """
     plain, plan = recipe.plain(), recipe.plan
     presence = dict(plain["participation"])
     for name, entry in entries.items():

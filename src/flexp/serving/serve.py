@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +10,18 @@ from typing import Any
 
 from flexp import assets, commands
 from flexp import run as running
-from flexp.events import Sink
+from flexp.engine.network import NetworkEngine
+from flexp.events import Sink, Stream
 from flexp.identity.authority import Authority
 from flexp.identity.credentials import Credentials
-from flexp.link.control import End
 from flexp.link.grpc import Keepalive, split_address
 from flexp.link.listen import Listener
 from flexp.recipe import Recipe
+from flexp.serving.epilogue import Epilogue
 from flexp.serving.floor import floor_of, open_stage
 from flexp.serving.reception import Reception
 from flexp.serving.roster import Roster
-from flexp.stage import Say
+from flexp.stage import Say, Stage
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,19 @@ def serve(
         say(f"listening on {host}:{listener.port}, recipe {recipe.hash()}")
         asked.opened(listener.port)
         _wait(reception, roster, asked, say)
-        stage = open_stage(floor, roster, patience=asked.patience, say=say)
+        stage = open_stage(floor, roster, reception.open, patience=asked.patience, say=say)
         reception.open(stage)
-        document = commands.carry_out(stage, sinks, out=out, resume=True, adapters=True, say=say)
-        facts = {"rows": document["rows"]}
-        reception.close(End(stage.recipe.rounds, facts))
-        _part(reception, asked.stay)
-        return document
+        if done := _finished(out, stage):
+            Epilogue(reception, stage, done, say).play(asked.stay)
+            stage.engine.close()
+            return json.loads((out / "result.json").read_text("utf-8"))
+
+        def after(result: running.Result) -> None:
+            Epilogue(reception, result.stage, result, say).play(asked.stay)
+
+        return commands.carry_out(
+            stage, sinks, out=out, resume=True, adapters=True, after=after, say=say
+        )
     finally:
         listener.stop()
 
@@ -91,11 +98,11 @@ def _wait(reception: Reception, roster: Roster, asked: Serving, say: Say) -> Non
     reception.wait_for(asked.quorum, asked.names)
 
 
-def _part(reception: Reception, seconds: float) -> None:
-    """Stays until all have hung up, but no longer than that."""
-    until = time.monotonic() + seconds
-    stage = reception.stage
-    while stage is not None and time.monotonic() < until:
-        if not stage.engine.guests.present():
-            return
-        time.sleep(0.1)
+def _finished(out: Path, stage: Stage[NetworkEngine]) -> running.Result | None:
+    """The end of a run that is over already."""
+    if not (out / "result.json").is_file():
+        return None
+    state, done = running.begin(stage, Stream(), out, resume=True)
+    if done < stage.recipe.rounds:
+        return None
+    return running.Result((), state, running.after(stage, stage.recipe.rounds), stage)

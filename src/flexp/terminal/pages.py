@@ -78,12 +78,14 @@ def show_export(document: Row, console: Console) -> None:
 
 def show_predictions(document: Row, console: Console) -> None:
     """One line per text; what a language model says, under it."""
-    console.print(document["adapter"], highlight=False, markup=False)
+    whose = document.get("adapter") or f"{document['client']}, through {document['server']}"
+    console.print(whose, highlight=False, markup=False)
     found: list[Row] = document["predictions"]
     for each in found:
         if "label" not in each:
             console.print(each["text"], highlight=False, markup=False)
-            show_voices({"base": each["base"], "adapter": each["adapter"]}, console)
+            said = {k: each[k] for k in ("base", "adapter") if k in each}
+            show_voices(said, console)
     lines = [
         [p["text"], p["label"], f"{100 * max(p['probabilities'].values()):.1f} %"]
         for p in found
