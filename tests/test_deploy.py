@@ -25,9 +25,6 @@ UNIT = DEPLOY / "flexp-server.service"
 COMPOSE = DEPLOY / "compose.yaml"
 DOCKERFILES = sorted(DEPLOY.glob("Dockerfile.*"))
 
-# Commands that these files call and the program has not yet. This set only shrinks.
-PENDING = {"join", "serve"}
-
 
 def composed() -> dict[str, dict[str, Any]]:
     return yaml.safe_load(COMPOSE.read_text("utf-8"))["services"]
@@ -63,15 +60,9 @@ def test_commands_exist_with_these_options(path: Path) -> None:
     called = list(command_lines(path))
     assert called
     for name, *words in called:
-        assert name in group.commands or name in PENDING, name
-        if name not in PENDING:
-            known = {o for p in group.commands[name].params for o in p.opts} | {"--help"}
-            assert {w for w in words if w.startswith("-")} <= known, words
-
-
-def test_what_exists_is_no_longer_pending() -> None:
-    group: Any = get_command(cli.app)
-    assert not PENDING & set(group.commands)
+        assert name in group.commands, name
+        known = {o for p in group.commands[name].params for o in p.opts} | {"--help"}
+        assert {w for w in words if w.startswith("-")} <= known, words
 
 
 # ---- systemd

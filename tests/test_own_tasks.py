@@ -14,7 +14,7 @@ from test_fleet import adapter, bits
 from test_resume import outcome, run
 from torch.nn import functional
 
-from flexp import assets, commands, events, planning, recipe_file
+from flexp import answers, assets, commands, events, planning, recipe_file
 from flexp.data.examples import Examples
 from flexp.data.objectives import CrossEntropy, Focal, objective_of
 from flexp.data.tasks import IGNORED
@@ -71,7 +71,7 @@ def test_a_client_with_labels_of_its_own(recipe_of: Recipe, moods: Path, method:
     assert ("ben", "personal/global/after", "accuracy") not in found
     own = [found[c, "personal/own/after", "accuracy"] for c in ("anna", "ben", "carl dee")]
     assert found["all", "personal/own/after", "accuracy"] == sum(own) / 3
-    said = commands.predict(folder / "adapters" / "ben", ["great film"], assets.Cache(moods))
+    said = answers.predict(folder / "adapters" / "ben", ["great film"], assets.Cache(moods))
     assert set(said["predictions"][0]["probabilities"]) == set(MOODS)
 
 
@@ -184,7 +184,7 @@ def test_one_trunk_serves_a_classifier_and_a_language_model(
     assert ("all", "personal/own/after", "loss") not in found
     card = json.loads((folder / "adapters" / "ben" / "flexp.json").read_text())
     assert card["task"] == "causal-lm"
-    assert commands.predict(folder / "adapters" / "ben", ["great"], assets.Cache(mine))[
+    assert answers.predict(folder / "adapters" / "ben", ["great"], assets.Cache(mine))[
         "predictions"
     ]
     commands.write_report([folder], folder / "report.html")

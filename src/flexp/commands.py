@@ -5,27 +5,22 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
 
-from flexp import assets, checkpoint, export, planning, report, voices
+from flexp import assets, checkpoint, planning, report
 from flexp import run as running
 from flexp.data.federation import label_table
-from flexp.data.tokens import open_tokenizer
-from flexp.dice import Dice
 from flexp.engine.host import Host
-from flexp.errors import AssetError, ExportError, FlexpError
+from flexp.errors import AssetError, FlexpError
 from flexp.events import Checkpointed, Interleaved, Recorder, Sink, Stream, read
-from flexp.model.skeleton import AUTO
-from flexp.model.weights import fill
 from flexp.parcel import write_atomic
 from flexp.plan.devices import format_bytes, measure
 from flexp.recipe import Recipe
@@ -33,8 +28,6 @@ from flexp.seating import has_bfloat16
 from flexp.stage import Say, Stage, prepare, survey
 from flexp.strategies import about, methods, options_of
 from flexp.terminal import shown
-
-Chat = Callable[[str], dict[str, str]]
 
 
 def run(
@@ -139,91 +132,6 @@ def _rewind(out: Path, recipe: Recipe, recorder: Recorder, say: Say) -> None:
     say(f"resuming after round {done} of {recipe.rounds}")
     if not recorder.rewind(done - 1):
         recorder(Checkpointed(done - 1, path.relative_to(out).as_posix()))
-
-
-def predict(folder: Path, texts: Sequence[str], cache: assets.Cache) -> dict[str, Any]:
-    """What an exported adapter says to texts, beside the pretrained model; by PEFT alone.
-
-    A classifier's head is not pretrained, so there the adapter answers alone.
-    """
-    card = export.card_of(folder)
-    if card.task == "classification":
-        return {"adapter": str(folder), "predictions": _labelled(folder, card, texts, cache)}
-    spoken = voices.open_voices([folder], cache)
-    said = [spoken.speak(text) for text in texts]
-    return {
-        "adapter": str(folder),
-        "predictions": [
-            {"text": text, "base": each[voices.BASE], "adapter": each[spoken.names[0]]}
-            for text, each in zip(texts, said, strict=True)
-        ],
-    }
-
-
-def _labelled(
-    folder: Path, card: export.Card, texts: Sequence[str], cache: assets.Cache
-) -> list[dict[str, Any]]:
-    source = assets.resolve(card.base, cache, revision=card.revision)
-    tokenizer = open_tokenizer(source)
-    model, info = AUTO["classification"].from_pretrained(
-        source, num_labels=len(card.labels), use_safetensors=True, output_loading_info=True
-    )
-    fill(model, set(info["missing_keys"]), Dice(0))
-    worn = export.open_with_peft(model, folder)
-    batch: Any = cast("Any", tokenizer)(
-        list(texts), padding=True, truncation=True, max_length=card.max_length, return_tensors="pt"
-    )
-    with torch.no_grad():
-        logits: torch.Tensor = worn(**batch).logits
-        if card.prior is not None:
-            logits = logits + torch.tensor(card.prior)
-        chances = torch.softmax(logits.float(), dim=-1)
-    return [
-        {
-            "text": text,
-            "label": card.labels[int(row.argmax())],
-            "probabilities": dict(zip(card.labels, map(float, row), strict=True)),
-        }
-        for text, row in zip(texts, chances, strict=True)
-    ]
-
-
-def chat(folders: Sequence[Path], cache: assets.Cache, *, frame: str, tokens: int) -> Chat:
-    """Opens adapters for a conversation; ``frame`` is what is put around every text."""
-    if not folders:
-        raise ExportError("Name adapter folders, or a server that stays with --via HOST:PORT.")
-    framed(frame, "")
-    spoken = voices.open_voices(folders, cache)
-    return lambda text: spoken.speak(framed(frame, text), tokens=tokens)
-
-
-def framed(frame: str, text: str) -> str:
-    """A text in its frame; ExportError if the frame has no place for it."""
-    if "{text}" not in frame:
-        raise ExportError('The frame has no "{text}". Give one like "Friend: {text}\\nMe:".')
-    return frame.replace("{text}", text)
-
-
-def export_adapter(
-    adapter: Path, out: Path, cache: assets.Cache, *, merged: bool = False
-) -> dict[str, Any]:
-    """Copies a client's adapter as a PEFT folder, or writes the model with the adapter merged."""
-    card = export.card_of(adapter)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out} is there already. Choose another folder.")
-    if merged:
-        source = assets.resolve(card.base, cache, revision=card.revision)
-        export.merge(adapter, source, out, labels=len(card.labels) or None)
-    else:
-        shutil.copytree(adapter, out, dirs_exist_ok=True)
-    files = sorted(path for path in out.iterdir() if path.is_file())
-    return {
-        "adapter": str(adapter),
-        "base": card.base,
-        "merged": merged,
-        "out": str(out),
-        "files": {path.name: path.stat().st_size for path in files},
-    }
 
 
 def write_report(folders: Sequence[Path], out: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ program itself, in a session of its own, with its own log; no gRPC object exists
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -46,11 +47,8 @@ def child(request: dict[str, Any]) -> int:
 
 def serve() -> None:
     """Answers requests until its standard input ends; then nothing that it started is left."""
-    import flexp.cli
-    import flexp.joining.join
-    import flexp.live
-    import flexp.serving.serve
-    import flexp.terminal  # noqa: F401
+    for name in ("cli", "live", "terminal", "joining.talk", "serving.serve"):
+        importlib.import_module(f"flexp.{name}")
 
     ended: dict[int, int] = {}
     alive: set[int] = set()

@@ -12,7 +12,7 @@ from network.cluster import Cluster, Program
 from network.test_faults import ended
 from network.test_runs import CLIENTS, CUTS, alone, same
 
-from flexp import assets, commands
+from flexp import answers, assets
 
 Recipe = Callable[..., Path]
 
@@ -108,7 +108,7 @@ def test_a_personal_model_talks_through_the_server(
     recipe = recipe_of(out=str(tmp_path / "served"), **changes)
     server = cluster.serve(recipe, "--clients", ",".join(CLIENTS), "--stay", "60")
     ended(*[join(cluster, c, mine) for c in CLIENTS])
-    whole = commands.predict(cluster.adapter("ben"), ["lovely day film"], assets.Cache(tmp_path))
+    whole = answers.predict(cluster.adapter("ben"), ["lovely day film"], assets.Cache(tmp_path))
     at, folder = f"127.0.0.1:{cluster.port}", str(tmp_path / "devices" / "ben")
     for number in (1, 2):
         via = ("chat", "--via", at, "--folder", folder, "--name", "ben", "--json")
@@ -133,7 +133,7 @@ def test_a_label_comes_through_the_server(
     server = cluster.serve(recipe, "--clients", ",".join(CLIENTS), "--stay", "30")
     ended(*[join(cluster, c, mine) for c in CLIENTS])
     text = "film lovely day"
-    whole = commands.predict(cluster.adapter("anna"), [text], assets.Cache(tmp_path))
+    whole = answers.predict(cluster.adapter("anna"), [text], assets.Cache(tmp_path))
     at, folder = f"127.0.0.1:{cluster.port}", str(tmp_path / "devices" / "anna")
     via = ("predict", "--via", at, "--folder", folder, "--name", "anna", "--json", text)
     said = cluster.start("predict", *via)

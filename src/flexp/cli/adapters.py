@@ -40,10 +40,10 @@ def predict(
     With --via on a device that cannot hold the model: its own blocks here, the rest at the server.
     """
     console = begin(as_json)
-    from flexp import commands, terminal
+    from flexp import answers, terminal
 
     if via is None:
-        document = commands.predict(Path(words[0]), words[1:], cache())
+        document = answers.predict(Path(words[0]), words[1:], cache())
     else:
         document = through(via, folder, identity, name, words, console=console)
     if as_json:
@@ -76,19 +76,19 @@ def chat(
     crosses the link, both ways.
     """
     console = begin(as_json)
-    from flexp import commands, terminal
+    from flexp import answers, terminal
 
     frame = frame.replace("\\n", "\n")
     texts = iter(lambda: sys.stdin.readline().strip(), "") if prompt is None else iter([prompt])
     if via is not None:
-        framed = (commands.framed(frame, text) for text in texts)
+        framed = (answers.framed(frame, text) for text in texts)
         document = through(
             via, folder, identity, name, framed, console=console, tokens=tokens, live=not as_json
         )
         if as_json:
             emit(document)
         return
-    answer = commands.chat(adapters or [], cache(), frame=frame, tokens=tokens)
+    answer = answers.chat(adapters or [], cache(), frame=frame, tokens=tokens)
     said: list[dict[str, str]] = []
     for text in texts:
         said.append(answer(text))
@@ -143,9 +143,9 @@ def export(
 ) -> None:
     """Writes a client's adapter as a PEFT folder, or merged into the model's weights."""
     console = begin(as_json)
-    from flexp import commands, terminal
+    from flexp import answers, terminal
 
-    document = commands.export_adapter(adapter, out, cache(), merged=merged)
+    document = answers.export_adapter(adapter, out, cache(), merged=merged)
     if as_json:
         emit(document)
     else:

@@ -10,16 +10,11 @@ from queue import SimpleQueue
 from typing import Any, get_args
 
 import msgspec
-import torch
 
-from flexp import __version__
 from flexp.data.tokens import tokenizer_digest
 from flexp.engine.network import NetworkEngine
-from flexp.errors import FlexpError, IdentityError, LinkError
-from flexp.identity.authority import Authority
-from flexp.identity.peer import who
+from flexp.errors import FlexpError, LinkError
 from flexp.link.control import (
-    PROTOCOL,
     Begin,
     Bye,
     Data,
@@ -42,6 +37,7 @@ from flexp.link.listen import Call
 from flexp.link.messages import Message
 from flexp.model.files import Manifest, manifest, read_part
 from flexp.serving.floor import Floor, labels_of
+from flexp.serving.gate import Gate
 from flexp.serving.roster import WAITS, Entry, Roster
 from flexp.stage import Say, Stage
 
@@ -62,16 +58,12 @@ class Late:
 
 @dataclass
 class Reception:
-    """Answers every call of one run; before the quorum is there it only enters names.
-
-    ``authority`` knows who was revoked, and lets devices enrol; without it certificates of the
-    right authority are believed until they expire.
-    """
+    """Answers every call of one run; before the quorum is there it only enters names."""
 
     floor: Floor
     roster: Roster
     say: Say
-    authority: Authority | None = None
+    gate: Gate
     stage: Stage[NetworkEngine] | None = None
     over: End | None = None
     late: SimpleQueue[Late] = field(default_factory=SimpleQueue[Late])  # after the end
@@ -128,7 +120,7 @@ class Reception:
         if isinstance(body, Hello):
             return self._hello(call, body)
         if isinstance(body, Enroll):
-            return self._enroll(call, body)
+            return self.gate.enroll(call, body)
         if not call.name:
             raise LinkError("Say hello first.")
         if isinstance(body, STEPS):
@@ -169,17 +161,8 @@ class Reception:
         raise LinkError(f'A client does not say "{type(body).__name__}".')
 
     def _hello(self, call: Call, hello: Hello) -> Body:
-        if hello.protocol != PROTOCOL:
-            raise LinkError(
-                f"This server speaks protocol {PROTOCOL} (flexp {__version__}), the client "
-                f"{hello.protocol} (flexp {hello.program}). Install the same version on both."
-            )
-        if self.floor.recipe.mode == "exact" and _minor(hello.torch) != _minor(torch.__version__):
-            raise LinkError(
-                f"The recipe's mode is exact: all need one torch. This server has "
-                f"{torch.__version__}, the client {hello.torch}."
-            )
-        name = self._name(call, hello.name)
+        self.gate.check(hello)
+        name = self.gate.name(call, hello.name)
         speaks = hello.wants == "speak"
         if speaks and self.stage is None:
             return Refused("The server is about to begin.", again=True)
@@ -209,32 +192,6 @@ class Reception:
             tokenizer_digest(self.floor.tokenizer),
             (self.floor.source / "config.json").read_text("utf-8"),
         )
-
-    def _name(self, call: Call, claimed: str) -> str:
-        """A client's name: what its certificate says, never what it says itself."""
-        if call.certificate is None:
-            name = claimed
-        else:
-            check = who if self.authority is None else self.authority.check
-            peer = check(call.certificate)
-            if peer.role != "client":
-                raise IdentityError(
-                    f"A {peer.role}'s certificate does not let a client in. Enrol the device with "
-                    "`flexp enroll`, and join with the folder that it makes."
-                )
-            name = peer.name
-        if not 0 < len(name) <= 128 or not name.isprintable():
-            raise LinkError("A client's name has 1 to 128 printable characters. Give --name.")
-        return name
-
-    def _enroll(self, call: Call, asked: Enroll) -> Body:
-        if self.authority is None or call.certificate is None:
-            raise IdentityError(
-                "Nobody can enrol at this server: it was started without --ca FOLDER."
-            )
-        made = self.authority.admit(asked.csr, call.certificate)
-        self.say(f"{who(made).name} has enrolled")
-        return Data(made)
 
     def _propose(self, call: Call, device: Measured) -> Body:
         entry = msgspec.convert(msgspec.structs.asdict(device), Entry)
@@ -312,8 +269,3 @@ class Reception:
 
     def _engine(self) -> NetworkEngine:
         return self._stage().engine
-
-
-def _minor(version: str) -> str:
-    """Major and minor of a version, without the build."""
-    return ".".join(version.split("+", maxsplit=1)[0].split(".")[:2])

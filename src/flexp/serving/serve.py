@@ -19,6 +19,7 @@ from flexp.link.listen import Listener
 from flexp.recipe import Recipe
 from flexp.serving.epilogue import Epilogue
 from flexp.serving.floor import floor_of, open_stage
+from flexp.serving.gate import Gate
 from flexp.serving.reception import Reception
 from flexp.serving.roster import Roster
 from flexp.stage import Say, Stage
@@ -58,7 +59,8 @@ def serve(
     roster.read(recipe)
     running.fresh(out, resume=bool(roster.entries))
     authority = None if asked.authority is None else Authority.open(asked.authority)
-    reception = Reception(floor, roster, say, authority)
+    gate = Gate(recipe.mode == "exact", say, authority)
+    reception = Reception(floor, roster, say, gate)
     reception.manifest  # noqa: B018 every tensor is read now, not while a client waits
     listener = Listener(
         reception,
