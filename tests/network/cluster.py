@@ -141,7 +141,7 @@ class Cluster:
     def hash(self) -> str:
         """The recipe's hash, as the server says it."""
         text = (self.folder / "server.log").read_text("utf-8")
-        found = re.search(r"recipe\s+([0-9a-f]{64})", text)
+        found = re.search(r"recipe ([0-9a-f]{64})", text)
         assert found is not None, text
         return found.group(1)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from network.cluster import Cluster
+from network.proxy import ConnectProxy
 from safetensors.torch import load_file
 
 from flexp import assets, commands, recipe_file
@@ -67,3 +68,52 @@ def test_real_processes_end_with_the_adapters_of_one(
     recipe = recipe_of(out=str(tmp_path / "served"), **plain)
     play(cluster, recipe, mine)
     same(cluster, alone(recipe, tmp_path / "alone"))
+
+
+def test_the_recipe_that_a_run_leaves_gives_the_same_in_one_process(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """Cuts come from what the devices say of themselves, and the recipe says what they said."""
+    recipe = recipe_of(out=str(tmp_path / "served"), plan__cut=None, adapter__dropout=0.1)
+    server = cluster.serve(recipe, "--clients", ",".join(CLIENTS))
+    limits = ("1GB", "200kB", "2GB")
+    joined = [
+        cluster.join(c, mine / f"{c}.jsonl", "--name", c, "--max-memory", limit)
+        for c, limit in zip(CLIENTS, limits, strict=True)
+    ]
+    assert joined[1].wait() == 2
+    assert "200000" in joined[1].text() or "200 kB" in joined[1].text()
+    joined[1] = cluster.join(CLIENTS[1], mine / "ben.jsonl", "--name", "ben", log="ben again")
+    for program in (joined[0], joined[2], joined[1], server):
+        assert program.wait() == 0, program.text()
+    same(cluster, alone(tmp_path / "served" / "mine" / "recipe.yaml", tmp_path / "alone"))
+
+
+def test_without_a_barrier_the_recorded_order_gives_the_same_in_one_process(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """Every batch moves the one trunk as it comes; what came when is in the run's events."""
+    strategy = {"name": "flexp", "server": "sequential"}
+    recipe = recipe_of(
+        out=str(tmp_path / "served"), plan__cut=None, plan__cuts=CUTS, strategy=strategy
+    )
+    play(cluster, recipe, mine)
+    found = recipe_file.read(recipe, [f"out={tmp_path / 'alone'}"])
+    cache = assets.Cache(recipe.parent / "no-assets")
+    commands.run(found, cache, [], replay=tmp_path / "served" / "mine")
+    same(cluster, tmp_path / "alone" / "mine" / "adapters")
+
+
+def test_a_client_behind_an_http_proxy_gets_through(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """The environment names the proxy, and only the proxy knows where the server is."""
+    recipe = recipe_of(out=str(tmp_path / "served"))
+    server = cluster.serve(recipe, "--quorum", "1")
+    with ConnectProxy({"localhost:7143": ("127.0.0.1", cluster.port)}) as proxy:
+        env = {"http_proxy": f"http://127.0.0.1:{proxy.port}", "no_proxy": ""}
+        anna = ("anna", mine / "anna.jsonl", "--name", "anna")
+        program = cluster.join(*anna, at="localhost:7143", env=env)
+        assert program.wait() == 0, program.text()
+        assert proxy.tunnels
+    assert server.wait() == 0, server.text()

@@ -110,6 +110,9 @@ def through(
     live: bool = False,
 ) -> dict[str, Any]:
     """Texts answered by a personal model that runs through a server."""
+    from flexp.client.heap import give_back
+
+    give_back()
     import torch
 
     from flexp.identity import credentials

@@ -267,10 +267,10 @@ class NetworkEngine(Host):
         if isinstance(message, Leave) and job.order.kind == "train":
             self.tenants.commit(call.name)
             guest.left = message.key
-            self.guests.end(job)
-            if job.taken is not None:
-                # What comes next for this client is decided before anybody's next message.
-                self.trunk.park(job.taken)
+            if job.taken is None:
+                self.guests.end(job)
+            else:  # what comes next for this client is decided before anybody's next message
+                self.trunk.park(job.taken, partial(self.guests.end, job))
         return answer
 
     def outcome(self, call: Call, outcome: Outcome) -> Body:

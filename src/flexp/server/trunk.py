@@ -80,9 +80,10 @@ class Trunk:
                 return work()
         return self.thread.submit(work).result()
 
-    def park(self, until: threading.Event) -> None:
-        """On the compute thread: waits, and lets others do what belongs between two messages."""
+    def park(self, until: threading.Event, tell: Callable[[], None]) -> None:
+        """On the compute thread: tells, and waits; others do what belongs between two messages."""
         self.parked = True
+        tell()
         until.wait()
         with self.aside:
             self.parked = False

@@ -22,6 +22,7 @@ from flexp.model.backbone import Backbone
 from flexp.model.skeleton import Skeleton, skeleton
 from flexp.own_tasks import classes_of, own_costs
 from flexp.plan.costs import BlockCosts, near_bytes
+from flexp.planning import measured
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
 from flexp.seating import Placed, adapter_kind, costs, dtype_of, work
@@ -78,6 +79,11 @@ class Floor:
             sized,
         )
 
+    def measured(self) -> dict[str, Any]:
+        """This machine's speed in a block and its free memory, as a recipe declares a server."""
+        here = measured(self.recipe, self.bones)
+        return {"gflops": (here.flops or 0.0) / 1e9, "memory": here.memory}
+
     def propose(
         self, name: ClientId, roster: Roster, entry: Entry
     ) -> tuple[Placed, Mapping[str, int]]:
@@ -85,7 +91,8 @@ class Floor:
         entries = {**roster.entries, name: entry}
         if roster.started:  # the others sit where they sit
             entries = {name: entry}
-        found = self.survey(planned(self.recipe, entries), entries, draft=True)
+        recipe = planned(self.recipe, entries, roster.server)
+        found = self.survey(recipe, entries, draft=True)
         placed = found.placed[name]
         seat, sized = placed.seat, found.own_costs.get(name, self.costs)
         parts = near_bytes(
@@ -159,7 +166,7 @@ def open_stage(
     ``opened`` hears of every later stage on which more clients sit than before.
     """
     entries = {c: e for c, e in roster.entries.items() if e.joins != WAITS}
-    recipe = planned(floor.recipe, entries)
+    recipe = planned(floor.recipe, entries, roster.server)
     found = floor.survey(recipe, entries)
     seated = seats_for(floor.strategy, found, recipe)
     say(f"loading {recipe.model.source}")
@@ -214,7 +221,9 @@ def added(
     """The stage with more clients; those who are there sit where they sit."""
     rounds = max(floor.recipe.rounds, *(e.joins + 1 for e in fresh.values()))
     recipe = floor.recipe.model_copy(update={"rounds": rounds})
-    found = floor.survey(planned(recipe, fresh), fresh)
+    told = stage.recipe.plan.server
+    server = None if told is None else told.model_dump(mode="json")
+    found = floor.survey(planned(recipe, fresh, server), fresh)
     seats = seats_for(floor.strategy, found, found.recipe)
     known = stage.survey.federation
     federation = replace(

@@ -55,6 +55,7 @@ class Roster:
 
     def __init__(self, path: Path) -> None:
         self.path, self.entries = path, dict[str, Entry]()
+        self.server: dict[str, Any] | None = None  # this machine, as a recipe declares it
         self.started = False  # whether the quorum was there and the run has begun
 
     def read(self, recipe: Recipe) -> None:
@@ -70,14 +71,15 @@ class Roster:
                 )
             for name, row in plain["clients"].items():
                 self.entries[name] = msgspec.convert(row, Entry)
-            self.started = plain["started"]
+            self.started, self.server = plain["started"], plain["server"]
         except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError) as problem:
             raise CheckpointError(f"{self.path} cannot be read: {problem}") from problem
 
     def write(self, recipe: Recipe) -> None:
         """Puts all entries on disk."""
         clients = {name: asdict(entry) for name, entry in sorted(self.entries.items())}
-        plain = {"recipe": recipe.hash(), "started": self.started, "clients": clients}
+        plain = {"recipe": recipe.hash(), "started": self.started, "server": self.server}
+        plain["clients"] = clients
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path, json.dumps(plain, indent=1).encode())
 
@@ -87,8 +89,12 @@ class Roster:
         self.entries[name] = entry if known is None else replace(entry, joins=known.joins)
 
 
-def planned(recipe: Recipe, entries: Mapping[str, Entry]) -> Recipe:
+def planned(
+    recipe: Recipe, entries: Mapping[str, Entry], server: Mapping[str, Any] | None = None
+) -> Recipe:
     """The recipe with everybody's device declared, except where it says itself who sits where.
+
+    So is the server, unless the recipe does it.
 
     It can be run in one process, and then gives the same seats.
     """
@@ -100,7 +106,7 @@ def planned(recipe: Recipe, entries: Mapping[str, Entry]) -> Recipe:
     told, link = {**plain["plan"]}, {**plain["link"]}
     link["wires"] = {c: v for c, v in link["wires"].items() if c in entries}
     presence = {c: v for c, v in presence.items() if c in entries}
-    told["assign"] = dict(told["assign"])
+    told["assign"], told["server"] = dict(told["assign"]), told["server"] or server
     for client in sorted(entries.keys() - plan.assign.keys()):
         device = entries[client].device(f"{client}'s device")
         told["devices"] = [*told["devices"], device]

@@ -57,6 +57,8 @@ def serve(
     floor = floor_of(recipe, cache, say)
     roster = Roster(out / "roster.json")
     roster.read(recipe)
+    if roster.server is None:
+        roster.server = floor.measured()
     running.fresh(out, resume=bool(roster.entries))
     authority = None if asked.authority is None else Authority.open(asked.authority)
     gate = Gate(recipe.mode == "exact", say, authority)
@@ -71,7 +73,8 @@ def serve(
     )
     try:
         host = split_address(asked.listen)[0]
-        say(f"listening on {host}:{listener.port}, recipe {recipe.hash()}")
+        say(f"listening on {host}:{listener.port}")
+        say(f"recipe {recipe.hash()}")
         asked.opened(listener.port)
         _wait(reception, roster, asked, say)
         stage = open_stage(floor, roster, reception.open, patience=asked.patience, say=say)

@@ -29,10 +29,13 @@ def show_terms(document: Mapping[str, Any], console: Console) -> None:
         note = "may change until all have come, but never needs more than this memory"
         lines.append(["", note])
     lines.append(["recipe", document["hash"]])
-    console.print(grid("What would run on this device", ["", ""], lines))
+    console.print("What would run on this device", style="italic")
+    for name, value in lines:
+        console.print(f"  {name:<10} {value}", highlight=False, markup=False)
     rows = [[row["what"], row["part"], row["when"], row["why"]] for row in document["leaves"]]
     console.print(grid("What leaves this device", ["what", "part", "when", "why"], rows))
-    console.print("Rows, token ids and labels stay here.", highlight=False)
+    kept = "Rows and token ids" if document["labels"] == "loss" else "Rows, token ids and labels"
+    console.print(f"{kept} stay here.", highlight=False)
 
 
 def show_joined(document: Row, console: Console) -> None:
