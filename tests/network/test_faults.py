@@ -103,7 +103,7 @@ def test_connections_that_break_again_and_again(
 def test_who_stays_away_is_not_waited_for(
     cluster: Cluster, long: Path, mine: Path, tmp_path: Path
 ) -> None:
-    server = cluster.serve(long, "--clients", ",".join(CLIENTS), "--patience", "1")
+    server = cluster.serve(long, "--clients", ",".join(CLIENTS), "--patience", "1", "--stay", "0")
     joined = [join(cluster, c, mine) for c in CLIENTS]
     joined[2].wait_for("round 1 of 3")
     joined[2].kill()

@@ -38,8 +38,13 @@ def serve(
         float, typer.Option(min=0, help="Seconds that a client may be away within a turn.")
     ] = 60.0,
     stay: Annotated[
-        float, typer.Option(min=0, help="Seconds to be there after the end, for who comes late.")
-    ] = 10.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Seconds to be there after the end, for chats and newcomers; else "
+            "until all have their adapters.",
+        ),
+    ] = None,
     keepalive: Profile = "lan",
     as_json: Json = False,
 ) -> None:
@@ -98,6 +103,7 @@ def join(
         str | None, typer.Option(help="What training may use here, as 1.5GiB; else what is free.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; one in exact mode.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     more: Annotated[
         int, typer.Option(min=0, help="If the run is over: turns on its own, with new rows too.")
     ] = 0,
@@ -135,6 +141,7 @@ def join(
         accept=accept,
         model=model,
         memory=None if max_memory is None else parse_bytes(max_memory),
+        device=device,
         more=more,
         patience=patience,
         keepalive=keepalive_of(keepalive),

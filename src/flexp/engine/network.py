@@ -56,6 +56,7 @@ class NetworkEngine(Host):
         super().__init__(backbone, task, kind=kind, training=training, dice=dice)
         self.tasks, self.name, self.clock, self.pause = tasks, run, clock, pause
         self.guests = Guests(patience, clock)
+        self.handed: set[ClientId] = set()
         self.orders: list[ClientId] | None = None  # whose messages were heard, without a barrier
 
     # ---- the round loop's side
@@ -126,8 +127,9 @@ class NetworkEngine(Host):
         turn: Turn,
         write: Callable[[Desk, Served], None],
     ) -> None:
-        """Every client writes its whole adapter on its own disk."""
-        self._all("adapter", strategy, work, turn)
+        """Every client writes its whole adapter on its own disk; ``handed`` are those who did."""
+        jobs = self._all("adapter", strategy, work, turn)
+        self.handed |= {job.work.client for job in jobs if not job.error}
 
     def saved(self) -> None:
         """A checkpoint is on disk: clients need what they had at the one before it, no older."""

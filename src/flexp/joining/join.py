@@ -40,7 +40,7 @@ from flexp.link.control import (
 )
 from flexp.link.dial import GrpcLink, TurnLost
 from flexp.link.grpc import Keepalive
-from flexp.model.files import Manifest
+from flexp.model.files import Manifest, check_config
 from flexp.model.skeleton import Skeleton, bare, read_config
 from flexp.parcel import file_name, write_atomic
 from flexp.plan.devices import measure, measure_flops, measure_link
@@ -73,6 +73,7 @@ class Joining:
     memory: int | None = None
     keepalive: Keepalive = "lan"
     patience: float | None = None
+    device: str = "cpu"
     more: int = 0
     wants: Literal["train", "speak"] = "train"
     tune: Callable[[str], None] = lambda mode: None  # told the recipe's mode before anything runs
@@ -170,7 +171,8 @@ class Stay:
         if member is None:
             model, theirs = self._model(recipe, welcome)
             folder = self.asked.folder
-            memory = StoredMemory(folder / "memory" / file_name(recipe.name))
+            run = f"{file_name(recipe.name)}-{recipe.hash()[:12]}"
+            memory = StoredMemory(folder / "memory" / run)
             member = Member(
                 name,
                 recipe,
@@ -181,6 +183,7 @@ class Stay:
                 theirs=theirs,
                 memory=memory,
                 folder=folder,
+                device=self.asked.device,
                 say=self.say,
             )
         if tokenizer_digest(open_tokenizer(member.model)) != welcome.tokenizer:
@@ -265,6 +268,7 @@ def _bones(recipe: Recipe, welcome: Welcome, folder: Path) -> Skeleton:
     """The model's skeleton, from the config that came with the welcome."""
     place = folder / "model"
     place.mkdir(parents=True, exist_ok=True)
+    check_config(welcome.config)
     if not (place / "config.json").is_file():
         write_atomic(place / "config.json", welcome.config.encode())
     config = read_config(place, recipe.task.kind, 2, None)

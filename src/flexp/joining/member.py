@@ -57,6 +57,7 @@ class Member:
     theirs: Manifest | None  # the server's tensors, if the model comes from there
     memory: StoredMemory
     folder: Path
+    device: str
     say: Say
     ledger: Ledger = field(default_factory=Ledger)
     task: Task | None = None
@@ -157,7 +158,7 @@ class Member:
             classes=classes_of(self._task()),
             seed=recipe.seed,
             dtype=dtype_of(recipe),
-            device=recipe.model.device,
+            device=self.device,
             blocks_at=recipe.model.blocks_at,
             name=recipe.model.source,
             pad=padding_of(open_tokenizer(self.model)),

@@ -17,6 +17,7 @@ from flexp.link.dial import GrpcLink
 from flexp.model.files import (
     Manifest,
     Piece,
+    check_config,
     file_of,
     head_of,
     manifest,
@@ -72,6 +73,8 @@ def fetch_small(link: GrpcLink, theirs: Manifest, folder: Path) -> None:
         data = b"".join(_read(link, name, 0, size))
         if _sha256(data) != sha:
             raise LinkError(f'"{name}" has not the digest that the server announced. Try again.')
+        if name == "config.json":
+            check_config(data.decode())
         write_atomic(path, data)
 
 

@@ -117,6 +117,21 @@ def weights(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated"))
 
 
+def check_config(text: str) -> None:
+    """ModelError for a config, sent by another machine, that asks for code or inner settings."""
+    try:
+        plain: Any = strict_json(text)
+    except ParcelError as problem:
+        raise ModelError(f"The server's config.json is damaged: {problem}") from problem
+    held = cast("dict[str, Any]", plain) if isinstance(plain, dict) else {"": None}
+    odd = [k for k in held if k == "auto_map" or (k.startswith("_") and k != "_name_or_path")]
+    if odd or "" in held:
+        raise ModelError(
+            f"The server's config.json sets {', '.join(odd) or 'nothing'}: a model that brings "
+            "code or inner settings is not taken from another machine. Load it with --model."
+        )
+
+
 def wanted(names: Iterable[str], absent: Iterable[str]) -> list[str]:
     """Those of a model's tensors that are not in the modules at these paths.
 

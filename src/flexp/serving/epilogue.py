@@ -23,6 +23,7 @@ from flexp.stage import Say, Stage
 from flexp.strategies.base import Turn
 
 TICK = 0.2
+LONGEST = 60.0
 
 
 @dataclass
@@ -34,23 +35,30 @@ class Epilogue:
     result: Result
     say: Say
 
-    def play(self, stay: float) -> None:
-        """Serves who comes, until nobody was here for so many seconds."""
+    def play(self, stay: float | None) -> None:
+        """Serves who comes, until nobody was here for so many seconds.
+
+        None: until everybody has its adapter, and no longer than a minute for who is away.
+        """
         self.reception.close(End(self.stage.recipe.rounds))
         busy: list[threading.Thread] = []
         quiet = time.monotonic()
-        while time.monotonic() - quiet < stay or busy:
+        while busy or time.monotonic() - quiet < self._patience(stay):
             busy = [thread for thread in busy if thread.is_alive()]
             try:
                 late = self.reception.late.get(timeout=TICK)
+                busy.append(threading.Thread(target=self._serve, args=(late,), daemon=True))
+                busy[-1].start()
             except Empty:
                 if not busy and not self.stage.engine.guests.present():
                     continue
-                quiet = time.monotonic()
-                continue
             quiet = time.monotonic()
-            busy.append(threading.Thread(target=self._serve, args=(late,), daemon=True))
-            busy[-1].start()
+
+    def _patience(self, stay: float | None) -> float:
+        if stay is not None:
+            return stay
+        members = set(self.stage.fleet.known(self.stage.recipe.rounds))
+        return 0.0 if members <= self.stage.engine.handed else LONGEST
 
     def _serve(self, late: Late) -> None:
         try:

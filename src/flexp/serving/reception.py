@@ -180,6 +180,7 @@ class Reception:
             if resumed:
                 self.stage.engine.guests.go_on(call, hello.order)
         if resumed:
+            self.say(f"{name} is connected again")
             return Welcome(self.server, resumed=True)
         recipe = self.floor.recipe
         return Welcome(

@@ -30,7 +30,8 @@ class Serving:
     """Where to listen, as whom, and for whom to wait.
 
     ``names``: exactly these clients begin; else as many as ``quorum``. Who is away for longer than
-    ``patience`` seconds has failed its turn. ``stay``: how long to be there after the end.
+    ``patience`` seconds has failed its turn. ``stay``: how long to be there after the end (None:
+    until all have their adapters).
     """
 
     listen: str
@@ -41,7 +42,7 @@ class Serving:
     patience: float = 60.0
     keepalive: Keepalive = "lan"
     clients: int = 64
-    stay: float = 10.0
+    stay: float | None = None
     opened: Callable[[int], None] = lambda port: None
 
 
