@@ -18,8 +18,8 @@ from flexp.strategies.base import ClientId
 
 TICK = 0.2  # seconds between two looks at who has gone
 REPLACED = (
-    'Another process has joined as "{name}", and the newest counts: this one stops. Let one process '
-    "use an identity."
+    'Another process has joined as "{name}", and the newest counts: this one stops. Let one '
+    "process use an identity."
 )
 
 
@@ -111,8 +111,7 @@ class Guests:
             resumed = knows_server and guest.process == process
             guest.process, guest.ready = process, resumed
         if old is not None and old is not call:
-            old.tell(Refused(REPLACED.format(name=call.name)))
-            old.close()
+            replaced(old)
         return resumed
 
     def go_on(self, call: Call, order: int) -> None:
@@ -148,3 +147,9 @@ class Guests:
                 away = self.clock() - guest.lost
                 if away > self.patience:
                     self.end(job, f"did not come back for {away:.0f} seconds")
+
+
+def replaced(call: Call) -> None:
+    """Ends the call of a process that another one with its name has taken the place of."""
+    call.tell(Refused(REPLACED.format(name=call.name)))
+    call.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from flexp.parcel import file_name, write_atomic
 from flexp.plan.devices import measure, measure_flops, measure_link
 from flexp.recipe import Recipe
 from flexp.recipe_file import make
-from flexp.seating import dtype_of
+from flexp.seating import dtype_of, frame_limit
 from flexp.strategies import build
 
 Say = Callable[[str], None]
@@ -100,6 +101,10 @@ def join(asked: Joining, cache: assets.Cache, agree: Agree, say: Say) -> dict[st
         return stay.until_the_end()
     except KeyboardInterrupt:
         link.post(Bye())
+        raise
+    except FlexpError as problem:
+        with suppress(FlexpError):  # the server may be what has gone
+            link.post(Bye(why=type(problem).__name__))
         raise
     finally:
         link.close()
@@ -160,10 +165,12 @@ class Stay:
         if member is not None and member.recipe.hash() != recipe.hash():
             member = None
         strategy = build(recipe.strategy.name, recipe.strategy.options)
-        device = self._measured(recipe, _bones(recipe, welcome, self.asked.folder))
+        bones = _bones(recipe, welcome, self.asked.folder)
+        device = self._measured(recipe, bones)
         proposal = cast("Proposal", self.link.ask(device))
         terms = Terms(name, self.asked.address, recipe, strategy, welcome, proposal, device.memory)
         self._agreed(terms)
+        self.link.limit = frame_limit(recipe, bones, len(strategy.specs()))
         if member is None:
             model, theirs = self._model(recipe, welcome)
             folder = self.asked.folder

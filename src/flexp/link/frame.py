@@ -30,6 +30,7 @@ ALIGN = 64
 MAX_HEADER = 1 << 20
 MAX_FRAME = 1 << 30  # bytes of a whole frame, unless the link knows better
 CHUNK = 1 << 20
+MORE_PIECES = 1024  # than there are mebibytes, and a frame's pieces are too many
 _CODES = {**CODES, torch.int8: "I8"}  # int8 crosses only as a part of something else
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
 _MAX_NUMEL = 1 << 40
@@ -115,6 +116,7 @@ class Joiner:
 
     def __init__(self, limit: int = MAX_FRAME) -> None:
         self.limit, self.wanted, self.held = limit, -1, bytearray()
+        self.pieces = 0
 
     def add(self, piece: bytes) -> bytearray | None:
         """The frame that is whole with this piece, if one is."""
@@ -123,7 +125,7 @@ class Joiner:
             if len(piece) < 8:
                 raise LinkError("A frame begins with its length in 8 bytes; these are fewer.")
             self.wanted, self.held = int.from_bytes(view[:8], "little"), bytearray()
-            view = view[8:]
+            self.pieces, view = 0, view[8:]
             if self.wanted > self.limit:
                 raise LinkError(
                     f"A message of {self.wanted} bytes is longer than the {self.limit} that this "
@@ -132,6 +134,11 @@ class Joiner:
         if not len(view) or len(self.held) + len(view) > self.wanted:
             raise LinkError("A frame's pieces do not add up to its length.")
         self.held += view
+        self.pieces += 1
+        if self.pieces > MORE_PIECES + self.wanted // CHUNK:
+            raise LinkError(
+                f"A message of {self.wanted} bytes came in more than {self.pieces - 1} pieces."
+            )
         if len(self.held) < self.wanted:
             return None
         self.wanted = -1

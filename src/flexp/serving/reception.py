@@ -13,6 +13,7 @@ import torch
 
 from flexp import __version__
 from flexp.data.tasks import tokenizer_digest
+from flexp.engine.guests import replaced
 from flexp.engine.network import NetworkEngine
 from flexp.errors import FlexpError, IdentityError, LinkError
 from flexp.identity.authority import Authority
@@ -65,6 +66,7 @@ class Reception:
     server: str = field(default_factory=lambda: secrets.token_hex(8))
     calls: dict[str, Call] = field(default_factory=dict[str, Call])  # who waits for the beginning
     here: set[str] = field(default_factory=set[str])
+    measured: dict[str, Entry] = field(default_factory=dict[str, Entry])  # by who has not agreed
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     @cached_property
@@ -115,13 +117,23 @@ class Reception:
         if not call.name:
             raise LinkError("Say hello first.")
         if isinstance(body, STEPS):
-            return self._engine().message(call, body, digest)  # pyright: ignore[reportArgumentType]
+            answer = self._engine().message(call, body, digest)  # pyright: ignore[reportArgumentType]
+            if isinstance(answer, Problem):
+                self.refused(call, answer.text)
+            return answer
         if isinstance(body, Outcome):
             return self._engine().outcome(call, body)
         try:
             return self._ask(call, body)
         except FlexpError as problem:
+            self.refused(call, str(problem))
             return Problem(type(problem).__name__, str(problem))
+
+    def refused(self, call: Call, text: str) -> None:
+        """Something that a client said was refused: whoever runs the server reads why."""
+        who_asked = f"{call.name} ({call.address})" if call.name else call.address
+        shown = "".join(c if c.isprintable() else "?" for c in f"{who_asked}: {text}")
+        self.say(f"refused {shown:.1000}")
 
     def gone(self, call: Call) -> None:
         """A call has ended."""
@@ -145,7 +157,7 @@ class Reception:
         if isinstance(body, Echo):
             return Data(bytes(min(body.back, ECHO)))
         if isinstance(body, Bye):
-            self.say(f"{call.name} says goodbye")
+            self.say(f"{call.name} says goodbye" + (f": {body.why:.80}" if body.why else ""))
             return Noted()
         raise LinkError(f'A client does not say "{type(body).__name__}".')
 
@@ -164,7 +176,9 @@ class Reception:
         call.wire = self.floor.recipe.link.of(call.name)
         resumed = False
         if self.stage is not None:
-            known = hello.server == self.server
+            known, guest = hello.server == self.server, self.stage.engine.guests[call.name]
+            if guest.call is not None and guest.process != hello.process:
+                self.say(f"{call.name}: another process takes its place")
             resumed = self.stage.engine.guests.attach(call, hello.process, knows_server=known)
             if resumed:
                 self.stage.engine.guests.go_on(call, hello.order)
@@ -221,7 +235,8 @@ class Reception:
                 "space": known.space,
                 "accepted": known.accepted,
             }
-            self.roster.set(call.name, replace(entry, **kept))
+            # Not on the roster yet: nobody takes part who has not agreed.
+            self.measured[call.name] = replace(entry, **kept)
         started = self.roster.started
         return Proposal(placed.seat, placed.bytes, dict(parts), placed.reason, final=started)
 
@@ -232,7 +247,9 @@ class Reception:
                 f"{self.floor.recipe.hash()[:12]}. Look at the new one and agree again."
             )
         with self.changed:
-            entry = self.roster.entries[call.name]
+            entry = self.measured.get(call.name) or self.roster.entries.get(call.name)
+            if entry is None:
+                raise LinkError("Say first what the device has.")
             told: dict[str, Any] = {
                 "rows": ready.rows,
                 "space": ready.space,
@@ -245,7 +262,11 @@ class Reception:
             train = ready.rows[0]
             self.say(f"{call.name} is {'back' if again else 'here'}: {train} rows for training")
             if self.stage is None:
+                old = self.calls.get(call.name)
                 self.calls[call.name] = call
+                if old is not None and old is not call:
+                    self.say(f"{call.name}: another process takes its place")
+                    replaced(old)
             else:
                 self._let_in(call.name, call)
             self.changed.notify_all()
