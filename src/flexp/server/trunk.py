@@ -152,6 +152,13 @@ class Trunk:
                 f'Client "{home.client}" came with seat {message.seat}, but it was given '
                 f"{home.seat}. Both sides must run the same recipe."
             )
+        for slot, asked in message.optims.items():
+            given = home.specs[slot].optim if slot in home.specs else None
+            if slot not in home.specs or given not in (None, asked):
+                raise LinkError(
+                    f'Client "{home.client}" would train slot "{slot:.80}" with {asked}, but the '
+                    f"recipe has {given}. Both sides must run the same recipe."
+                )
         self.tenants.optims(home.client, message.optims)
         self.pending[home.client] = {}
         self.talks.drop(home.client)
@@ -234,10 +241,17 @@ class Trunk:
             raise LinkError(f"A hidden state is [rows, length, {width}]; this one is {shape}.")
         if seat.labels == "keep" and m.until != "hidden":
             raise LinkError(f'A seat with labels "keep" cannot ask for {m.until}.')
+        if m.hidden.dtype != self.backbone.dtype or not m.hidden.numel():
+            raise LinkError(
+                f"A hidden state has numbers of type {self.backbone.dtype}; this one has "
+                f"{m.hidden.numel()} of {m.hidden.dtype}."
+            )
         rows, length = m.hidden.shape[:2]
         for name, shape in m.shapes.items():
             size = (rows, length) if name != "pixel_values" else (rows,)
-            if tuple(shape[: len(size)]) != size:
+            # Blanks are made of that shape: what is much larger than the message is an attack.
+            most = 16 * m.hidden.numel()
+            if tuple(shape[: len(size)]) != size or min(shape) < 0 or math.prod(shape) > most:
                 raise LinkError(f'"{name}" of shape {list(shape)} does not fit [{rows}, {length}].')
         if m.mask is not None and m.mask.shape != (rows, length):
             raise LinkError(f"A mask of {list(m.mask.shape)} does not fit [{rows}, {length}].")
@@ -250,8 +264,8 @@ class Trunk:
             )
         if isinstance(m.wear, PerRow) and len(m.wear.row) != rows:
             raise LinkError(f"{len(m.wear.row)} rows wear something, but {rows} came.")
-        if m.until == "loss" and m.labels is None:
-            raise LinkError("A far loss needs labels, but the message carries none.")
+        if m.until == "loss" and (m.labels is None or m.labels.shape[:1] != (rows,)):
+            raise LinkError(f"A far loss needs labels for {rows} rows; the message has others.")
         if not bool(torch.isfinite(m.hidden).all()):
             raise LinkError("A hidden state with NaN or infinity was refused.")
 
