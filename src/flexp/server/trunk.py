@@ -112,11 +112,13 @@ class Trunk:
     def _answer(self, client: str, message: Message) -> Answer:
         home = self.tenants[client]
         before = dict(home.slots.values), dict(home.slots.grads), dict(self.tenants.shared.values)
+        counts = self.tenants.steps, home.stepped, home.seen
         try:
             return self._carried_out(home, message)
         except BaseException:
             # A message counts wholly or not at all: it may come again.
             home.slots.values, home.slots.grads, self.tenants.shared.values = before
+            self.tenants.steps, home.stepped, home.seen = counts
             raise
 
     def _carried_out(self, home: Tenancy, message: Message) -> Answer:
@@ -281,10 +283,10 @@ class Trunk:
         pending = self.pending.get(home.client, {}).get(m.key.call)
         if pending is None or pending.step != m.key.step:
             raise StepError(f"There is no forward that waits for the backward of {m.key}.")
-        if m.grad.shape != pending.out.shape:
+        if (m.grad.shape, m.grad.dtype) != (pending.out.shape, pending.out.dtype):
             raise LinkError(
-                f"The gradient has shape {list(m.grad.shape)}, the result "
-                f"{list(pending.out.shape)}."
+                f"The gradient has shape {list(m.grad.shape)} and {m.grad.dtype}, the result "
+                f"{list(pending.out.shape)} and {pending.out.dtype}."
             )
         del self.pending[home.client][m.key.call]
         self._count(home, m.key.step, int(pending.hidden.shape[0]))
