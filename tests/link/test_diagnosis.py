@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import pytest
 
 from flexp import identity
@@ -223,3 +224,36 @@ def test_another_reason_of_a_certificate_is_said_as_it_is(authority: Authority) 
     problem.verify_code, problem.verify_message = 7, "certificate signature failure"
     found = diagnosis._of_server("127.0.0.1:1", problem, client(authority))  # pyright: ignore[reportPrivateUsage]
     assert "was refused: certificate signature failure" in found
+
+
+def test_who_was_let_in_once_dials_on_until_its_own_time_is_over(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server comes back on its port with another identity, which is none of the link's."""
+    notes: list[str] = []
+    mine, shown = client(authority), authority.issue_server(["127.0.0.1"])
+    with listening(shown) as address:
+        link = GrpcLink(address, hello, mine, notice=notes.append)
+        assert isinstance(link.next(timeout=20), Welcome)
+    assert link.next(timeout=1.0) is None
+    assert notes
+    late = datetime.now(UTC) + timedelta(days=31)
+    monkeypatch.setattr(diagnosis, "utc_now", lambda: late)
+    with pytest.raises(IdentityError, match='client "anna" expired'):
+        link.next(timeout=20)
+    link.close()
+
+
+def test_plain_text_to_another_machine_opens_no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*given: object, **more: object) -> None:
+        raise AssertionError("a socket")
+
+    for name in ("insecure_channel", "secure_channel", "server"):
+        monkeypatch.setattr(grpc, name, opened)
+    for address in ("192.0.2.1:7143", "0.0.0.0:7143", "flexp.example.org:7143", "[::]:7143"):
+        with pytest.raises(LinkError, match="plain text is for this machine only"):
+            GrpcLink(address, hello)
+        with pytest.raises(LinkError, match="plain text is for this machine only"):
+            ask_once(address, None, Echo(b""), 1)
+        with pytest.raises(LinkError, match="plain text is for this machine only"):
+            Listener(Open(), address, None)

@@ -126,7 +126,7 @@ def objects(kind: Any) -> st.SearchStrategy[Any]:
     names = [f.name for f in fields(kind)] if is_dataclass(kind) else kind.__struct_fields__
     loose = {"facts"} & set(names)
     filled = {n: facts if n in loose else st.deferred(lambda n=n: values(hints[n])) for n in names}
-    return st.builds(kind, **filled)
+    return st.builds(cast("Callable[..., Any]", kind), **filled)
 
 
 bodies: st.SearchStrategy[Body] = st.one_of([objects(kind) for kind in KINDS])

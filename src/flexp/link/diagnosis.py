@@ -27,11 +27,7 @@ _FOREIGN, _PURPOSE, _HOST = {2, 18, 19, 20, 21}, {24, 26}, {62, 64}
 def hopeless(address: str, credentials: Credentials | None) -> FlexpError | None:
     """What no further attempt can mend about a server that did not let us in, if that is so."""
     if credentials is not None:
-        try:
-            peer = credentials.check(utc_now())
-        except IdentityError as problem:  # it may have expired since it was loaded
-            return problem
-        return _over_tls(address, credentials, peer)
+        return outdated(credentials) or _over_tls(address, credentials)
     if _shaken(address, _trusting()) is None:
         return None
     return LinkError(
@@ -40,8 +36,17 @@ def hopeless(address: str, credentials: Credentials | None) -> FlexpError | None
     )
 
 
-def _over_tls(address: str, credentials: Credentials, peer: Peer) -> FlexpError | None:
-    context = _context(credentials)
+def outdated(credentials: Credentials) -> FlexpError | None:
+    """What is wrong with these by now: a certificate may expire after it was loaded."""
+    try:
+        credentials.check(utc_now())
+    except IdentityError as problem:
+        return problem
+    return None
+
+
+def _over_tls(address: str, credentials: Credentials) -> FlexpError | None:
+    context, peer = _context(credentials), who(credentials.certificate)
     try:
         first = _shaken(address, context)
         if first != b"":

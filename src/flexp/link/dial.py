@@ -22,7 +22,7 @@ from flexp.errors import FlexpError, LinkError
 from flexp.identity.credentials import Credentials
 from flexp.link import frame
 from flexp.link.control import End, Hello, Order, Problem, Refused, Welcome
-from flexp.link.diagnosis import hopeless
+from flexp.link.diagnosis import hopeless, outdated
 from flexp.link.frame import Body, Joiner
 from flexp.link.grpc import METHOD, Keepalive, check_plain, client_credentials, client_options
 from flexp.link.messages import Answer, Message
@@ -157,8 +157,7 @@ class GrpcLink:
                     welcomed = self._hear(frame.decode(data), out) or welcomed
         except grpc.RpcError as problem:
             self._why = _reason(problem)
-            # Later ones are lost on the way; what is wrong with this one may be so for ever.
-            if not self._server and (found := hopeless(self.address, self.credentials)):
+            if found := self._hopeless():
                 raise found from problem
         finally:
             out.put(None)
@@ -166,6 +165,12 @@ class GrpcLink:
                 self._out = None
             channel.close()
         return welcomed
+
+    def _hopeless(self) -> FlexpError | None:
+        """Why to give up: who was let in once has only lost its way, unless its time is over."""
+        if not self._server:
+            return hopeless(self.address, self.credentials)
+        return None if self.credentials is None else outdated(self.credentials)
 
     def _hear(self, heard: frame.Frame, out: SimpleQueue[bytes | None]) -> bool:
         """Takes in a frame; whether it was the welcome."""

@@ -35,10 +35,11 @@ from flexp.model.personal import Objective
 from flexp.model.worn import Worn
 from flexp.parcel import JSON, Parcel
 from flexp.selection import select
+from flexp.server.checks import check
 from flexp.server.steps import StepTable
 from flexp.server.talks import Talks
 from flexp.server.tenants import Tenancy, Tenants
-from flexp.tensors import PerRow, terms
+from flexp.tensors import terms
 
 T = TypeVar("T")
 MAX_PENDING = 16  # forwards of one client that wait for their backward
@@ -200,7 +201,7 @@ class Trunk:
     # ---- compute
 
     def _forward(self, home: Tenancy, m: Forward) -> Answer:
-        self._check(home.seat, m)
+        check(self.backbone, home.seat, m)
         self.tenants.do(home.client, m.ops)
         home.seen = self.tenants.steps
         self.tenants.wear_shared(home)
@@ -235,41 +236,6 @@ class Trunk:
         last = depth - seat.cut.back if m.until == "hidden" else None
         out = self.backbone.run(blanks, worn, first=seat.cut.front, last=last, feed=hidden)
         return out if m.labels is None or m.until != "loss" else self.task.loss(out, m.labels)
-
-    def _check(self, seat: Seat, m: Forward) -> None:
-        width = self.backbone.width
-        if m.hidden.dim() != 3 or m.hidden.shape[-1] != width:
-            shape = list(m.hidden.shape)
-            raise LinkError(f"A hidden state is [rows, length, {width}]; this one is {shape}.")
-        if seat.labels == "keep" and m.until != "hidden":
-            raise LinkError(f'A seat with labels "keep" cannot ask for {m.until}.')
-        if m.hidden.dtype != self.backbone.dtype or not m.hidden.numel():
-            raise LinkError(
-                f"A hidden state has numbers of type {self.backbone.dtype}; this one has "
-                f"{m.hidden.numel()} of {m.hidden.dtype}."
-            )
-        rows, length = m.hidden.shape[:2]
-        for name, shape in m.shapes.items():
-            size = (rows, length) if name != "pixel_values" else (rows,)
-            # Blanks are made of that shape: what is much larger than the message is an attack.
-            most = 16 * m.hidden.numel()
-            if tuple(shape[: len(size)]) != size or min(shape) < 0 or math.prod(shape) > most:
-                raise LinkError(f'"{name}" of shape {list(shape)} does not fit [{rows}, {length}].')
-        if m.mask is not None and m.mask.shape != (rows, length):
-            raise LinkError(f"A mask of {list(m.mask.shape)} does not fit [{rows}, {length}].")
-        wanted = sum(isinstance(t.coef, float) and math.isnan(t.coef) for t in terms(m.wear))
-        fit = [tuple(c.shape) == (self.backbone.depth + 2,) for c in m.coefs]
-        if len(m.coefs) != wanted or not all(fit):
-            raise LinkError(
-                f"The wear has {wanted} learned coefficients, of {self.backbone.depth + 2} numbers "
-                f"each; the message carries {[list(c.shape) for c in m.coefs]}."
-            )
-        if isinstance(m.wear, PerRow) and len(m.wear.row) != rows:
-            raise LinkError(f"{len(m.wear.row)} rows wear something, but {rows} came.")
-        if m.until == "loss" and (m.labels is None or m.labels.shape[:1] != (rows,)):
-            raise LinkError(f"A far loss needs labels for {rows} rows; the message has others.")
-        if not bool(torch.isfinite(m.hidden).all()):
-            raise LinkError("A hidden state with NaN or infinity was refused.")
 
     def _keep(self, client: str, call: int, pending: Pending) -> None:
         held = self.pending.setdefault(client, {})

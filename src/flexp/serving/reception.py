@@ -40,6 +40,7 @@ from flexp.link.frame import Body
 from flexp.link.listen import Call
 from flexp.link.messages import Message
 from flexp.model.files import Manifest, manifest, read_part
+from flexp.serving.admission import name_of
 from flexp.serving.floor import Floor, labels_of
 from flexp.serving.roster import Entry, Roster
 from flexp.stage import Say, Stage
@@ -172,7 +173,7 @@ class Reception:
                 f"The recipe's mode is exact: all need one torch. This server has "
                 f"{torch.__version__}, the client {hello.torch}."
             )
-        call.name = self._name(call, hello.name)
+        call.name = name_of(call, hello.name, self.authority)
         call.wire = self.floor.recipe.link.of(call.name)
         resumed = False
         if self.stage is not None:
@@ -195,24 +196,6 @@ class Reception:
             tokenizer_digest(self.floor.tokenizer),
             (self.floor.source / "config.json").read_text("utf-8"),
         )
-
-    def _name(self, call: Call, claimed: str) -> str:
-        """A client's name: what its certificate says, never what it says itself."""
-        if call.certificate is None:
-            name = claimed
-        else:
-            check = who if self.authority is None else self.authority.check
-            peer = check(call.certificate)
-            if peer.role != "client":
-                whose = "start-up kit" if peer.role == "enroll" else peer.role
-                raise IdentityError(
-                    f"A {whose}'s certificate does not let a client in. Enrol the device with "
-                    "`flexp enroll`, and join with the folder that it makes."
-                )
-            name = peer.name
-        if not 0 < len(name) <= 128 or not name.isprintable():
-            raise LinkError("A client's name has 1 to 128 printable characters. Give --name.")
-        return name
 
     def _enroll(self, call: Call, asked: Enroll) -> Body:
         if self.authority is None or call.certificate is None:
