@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 
+from flexp.data.tasks import CausalLM, Classification
 from flexp.dice import Dice
 from flexp.engine.flow import Pace
 from flexp.errors import CutError, ModelError, PlanError
@@ -23,6 +24,7 @@ from flexp.plan import (
     aims_of,
     default_goal,
     devices_of,
+    frame_bytes,
     limits_of,
     measure_costs,
     measure_work,
@@ -95,7 +97,24 @@ def dtype_name(recipe: Recipe) -> str:
 
 
 def costs(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockCosts:
-    """Bytes of the model's parts, from its skeleton alone."""
+    """Bytes of the model's parts and of a step on them, from its skeleton alone."""
+    sized, shapes = _sizes(recipe, bones, kind)
+    shape = Shape(
+        recipe.train.batch, recipe.task.max_length, recipe.mode == "fast", dropout_of(kind)
+    )
+    return tried(sized, bones, recipe.task.kind, shapes, shape, dtype=dtype_of(recipe))
+
+
+def frame_limit(recipe: Recipe, bones: Skeleton, slots: int) -> int:
+    """The longest message of a run, in bytes, for a method of so many slots."""
+    sized, _ = _sizes(recipe, bones, adapter_kind(recipe.adapter))
+    scored = CausalLM if recipe.task.kind == "causal-lm" else Classification
+    return frame_bytes(sized, scored.rows_at_once, slots)
+
+
+def _sizes(
+    recipe: Recipe, bones: Skeleton, kind: Kind
+) -> tuple[BlockCosts, Mapping[str, tuple[int, ...]]]:
     head = (
         () if recipe.task.kind == "causal-lm" else head_leaves(bones.model, None, bones.blocks_path)
     )
@@ -119,9 +138,7 @@ def costs(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockCosts:
         moments=2 if train.optimizer == "adamw" else int(train.momentum > 0),
         file_itemsize=None if stored == dtype else stored.itemsize,
     )
-    sized = packed(sized, recipe, recipe.link.wire)
-    shape = Shape(train.batch, recipe.task.max_length, recipe.mode == "fast", dropout_of(kind))
-    return tried(sized, bones, recipe.task.kind, shapes, shape, dtype=dtype)
+    return packed(sized, recipe, recipe.link.wire), shapes
 
 
 def packed(sized: BlockCosts, recipe: Recipe, wire: Wire) -> BlockCosts:

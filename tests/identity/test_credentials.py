@@ -12,7 +12,7 @@ import pytest
 
 from flexp import identity
 from flexp.errors import IdentityError
-from flexp.identity import Authority, Credentials
+from flexp.identity import Authority, Credentials, Role
 
 posix = pytest.mark.skipif(os.name != "posix", reason="other systems have no such modes")
 Client = Callable[..., Credentials]
@@ -28,6 +28,24 @@ def test_what_is_stored_is_loaded(client: Client, tmp_path: Path) -> None:
         modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "anna").iterdir()}
         assert modes == {"ca.pem": 0o600, "cert.pem": 0o600, "key.pem": 0o600}
         assert (tmp_path / "anna").stat().st_mode & 0o777 == 0o700
+
+
+def test_credentials_are_for_a_role(authority: Authority, client: Client, tmp_path: Path) -> None:
+    """Else a device would show a certificate that no server takes, and hear nothing but a close."""
+    shown = {
+        "client": client(),
+        "server": authority.issue_server(["localhost"]),
+        "enroll": authority.ticket("ben").credentials(),
+    }
+    roles: tuple[Role, ...] = ("client", "server")
+    for name, made in shown.items():
+        identity.store(tmp_path / name, made)
+        for role in roles:
+            if role == name:
+                assert identity.load(tmp_path / name, role=role) == made
+                continue
+            with pytest.raises(IdentityError, match=f"a {role}'s is needed: name the folder"):
+                identity.load(tmp_path / name, role=role)
 
 
 @posix

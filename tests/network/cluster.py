@@ -15,6 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
+from flexp import assets, commands, recipe_file
+
+Recipe = Callable[..., Path]
+CLIENTS = ("anna", "ben", "carl dee")
+CUTS = {"anna": [1, 0], "ben": [2, 1], "carl dee": [3, 1]}
 NURSERY = Path(__file__).with_name("nursery.py")
 PATIENCE = 100.0  # seconds until a test that waits has failed
 
@@ -101,6 +109,7 @@ class Cluster:
     folder: Path
     programs: list[Program] = field(default_factory=list[Program])
     port: int = 0
+    ca: Path | None = None  # of a cluster over TLS
 
     def start(
         self, name: str, *argv: str, env: Mapping[str, str] = {}, address_space: int = 0
@@ -117,11 +126,48 @@ class Cluster:
         self.programs.append(Program(self.nursery, answer["pid"], log))
         return self.programs[-1]
 
+    def done(self, name: str, *argv: str) -> str:
+        """Runs a command to its end, which must be a good one; what it wrote."""
+        program = self.start(name, *argv)
+        assert program.wait() == 0, program.text()
+        return program.text()
+
+    def with_tls(self, host: str = "127.0.0.1") -> Cluster:
+        """From now on everybody shows a certificate: an authority, and an identity for a server."""
+        self.ca = self.folder / "ca"
+        self.done("ca-init", "ca", "init", str(self.ca))
+        where = ("--server", host, "--out", str(self.folder / "host"))
+        self.done("ca-issue", "ca", "issue", str(self.ca), *where)
+        return self
+
+    def kit(self, name: str) -> Path:
+        """A start-up kit, which knows where the server is."""
+        kit = self.folder / f"{name}.kit"
+        host = ("--host", f"127.0.0.1:{self.port}") if self.port else ()
+        self.done(f"kit-{name}", "ca", "kit", str(self.ca), name, "--out", str(kit), *host)
+        return kit
+
+    def enrol(self, *names: str) -> None:
+        """Every one of these makes a key and fetches its certificate, as people do."""
+        kits = {name: self.kit(name) for name in names}
+        under_way = [
+            self.start(f"enroll-{n}", "enroll", str(kit), "--out", str(self.identity(n)))
+            for n, kit in kits.items()
+        ]
+        for program in under_way:
+            assert program.wait() == 0, program.text()
+
+    def identity(self, name: str) -> Path:
+        """The folder of a client's key and certificates."""
+        return self.folder / "devices" / f"{name}'s identity"
+
     def serve(
         self, recipe: Path, *argv: str, name: str = "server", host: str = "127.0.0.1"
     ) -> Program:
         """`flexp serve` on a free port, or on the one that it had before."""
         here = f"{host}:{self.port}"
+        if self.ca is not None and "--identity" not in argv:
+            argv = ("--identity", str(self.folder / "host"), "--ca", str(self.ca), *argv)
         program = self.start(name, "serve", str(recipe), "--listen", here, *argv)
         before = program.text().count("listening on")
         found = until(lambda: _port(program, before), "the port", PATIENCE, program.text)
@@ -135,7 +181,9 @@ class Cluster:
         where = at or f"127.0.0.1:{self.port}"
         folder = self.folder / "devices" / name
         accept = ("--accept", self.hash()) if "--accept" not in argv else ()
-        given = ("--data", str(data), "--folder", str(folder), *accept, *argv)
+        who = ("--name", name) if self.ca is None else ("--identity", str(self.identity(name)))
+        who = who if not {"--name", "--identity"} & {*argv} else ()
+        given = ("--data", str(data), "--folder", str(folder), *accept, *who, *argv)
         return self.start(log or name, "join", where, *given, **how)
 
     def hash(self) -> str:
@@ -154,6 +202,23 @@ class Cluster:
         for program in self.programs:
             if not program.over():
                 program.kill()
+
+
+def alone(recipe: Path, out: Path) -> Path:
+    """The same recipe in one process; the folder of its adapters."""
+    found = recipe_file.read(recipe, [f"out={out}"])
+    commands.run(found, assets.Cache(recipe.parent / "no-assets"), [])
+    return out / found.name / "adapters"
+
+
+def same(cluster: Cluster, adapters: Path, clients: tuple[str, ...] = CLIENTS) -> None:
+    """Every client has the adapter that is in that folder, bit for bit."""
+    for client in clients:
+        one = load_file(adapters / client / "adapter_model.safetensors")
+        other = load_file(cluster.adapter(client) / "adapter_model.safetensors")
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert torch.equal(value, other[name]), (client, name)
 
 
 def _port(program: Program, before: int) -> int:

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from network.cluster import Cluster, Program
+from network.cluster import CLIENTS, CUTS, Cluster, Program, alone, same
 from network.proxy import Proxy
-from network.test_runs import CLIENTS, CUTS, alone, same
 
 Recipe = Callable[..., Path]
 

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from network.cluster import Cluster, Program
+from network.cluster import CLIENTS, CUTS, Cluster, Program, alone, same
 from network.test_faults import ended
-from network.test_runs import CLIENTS, CUTS, alone, same
 
 from flexp import answers, assets
 

@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import torch
-from network.cluster import Cluster
+from network.cluster import CLIENTS, CUTS, Cluster, Recipe, alone, same
 from network.proxy import ConnectProxy
-from safetensors.torch import load_file
 
 from flexp import assets, commands, recipe_file
-
-Recipe = Callable[..., Path]
-CLIENTS = ("anna", "ben", "carl dee")
-CUTS = {"anna": [1, 0], "ben": [2, 1], "carl dee": [3, 1]}
-
-
-def alone(recipe: Path, out: Path) -> Path:
-    """The same recipe in one process; the folder of its adapters."""
-    found = recipe_file.read(recipe, [f"out={out}"])
-    commands.run(found, assets.Cache(recipe.parent / "no-assets"), [])
-    return out / found.name / "adapters"
-
-
-def same(cluster: Cluster, adapters: Path, clients: tuple[str, ...] = CLIENTS) -> None:
-    for client in clients:
-        one = load_file(adapters / client / "adapter_model.safetensors")
-        other = load_file(cluster.adapter(client) / "adapter_model.safetensors")
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            assert torch.equal(value, other[name]), (client, name)
 
 
 def play(cluster: Cluster, recipe: Path, mine: Path, *argv: str) -> None:
     """A whole run without a fault, everybody by name on plain text."""
     server = cluster.serve(recipe, "--clients", ",".join(CLIENTS), *argv)
-    joined = [cluster.join(c, mine / f"{c}.jsonl", "--name", c) for c in CLIENTS]
+    joined = [cluster.join(c, mine / f"{c}.jsonl") for c in CLIENTS]
     for program in (*joined, server):
         assert program.wait() == 0, program.text()
 

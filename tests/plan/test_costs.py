@@ -20,7 +20,14 @@ from transformers import (
 )
 
 from flexp.errors import CutError, ModelError, PlanError
-from flexp.plan import BlockCosts, measure_costs, message_bytes, near_bytes, step_bytes
+from flexp.plan import (
+    BlockCosts,
+    frame_bytes,
+    measure_costs,
+    message_bytes,
+    near_bytes,
+    step_bytes,
+)
 from flexp.plan.trial import Held, Trial
 
 # Two rows of 5 positions, width 3, 4 bytes per number: one message is 120 bytes.
@@ -283,3 +290,16 @@ def test_a_model_without_width_is_refused() -> None:
     model.__dict__["config"] = ResNetConfig()  # one with several widths
     with pytest.raises(ModelError, match="no hidden_size"):
         measure_costs(model, "model.layers", {}, batch=1, length=1, itemsize=4)
+
+
+def test_the_longest_message_has_room_for_all_that_a_run_sends() -> None:
+    """Rows that are scored, logits of as many, and adapters of all slots with their moments."""
+    room = 16 << 20
+    assert frame_bytes(COSTS, 1, 1) >= room
+    wide = replace(COSTS, batch=4, length=128, width=4096, logits_bytes=0)
+    assert frame_bytes(wide, 64, 1) == room + 2 * 64 * 128 * 4096 * 4
+    assert frame_bytes(wide, 2, 1) == room + 2 * 4 * 128 * 4096 * 4
+    spoken = replace(wide, logits_bytes=4 * 128 * 50_000 * 4)
+    assert frame_bytes(spoken, 8, 1) == room + 2 * 8 * 128 * 50_000 * 4
+    large = replace(COSTS, adapter_head_bytes=1 << 30, adapter_block_bytes=(0,) * COSTS.blocks)
+    assert frame_bytes(large, 8, 2) == room + 2 * 2 * 3 * (1 << 30)

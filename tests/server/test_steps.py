@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from flexp.errors import StepError
 from flexp.link.messages import Answer, Phase, StepKey
-from flexp.server.steps import StepTable
+from flexp.server import steps
+from flexp.server.steps import KEPT, StepTable
 
 
 def key(step: int, call: int = 1, phase: Phase = "do", round: int = 0, wave: int = 0) -> StepKey:
@@ -115,3 +116,29 @@ def test_no_key_ever_runs_twice(sent: list[tuple[int, int, str]]) -> None:
             continue
         assert work.ran == (0 if one in ran else 1)
         assert ran.setdefault(one, digest) == digest
+
+
+def test_of_a_step_that_scores_a_whole_test_set_only_the_newest_answers_are_kept() -> None:
+    """A client asks one thing after another: it has seen the answers before the last one."""
+    table, work = StepTable(), Count()
+    for call in range(1000):
+        table.once(key(0, call=call), "digest", work)
+    assert sum(answer is not None for _, answer in table.rows.values()) == len(table.kept) == KEPT
+    assert table.once(key(0, call=999), "digest", work).tensors["n"] == 1000
+    for digest, why in (("digest", "is gone"), ("other", "different message")):
+        with pytest.raises(StepError, match=why):
+            table.once(key(0, call=3), digest, work)
+    assert work.ran == 1000  # nothing ran twice, whoever asked
+    table.once(key(1), "digest", work)
+    assert len(table.rows) == len(table.kept) == 1
+
+
+def test_a_step_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "MAX_ROWS", 20)
+    table, work = StepTable(), Count()
+    for call in range(20):
+        table.once(key(0, call=call), "digest", work)
+    with pytest.raises(StepError, match="More than 20 messages in step"):
+        table.once(key(0, call=20), "digest", work)
+    table.once(key(1, call=20), "digest", work)
+    assert work.ran == 21

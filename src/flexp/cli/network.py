@@ -63,7 +63,7 @@ def serve(
 
     asked = Serving(
         listen,
-        None if identity is None else credentials.load(identity),
+        None if identity is None else credentials.load(identity, role="server"),
         ca,
         quorum,
         frozenset(clients.split(",")) if clients else frozenset(),
@@ -137,7 +137,7 @@ def join(
         data,
         folder,
         name,
-        None if identity is None else credentials.load(identity),
+        None if identity is None else credentials.load(identity, role="client"),
         accept=accept,
         model=model,
         memory=None if max_memory is None else parse_bytes(max_memory),

@@ -112,8 +112,7 @@ class Guests:
             resumed = knows_server and guest.process == process
             guest.process, guest.ready = process, resumed
         if old is not None and old is not call:
-            old.tell(Refused(REPLACED.format(name=call.name)))
-            old.close()
+            replaced(old)
         return resumed
 
     def go_on(self, call: Call, order: int) -> None:
@@ -157,3 +156,9 @@ class Guests:
                 if away > self.patience:
                     told = "has left" if math.isinf(away) else f"away for {away:.0f} seconds"
                     self.end(job, told)
+
+
+def replaced(call: Call) -> None:
+    """Ends the call of a process that another one with its name has taken the place of."""
+    call.tell(Refused(REPLACED.format(name=call.name)))
+    call.close()

@@ -247,6 +247,9 @@ class NetworkEngine(Host):
             return self.trunk.between(partial(self._carry_out, call, message, digest))
         except FlexpError as problem:
             return Problem(type(problem).__name__, str(problem), message.key)
+        except Exception as problem:  # noqa: BLE001 no message, however odd, ends a run
+            text = f"It cannot be carried out ({type(problem).__name__}: {str(problem)[:200]})."
+            return Problem("LinkError", text, message.key)
 
     def _carry_out(self, call: Call, message: Message, digest: str) -> Answer:
         """On the compute thread."""

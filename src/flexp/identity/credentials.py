@@ -8,9 +8,15 @@ from pathlib import Path
 
 from flexp.errors import IdentityError
 from flexp.identity import certificates, files
-from flexp.identity.peer import Clock, Peer, certificate_in, utc_now, who
+from flexp.identity.peer import Clock, Peer, Role, certificate_in, utc_now, who
 
 CA, CERTIFICATE, KEY = "ca.pem", "cert.pem", "key.pem"
+_ROLES: dict[Role, str] = {"client": "client", "server": "server", "enroll": "start-up kit"}
+_MADE: dict[Role, str] = {
+    "client": "name the folder that `flexp enroll` made",
+    "server": "name the folder that `flexp ca issue --server` made",
+    "enroll": "name the file that `flexp ca kit` made",
+}
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,11 @@ def store(folder: Path, credentials: Credentials) -> None:
     files.write(folder / CERTIFICATE, credentials.certificate)
 
 
-def load(folder: Path, *, clock: Clock = utc_now) -> Credentials:
-    """The credentials in a folder, once nobody else can read them and they can be believed."""
+def load(folder: Path, *, role: Role | None = None, clock: Clock = utc_now) -> Credentials:
+    """The credentials in a folder, once nobody else can read them and they can be believed.
+
+    IdentityError as well if they are for another role than the one named.
+    """
     files.refuse_shared(folder)
     found = Credentials(
         files.read(folder / CA),
@@ -69,7 +78,12 @@ def load(folder: Path, *, clock: Clock = utc_now) -> Credentials:
         files.read(folder / KEY, private=True),
     )
     try:
-        found.check(clock())
+        peer = found.check(clock())
+        if role is not None and peer.role != role:
+            raise IdentityError(
+                f"This is the certificate of a {_ROLES[peer.role]}, and a {_ROLES[role]}'s is "
+                f"needed: {_MADE[role]}."
+            )
     except IdentityError as error:
         raise IdentityError(f'"{folder}": {error}') from error
     return found

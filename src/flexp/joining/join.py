@@ -46,7 +46,7 @@ from flexp.parcel import file_name, write_atomic
 from flexp.plan.devices import measure, measure_flops, measure_link
 from flexp.recipe import Recipe
 from flexp.recipe_file import make
-from flexp.seating import dtype_of
+from flexp.seating import dtype_of, frame_limit
 from flexp.strategies import build
 from flexp.strategies.base import Strategy
 
@@ -106,6 +106,10 @@ def join(asked: Joining, cache: assets.Cache, agree: Agree, say: Say) -> dict[st
     except KeyboardInterrupt:
         with suppress(FlexpError, TimeoutError):
             link.post(Bye()).result(timeout=2)
+        raise
+    except FlexpError as problem:
+        with suppress(FlexpError):  # the server may be what has gone
+            link.post(Bye(why=type(problem).__name__))
         raise
     finally:
         link.close()
@@ -168,6 +172,8 @@ class Stay:
         strategy = build(recipe.strategy.name, recipe.strategy.options)
         if self.asked.wants == "train":
             self._agreed(recipe, strategy, welcome)
+        bones = _bones(recipe, welcome, self.asked.folder)
+        self.link.limit = frame_limit(recipe, bones, len(strategy.specs()))
         if member is None:
             model, theirs = self._model(recipe, welcome)
             folder = self.asked.folder

@@ -176,9 +176,13 @@ class End(Part, frozen=True):
 
 
 class Bye(Part, frozen=True):
-    """The client goes: until it comes back, or for good."""
+    """The client goes: until it comes back, or for good.
+
+    ``why`` is the kind of an error of its own, without its text, which may speak of its data.
+    """
 
     good: bool = False
+    why: str = ""
 
 
 Control = (

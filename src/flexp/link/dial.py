@@ -22,12 +22,14 @@ from flexp.errors import FlexpError, LinkError
 from flexp.identity.credentials import Credentials
 from flexp.link import frame
 from flexp.link.control import End, Hello, Order, Problem, Refused, Welcome
+from flexp.link.diagnosis import hopeless, outdated
 from flexp.link.frame import Body, Joiner
 from flexp.link.grpc import METHOD, Keepalive, check_plain, client_credentials, client_options
 from flexp.link.messages import Answer, Message
 from flexp.link.wire import Wire
 
 FIRST, LONGEST = 0.2, 5.0  # seconds between two attempts
+STRANGER = 4 << 20  # bytes of a frame, until the run's own limit is known
 
 
 class TurnLost(LinkError):
@@ -56,6 +58,7 @@ class GrpcLink:
         self.keepalive: Keepalive = keepalive
         self.patience, self.notice = patience, notice
         self.wire: Wire = "fp32"
+        self.limit = STRANGER  # bytes of a frame; who has seen the recipe knows better
         self.told: SimpleQueue[Body | FlexpError] = SimpleQueue()
         self._asked: dict[int, tuple[bytes, Future[Body]]] = {}
         self._number, self._server, self._order = 0, "", 0
@@ -148,17 +151,26 @@ class GrpcLink:
             stream: Any = channel.stream_stream(METHOD)
             joiner = Joiner()
             for piece in stream(_pieces(out), wait_for_ready=False):
+                joiner.limit = self.limit
                 data = joiner.add(piece)
                 if data is not None:
                     welcomed = self._hear(frame.decode(data), out) or welcomed
         except grpc.RpcError as problem:
             self._why = _reason(problem)
+            if found := self._hopeless():
+                raise found from problem
         finally:
             out.put(None)
             with self._lock:
                 self._out = None
             channel.close()
         return welcomed
+
+    def _hopeless(self) -> FlexpError | None:
+        """Why to give up: who was let in once has only lost its way, unless its time is over."""
+        if not self._server:
+            return hopeless(self.address, self.credentials)
+        return None if self.credentials is None else outdated(self.credentials)
 
     def _hear(self, heard: frame.Frame, out: SimpleQueue[bytes | None]) -> bool:
         """Takes in a frame; whether it was the welcome."""
@@ -215,21 +227,33 @@ class GrpcLink:
 def ask_once(address: str, credentials: Credentials | None, body: Body, patience: float) -> Body:
     """One question on a stream of its own, before there is a hello; raises what was refused."""
     check_plain(address, credentials)
+    end, wait = time.monotonic() + patience, FIRST
+    while True:
+        try:
+            return _asked(address, credentials, body, max(1.0, end - time.monotonic()))
+        except grpc.RpcError as problem:
+            if found := hopeless(address, credentials):
+                raise found from problem
+            if time.monotonic() + wait > end:
+                raise LinkError(f"{address} gave no answer: {_reason(problem)}.") from problem
+        time.sleep(wait)
+        wait = min(LONGEST, 2 * wait)
+
+
+def _asked(address: str, credentials: Credentials | None, body: Body, patience: float) -> Body:
     out: SimpleQueue[bytes | None] = SimpleQueue()
     out.put(frame.encode(1, body))
     channel = channel_to(address, credentials, "lan")
-    joiner = Joiner()
+    joiner = Joiner(STRANGER)
     try:
         stream: Any = channel.stream_stream(METHOD)
-        for piece in stream(_pieces(out), timeout=patience, wait_for_ready=True):
+        for piece in stream(_pieces(out), timeout=patience, wait_for_ready=False):
             data = joiner.add(piece)
             if data is not None:
                 heard = frame.decode(data).body
                 if isinstance(heard, Refused):
                     raise LinkError(heard.text)
                 return heard
-    except grpc.RpcError as problem:
-        raise LinkError(f"{address} gave no answer: {_reason(problem)}.") from problem
     finally:
         out.put(None)
         channel.close()

@@ -21,7 +21,7 @@ from flexp.errors import LinkError, ParcelError
 from flexp.link.control import Control
 from flexp.link.messages import Answer, Message
 from flexp.link.schema import MIRRORS, Ref, to_header, to_message
-from flexp.link.wire import PACKED, Wire, pack, unpack
+from flexp.link.wire import PACKED, Wire, pack, parts_of, unpack
 from flexp.parcel import plain_facts
 from flexp.safe import CODES, MAX_DIMS, MAX_TENSORS, flat_bytes
 
@@ -30,6 +30,7 @@ ALIGN = 64
 MAX_HEADER = 1 << 20
 MAX_FRAME = 1 << 30  # bytes of a whole frame, unless the link knows better
 CHUNK = 1 << 20
+MORE_PIECES = 1024  # than there are mebibytes, and a frame's pieces are too many
 _CODES = {**CODES, torch.int8: "I8"}  # int8 crosses only as a part of something else
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
 _MAX_NUMEL = 1 << 40
@@ -115,6 +116,7 @@ class Joiner:
 
     def __init__(self, limit: int = MAX_FRAME) -> None:
         self.limit, self.wanted, self.held = limit, -1, bytearray()
+        self.pieces = 0
 
     def add(self, piece: bytes) -> bytearray | None:
         """The frame that is whole with this piece, if one is."""
@@ -123,7 +125,7 @@ class Joiner:
             if len(piece) < 8:
                 raise LinkError("A frame begins with its length in 8 bytes; these are fewer.")
             self.wanted, self.held = int.from_bytes(view[:8], "little"), bytearray()
-            view = view[8:]
+            self.pieces, view = 0, view[8:]
             if self.wanted > self.limit:
                 raise LinkError(
                     f"A message of {self.wanted} bytes is longer than the {self.limit} that this "
@@ -132,6 +134,11 @@ class Joiner:
         if not len(view) or len(self.held) + len(view) > self.wanted:
             raise LinkError("A frame's pieces do not add up to its length.")
         self.held += view
+        self.pieces += 1
+        if self.pieces > MORE_PIECES + self.wanted // CHUNK:
+            raise LinkError(
+                f"A message of {self.wanted} bytes came in more than {self.pieces - 1} pieces."
+            )
         if len(self.held) < self.wanted:
             return None
         self.wanted = -1
@@ -161,10 +168,15 @@ def _decode(data: bytearray) -> Frame:
             return parts["value"]
         if not (dtype := _TYPES.get(ref.dtype)) or not dtype.is_floating_point:
             raise LinkError(f'A tensor cannot become "{ref.dtype:.8}".')
+        shape = tuple(next(iter(parts.values()), torch.empty(0)).shape)
+        wanted = dict(parts_of(shape, dtype, ref.wire))
+        found = {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
+        if found != wanted or wanted == {"value": (dtype, shape)}:
+            raise LinkError(f'These are not the parts of a tensor under link.wire "{ref.wire}".')
         return unpack(parts, ref.wire, dtype)
 
     body = to_message(header.body, tensor)
-    if sorted(used) != list(range(len(tensors))):
+    if used != list(range(len(tensors))):
         raise LinkError("A frame has tensors that its header does not speak of, or twice.")
     facts = getattr(body, "facts", None)
     if facts is not None:
@@ -176,7 +188,7 @@ def _tensors(data: bytearray, at: int, header: Any) -> Iterator[Tensor]:
     """The tensors, which lie in ``data``; their sizes are checked before anything is made."""
     if len(header.tensors) > MAX_TENSORS:
         raise LinkError(f"A message holds at most {MAX_TENSORS} tensors.")
-    at += -at % ALIGN
+    at = _padded(data, at)
     for code, shape in header.tensors:
         dtype = _TYPES.get(code)
         if dtype is None or len(shape) > MAX_DIMS or any(n < 0 for n in shape):
@@ -192,6 +204,14 @@ def _tensors(data: bytearray, at: int, header: Any) -> Iterator[Tensor]:
         else:
             found = torch.empty(shape, dtype=dtype)
         yield found
-        at += size + -size % ALIGN
+        at = _padded(data, at + size)
     if at != len(data):
         raise LinkError(f"A frame of {len(data)} bytes ends at byte {at}.")
+
+
+def _padded(data: bytearray, at: int) -> int:
+    """Where the next part begins; LinkError if there is something in between."""
+    end = at + -at % ALIGN
+    if any(memoryview(data)[at:end]):
+        raise LinkError("A frame has bytes where nothing belongs.")
+    return end

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -18,6 +18,10 @@ from flexp.link.control import Refused
 from flexp.link.frame import Body, Joiner
 from flexp.link.grpc import METHOD, Keepalive, check_plain, server_credentials, server_options
 from flexp.link.wire import Wire
+
+STALL = 60.0  # seconds; a mebibyte takes as long at 140 kbit/s
+STRANGER = 1 << 16  # bytes of a frame of somebody who has not said hello
+STALLED = "A message began and did not go on. Join again when the way is better."
 
 
 @dataclass(eq=False)
@@ -58,6 +62,10 @@ class Reception(Protocol):
         """The answer to a frame; a FlexpError ends the call with its text."""
         ...
 
+    def refused(self, call: Call, text: str) -> None:
+        """A call is ended for what it said; the client hears the same text."""
+        ...
+
     def gone(self, call: Call) -> None:
         """A call has ended, for whatever reason."""
         ...
@@ -66,7 +74,9 @@ class Reception(Protocol):
 class Listener:
     """Listens on one port. Each call has a thread that reads and answers, one frame after another.
 
-    ``limit`` is the longest frame in bytes that is taken. Raises LinkError if the port is taken.
+    ``limit`` is the longest frame in bytes that is taken from a call that has a name; ``stall`` is
+    for how many seconds a frame that has begun may stand still. Raises LinkError if the port is
+    taken.
     """
 
     def __init__(
@@ -77,10 +87,11 @@ class Listener:
         *,
         clients: int = 64,
         keepalive: Keepalive = "lan",
-        limit: Callable[[], int] = lambda: frame.MAX_FRAME,
+        limit: int = frame.MAX_FRAME,
+        stall: float = STALL,
     ) -> None:
         check_plain(address, credentials)
-        self.reception, self.limit = reception, limit
+        self.reception, self.limit, self.stall = reception, limit, stall
         streams = 2 * clients + 16
         self.server = grpc.server(  # pyright: ignore[reportUnknownMemberType]
             ThreadPoolExecutor(streams, thread_name_prefix="flexp-call"),
@@ -116,22 +127,39 @@ class Listener:
         yield from call.pieces()
 
     def _read(self, requests: Iterator[bytes], call: Call) -> None:
-        joiner = Joiner()
+        joiner, waiting = Joiner(), self._patience(call)
         try:
             for piece in requests:
-                joiner.limit = self.limit()
+                waiting.cancel()
+                joiner.limit = self.limit if call.name else STRANGER
                 data = joiner.add(piece)
-                if data is not None:
-                    digest = frame.key_digest(data)
-                    asked = frame.decode(data)
-                    answer = self.reception.answer(call, asked.body, digest)
-                    call.tell(answer, asked.number)
-                    if isinstance(answer, Refused):
-                        break
+                if data is None:
+                    waiting = self._patience(call)
+                    waiting.start()
+                    continue
+                digest = frame.key_digest(data)
+                asked = frame.decode(data)
+                answer = self.reception.answer(call, asked.body, digest)
+                call.tell(answer, asked.number)
+                if isinstance(answer, Refused):
+                    break
         except FlexpError as problem:
-            call.tell(Refused(str(problem)))
-        except Exception:  # noqa: BLE001 what the stream raises when the client has gone
+            self._refuse(call, str(problem))
+        except grpc.RpcError:  # the client has gone
             call.alive = False
+        except Exception as problem:  # noqa: BLE001 a fault of this program: who asked must hear of it
+            self._refuse(call, f"The server failed ({type(problem).__name__}: {problem}).")
         finally:
+            waiting.cancel()
             call.close()
             self.reception.gone(call)
+
+    def _patience(self, call: Call) -> threading.Timer:
+        made = threading.Timer(self.stall, self._refuse, (call, STALLED))
+        made.daemon = True
+        return made
+
+    def _refuse(self, call: Call, text: str) -> None:
+        call.tell(Refused(text))
+        call.close()
+        self.reception.refused(call, text)

@@ -5,6 +5,7 @@ from flexp.plan.clock import Load, finish_times, run_seconds, seconds_of, step_l
 from flexp.plan.costs import (
     BlockCosts,
     Form,
+    frame_bytes,
     message_bytes,
     near_bytes,
     step_bytes,
@@ -42,6 +43,7 @@ __all__ = [
     "measure_costs",
     "measure_work",
     "message_bytes",
+    "frame_bytes",
     "near_bytes",
     "near_flops",
     "parse_bytes",

@@ -184,3 +184,15 @@ def step_bytes(costs: BlockCosts, form: Form = "u", front_trains: bool = True) -
         "loss": costs.label_bytes,
     }
     return (2 if front_trains else 1) * hidden + extra[form]
+
+
+def frame_bytes(costs: BlockCosts, scored: int, slots: int) -> int:
+    """The most that one message may take: a batch, rows to be scored, or adapters and moments.
+
+    Twice that, and room for masks, labels, names and whatever else a method sends.
+    """
+    rows = max(costs.batch, scored)
+    hidden = rows * costs.length * costs.width * max(4, costs.itemsize)
+    logits = rows * costs.logits_bytes // costs.batch
+    adapter = sum(costs.adapter_block_bytes) + costs.adapter_head_bytes
+    return (16 << 20) + 2 * max(hidden, logits, (1 + costs.moments) * max(1, slots) * adapter)

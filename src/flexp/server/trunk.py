@@ -35,10 +35,11 @@ from flexp.model.personal import Objective
 from flexp.model.worn import Worn
 from flexp.parcel import JSON, Parcel
 from flexp.selection import select
+from flexp.server.checks import check
 from flexp.server.steps import StepTable
 from flexp.server.talks import Talks
 from flexp.server.tenants import Tenancy, Tenants
-from flexp.tensors import PerRow, terms
+from flexp.tensors import terms
 
 T = TypeVar("T")
 MAX_PENDING = 16  # forwards of one client that wait for their backward
@@ -113,11 +114,13 @@ class Trunk:
     def _answer(self, client: str, message: Message) -> Answer:
         home = self.tenants[client]
         before = dict(home.slots.values), dict(home.slots.grads), dict(self.tenants.shared.values)
+        counts = self.tenants.steps, home.stepped, home.seen
         try:
             return self._carried_out(home, message)
         except BaseException:
             # A message counts wholly or not at all: it may come again.
             home.slots.values, home.slots.grads, self.tenants.shared.values = before
+            self.tenants.steps, home.stepped, home.seen = counts
             raise
 
     def _carried_out(self, home: Tenancy, message: Message) -> Answer:
@@ -153,6 +156,13 @@ class Trunk:
                 f'Client "{home.client}" came with seat {message.seat}, but it was given '
                 f"{home.seat}. Both sides must run the same recipe."
             )
+        for slot, asked in message.optims.items():
+            given = home.specs[slot].optim if slot in home.specs else None
+            if slot not in home.specs or given not in (None, asked):
+                raise LinkError(
+                    f'Client "{home.client}" would train slot "{slot:.80}" with {asked}, but the '
+                    f"recipe has {given}. Both sides must run the same recipe."
+                )
         self.tenants.optims(home.client, message.optims)
         self.pending[home.client] = {}
         self.talks.drop(home.client)
@@ -192,7 +202,7 @@ class Trunk:
     # ---- compute
 
     def _forward(self, home: Tenancy, m: Forward) -> Answer:
-        self._check(home.seat, m)
+        check(self.backbone, home.seat, m)
         self.tenants.do(home.client, m.ops)
         home.seen = self.tenants.steps
         self.tenants.wear_shared(home)
@@ -228,34 +238,6 @@ class Trunk:
         out = self.backbone.run(blanks, worn, first=seat.cut.front, last=last, feed=hidden)
         return out if m.labels is None or m.until != "loss" else self.task.loss(out, m.labels)
 
-    def _check(self, seat: Seat, m: Forward) -> None:
-        width = self.backbone.width
-        if m.hidden.dim() != 3 or m.hidden.shape[-1] != width:
-            shape = list(m.hidden.shape)
-            raise LinkError(f"A hidden state is [rows, length, {width}]; this one is {shape}.")
-        if seat.labels == "keep" and m.until != "hidden":
-            raise LinkError(f'A seat with labels "keep" cannot ask for {m.until}.')
-        rows, length = m.hidden.shape[:2]
-        for name, shape in m.shapes.items():
-            size = (rows, length) if name != "pixel_values" else (rows,)
-            if tuple(shape[: len(size)]) != size:
-                raise LinkError(f'"{name}" of shape {list(shape)} does not fit [{rows}, {length}].')
-        if m.mask is not None and m.mask.shape != (rows, length):
-            raise LinkError(f"A mask of {list(m.mask.shape)} does not fit [{rows}, {length}].")
-        wanted = sum(isinstance(t.coef, float) and math.isnan(t.coef) for t in terms(m.wear))
-        fit = [tuple(c.shape) == (self.backbone.depth + 2,) for c in m.coefs]
-        if len(m.coefs) != wanted or not all(fit):
-            raise LinkError(
-                f"The wear has {wanted} learned coefficients, of {self.backbone.depth + 2} numbers "
-                f"each; the message carries {[list(c.shape) for c in m.coefs]}."
-            )
-        if isinstance(m.wear, PerRow) and len(m.wear.row) != rows:
-            raise LinkError(f"{len(m.wear.row)} rows wear something, but {rows} came.")
-        if m.until == "loss" and m.labels is None:
-            raise LinkError("A far loss needs labels, but the message carries none.")
-        if not bool(torch.isfinite(m.hidden).all()):
-            raise LinkError("A hidden state with NaN or infinity was refused.")
-
     def _keep(self, client: str, call: int, pending: Pending) -> None:
         held = self.pending.setdefault(client, {})
         for old in [c for c, p in held.items() if p.step < pending.step]:
@@ -268,10 +250,10 @@ class Trunk:
         pending = self.pending.get(home.client, {}).get(m.key.call)
         if pending is None or pending.step != m.key.step:
             raise StepError(f"There is no forward that waits for the backward of {m.key}.")
-        if m.grad.shape != pending.out.shape:
+        if (m.grad.shape, m.grad.dtype) != (pending.out.shape, pending.out.dtype):
             raise LinkError(
-                f"The gradient has shape {list(m.grad.shape)}, the result "
-                f"{list(pending.out.shape)}."
+                f"The gradient has shape {list(m.grad.shape)} and {m.grad.dtype}, the result "
+                f"{list(pending.out.shape)} and {pending.out.dtype}."
             )
         del self.pending[home.client][m.key.call]
         self._count(home, m.key.step, int(pending.hidden.shape[0]))

@@ -49,8 +49,9 @@ class Gate:
             check = who if self.authority is None else self.authority.check
             peer = check(call.certificate)
             if peer.role != "client":
+                whose = "start-up kit" if peer.role == "enroll" else peer.role
                 raise IdentityError(
-                    f"A {peer.role}'s certificate does not let a client in. Enrol the device with "
+                    f"A {whose}'s certificate does not let a client in. Enrol the device with "
                     "`flexp enroll`, and join with the folder that it makes."
                 )
             name = peer.name

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import msgspec
 
 from flexp.data.tokens import tokenizer_digest
+from flexp.engine.guests import replaced
 from flexp.engine.network import NetworkEngine
 from flexp.errors import FlexpError, LinkError
 from flexp.link.control import (
@@ -124,13 +125,23 @@ class Reception:
         if not call.name:
             raise LinkError("Say hello first.")
         if isinstance(body, STEPS):
-            return self._engine().message(call, body, digest)  # pyright: ignore[reportArgumentType]
+            answer = self._engine().message(call, body, digest)  # pyright: ignore[reportArgumentType]
+            if isinstance(answer, Problem):
+                self.refused(call, answer.text)
+            return answer
         if isinstance(body, Outcome):
             return self._engine().outcome(call, body)
         try:
             return self._ask(call, body)
         except FlexpError as problem:
+            self.refused(call, str(problem))
             return Problem(type(problem).__name__, str(problem))
+
+    def refused(self, call: Call, text: str) -> None:
+        """Something that a client said was refused: whoever runs the server reads why."""
+        who_asked = f"{call.name} ({call.address})" if call.name else call.address
+        shown = "".join(c if c.isprintable() else "?" for c in f"{who_asked}: {text}")
+        self.say(f"refused {shown:.1000}")
 
     def gone(self, call: Call) -> None:
         """A call has ended."""
@@ -156,7 +167,8 @@ class Reception:
         if isinstance(body, Bye):
             if self.stage is not None:
                 self.stage.engine.guests.left(call)
-            self.say(f"{call.name} has left; it may come back")
+            why = f": {body.why:.80}" if body.why else ""
+            self.say(f"{call.name} has left; it may come back{why}")
             return Noted()
         raise LinkError(f'A client does not say "{type(body).__name__}".')
 
@@ -175,7 +187,9 @@ class Reception:
         call.wire = self.floor.recipe.link.of(call.name)
         resumed = False
         if self.stage is not None:
-            known = hello.server == self.server
+            known, guest = hello.server == self.server, self.stage.engine.guests[call.name]
+            if guest.call is not None and guest.process != hello.process:
+                self.say(f"{call.name}: another process takes its place")
             resumed = self.stage.engine.guests.attach(call, hello.process, knows_server=known)
             if resumed:
                 self.stage.engine.guests.go_on(call, hello.order)
@@ -216,7 +230,9 @@ class Reception:
             self._seat(call.name, call)
             return Noted()
         with self.changed:
-            entry = self.devices.get(call.name) or self.roster.entries[call.name]
+            entry = self.devices.get(call.name) or self.roster.entries.get(call.name)
+            if entry is None:
+                raise LinkError("Say first what the device has.")
             told: dict[str, Any] = {
                 "rows": ready.rows,
                 "space": ready.space,
@@ -236,7 +252,12 @@ class Reception:
             self.roster.set(call.name, entry)
             self.roster.write(self.floor.recipe)
             if self.stage is None or call.name not in self.stage.fleet.placed:
-                self.calls[call.name] = call  # until the beginning, or the next round
+                # until the beginning, or the next round
+                old = self.calls.get(call.name)
+                self.calls[call.name] = call
+                if old is not None and old is not call:
+                    self.say(f"{call.name}: another process takes its place")
+                    replaced(old)
             else:
                 self._seat(call.name, call)
             self.changed.notify_all()

@@ -17,6 +17,7 @@ from flexp.identity.credentials import Credentials
 from flexp.link.grpc import Keepalive, split_address
 from flexp.link.listen import Listener
 from flexp.recipe import Recipe
+from flexp.seating import frame_limit
 from flexp.serving.epilogue import Epilogue
 from flexp.serving.floor import floor_of, open_stage
 from flexp.serving.gate import Gate
@@ -71,6 +72,7 @@ def serve(
         asked.credentials,
         clients=asked.clients,
         keepalive=asked.keepalive,
+        limit=frame_limit(recipe, floor.bones, len(floor.strategy.specs())),
     )
     try:
         host = split_address(asked.listen)[0]
