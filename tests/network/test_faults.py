@@ -121,3 +121,19 @@ def test_a_stopped_machine_wakes_up_and_goes_on(
     joined[0].kill(signal.SIGCONT)
     ended(*joined, server)
     same(cluster, alone(long, tmp_path / "alone"))
+
+
+def test_who_sleeps_for_too_long_is_back_in_a_later_round(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    changes = {"plan__cut": None, "plan__cuts": CUTS, "train__steps": 80, "rounds": 8}
+    recipe = recipe_of(out=str(tmp_path / "served"), **changes)
+    server = cluster.serve(recipe, "--clients", ",".join(CLIENTS), "--patience", "0.5")
+    joined = [join(cluster, c, mine) for c in CLIENTS]
+    joined[2].wait_for("round 1 of 8")
+    joined[2].kill(signal.SIGSTOP)
+    server.wait_for(r"carl dee failed: away for \d+ seconds")
+    joined[2].kill(signal.SIGCONT)
+    ended(*joined, server)
+    assert "round 8 of 8" in joined[2].text()
+    assert cluster.adapter("carl dee").is_dir()

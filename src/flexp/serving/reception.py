@@ -91,8 +91,7 @@ class Reception:
             while not enough():
                 self.changed.wait(timeout=1.0)
             if not self.roster.started:
-                self.roster.started = True
-                self.roster.entries = {c: self.roster.entries[c] for c in sorted(self.here)}
+                self.roster.begin(names or frozenset(self.here))
                 self.roster.write(self.floor.recipe)
 
     def open(self, stage: Stage[NetworkEngine]) -> None:

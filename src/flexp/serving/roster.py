@@ -83,6 +83,13 @@ class Roster:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path, json.dumps(plain, indent=1).encode())
 
+    def begin(self, names: frozenset[str]) -> None:
+        """The run begins with these; the others wait for the next round."""
+        self.started = True
+        for name, entry in self.entries.items():
+            if name not in names:
+                self.entries[name] = replace(entry, joins=WAITS)
+
     def set(self, name: str, entry: Entry) -> None:
         """Enters a client, or what it says anew; the round that it joins at stays."""
         known = self.entries.get(name)
