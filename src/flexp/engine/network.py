@@ -244,7 +244,7 @@ class NetworkEngine(Host):
     def message(self, call: Call, message: Message, digest: str) -> Body:
         """Carries out a message of a step, once, and gives its answer, or what was wrong."""
         try:
-            return self.trunk.between(partial(self._carry_out, call, message, digest))
+            return self.trunk.carry_out(partial(self._carry_out, call, message, digest))
         except FlexpError as problem:
             return Problem(type(problem).__name__, str(problem), message.key)
         except Exception as problem:  # noqa: BLE001 no message, however odd, ends a run

@@ -72,10 +72,14 @@ class Trunk:
 
     def handle(self, client: str, message: Message, digest: str = "") -> Answer:
         """The answer to a client's message, computed at most once per key."""
-        return self.between(partial(self.answer, client, message, digest))
+        return self.carry_out(partial(self.answer, client, message, digest))
+
+    def carry_out(self, work: Callable[[], T]) -> T:
+        """Does what a message asks for on the compute thread, after all that came before it."""
+        return self.thread.submit(work).result()
 
     def between(self, work: Callable[[], T]) -> T:
-        """Does something on the compute thread, between two messages."""
+        """Does something else between two messages, also while the compute thread is parked."""
         with self.aside:
             if self.parked:
                 return work()

@@ -166,8 +166,8 @@ class Reception:
         if isinstance(body, Bye):
             if self.stage is not None:
                 self.stage.engine.guests.left(call)
-            why = f": {body.why:.80}" if body.why else ""
-            self.say(f"{call.name} has left; it may come back{why}")
+            told = f"gives up: {body.why:.80}" if body.why else "has left; it may come back"
+            self.say(f"{call.name} {told}")
             return Noted()
         raise LinkError(f'A client does not say "{type(body).__name__}".')
 
