@@ -91,11 +91,10 @@ class Host(ABC):
 
     def begun_on(self, body: Backbone, spec: SlotSpec, rank: int | None) -> Tensors:
         """The same on another backbone, which has a head of its own."""
-        kind, rows = spec.kind or self.kind, spec.head_rows
-        key = (0 if body is self.backbone else id(body), kind, rank, rows)
+        whose = 0 if body is self.backbone else id(body)
+        key = (whose, spec.kind or self.kind, rank, spec.head_rows)
         if key not in self.begun:
-            fresh = body.initial(kind, self.dice("initial"), rank)
-            self.begun[key] = fresh if rows is None else body.scaled(fresh, rows)
+            self.begun[key] = beginning(body, spec, rank, kind=self.kind, dice=self.dice)
         return self.begun[key]
 
     def task_of(self, client: ClientId) -> Task:
@@ -112,3 +111,11 @@ class Host(ABC):
         self.trunk.tables.pop(work.client, None)
         alpha = alpha_of(self.kind)
         self.tenants.join(work.client, work.seat, specs, offer=work.offer, alpha=alpha)
+
+
+def beginning(
+    body: Backbone, spec: SlotSpec, rank: int | None, *, kind: Kind, dice: Dice
+) -> Tensors:
+    """The adapter that a slot begins with on a backbone; ``kind`` where the slot names none."""
+    fresh = body.initial(spec.kind or kind, dice("initial"), rank)
+    return fresh if spec.head_rows is None else body.scaled(fresh, spec.head_rows)

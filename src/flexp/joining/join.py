@@ -84,6 +84,17 @@ class Joining:
         versions = __version__, str(torch.__version__)
         return Hello(PROTOCOL, *versions, self.name, self.process, server, order, self.wants)
 
+    def dial(self, say: Say) -> GrpcLink:
+        """The link to the server."""
+        return GrpcLink(
+            self.address,
+            self.hello,
+            self.credentials,
+            keepalive=self.keepalive,
+            patience=self.patience,
+            notice=say,
+        )
+
 
 def join(asked: Joining, cache: assets.Cache, agree: Agree, say: Say) -> dict[str, Any]:
     """Takes part in a run until it is over; returns what came of it.
@@ -92,14 +103,7 @@ def join(asked: Joining, cache: assets.Cache, agree: Agree, say: Say) -> dict[st
     the data refuse.
     """
     rows = sources.read(asked.data)  # a wrong path costs no connection
-    link = GrpcLink(
-        asked.address,
-        asked.hello,
-        asked.credentials,
-        keepalive=asked.keepalive,
-        patience=asked.patience,
-        notice=say,
-    )
+    link = asked.dial(say)
     stay = Stay(asked, link, rows, cache, agree, say)
     try:
         return stay.until_the_end()

@@ -22,6 +22,7 @@ from flexp.data.sources import Row
 from flexp.data.tasks import Loss, Task
 from flexp.data.tokens import open_tokenizer, padding_of
 from flexp.dice import Dice
+from flexp.engine.host import beginning
 from flexp.engine.look import Cells, Look
 from flexp.engine.network import turn_name
 from flexp.joining.parts import Say, fetch_part
@@ -198,11 +199,10 @@ class Member:
         )
 
     def _initial(self, spec: SlotSpec, rank: int | None = None) -> Tensors:
-        kind, rows = spec.kind or adapter_kind(self.recipe.adapter), spec.head_rows
-        key = (kind, rank, rows)
+        kind, dice = adapter_kind(self.recipe.adapter), Dice(self.recipe.seed)
+        key = (spec.kind or kind, rank, spec.head_rows)
         if key not in self.begun:
-            fresh = self._body().initial(kind, Dice(self.recipe.seed)("initial"), rank)
-            self.begun[key] = fresh if rows is None else self._body().scaled(fresh, rows)
+            self.begun[key] = beginning(self._body(), spec, rank, kind=kind, dice=dice)
         return self.begun[key]
 
     def _write(self, desk: Desk, adapter: Tensors) -> None:

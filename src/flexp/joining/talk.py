@@ -22,7 +22,6 @@ from flexp.errors import ExportError, FlexpError
 from flexp.joining.join import Joining, Say, Stay
 from flexp.joining.member import Member
 from flexp.link.control import Begin, Order, Outcome, Welcome
-from flexp.link.dial import GrpcLink
 from flexp.tensors import Wear
 
 
@@ -64,14 +63,7 @@ class Voice:
 def voice(asked: Joining, cache: assets.Cache, say: Say) -> Generator[tuple[Voice, Member]]:
     """A client's personal model through the server; LinkError if there is none to talk to."""
     asked = replace(asked, wants="speak", patience=asked.patience or 20.0)
-    link = GrpcLink(
-        asked.address,
-        asked.hello,
-        asked.credentials,
-        keepalive=asked.keepalive,
-        patience=asked.patience,
-        notice=say,
-    )
+    link = asked.dial(say)
     stay = Stay(asked, link, (), cache, lambda terms: False, say)
     try:
         member, order = _seated(stay)

@@ -18,7 +18,19 @@ from flexp.errors import ModelError, ParcelError
 from flexp.parcel import write_atomic
 from flexp.safe import MAX_HEADER, strict_json
 
-SMALL = ("*.json", "*.txt", "*.model", "*.jinja")  # config and tokenizer
+# Config and tokenizer; whatever else lies in a folder is nobody's business.
+SMALL = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
 INDEX = "model.safetensors.index.json"
 _STEP = 1 << 22
 

@@ -1,0 +1,63 @@
+"""A client's memory on its own disk: a file per turn, so that it can go back to any that counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexp.client.store import StoredMemory
+from flexp.errors import CheckpointError
+
+
+def turn(memory: StoredMemory, value: float) -> None:
+    memory.put("slot/personal", {"w": torch.full((2,), value)})
+    memory.settle()
+    memory.commit()
+
+
+def test_it_goes_on_from_any_turn_that_counts(tmp_path: Path) -> None:
+    memory = StoredMemory(tmp_path / "m")
+    memory.open(0)
+    for n in range(4):
+        turn(memory, float(n + 1))
+        assert memory.turns == n + 1
+    again = StoredMemory(tmp_path / "m")
+    assert again.held() == (1, 2, 3, 4)
+    again.open(2)
+    assert again.slots["slot/personal"]["w"].tolist() == [2.0, 2.0]
+    turn(again, 9.0)  # the turn that did not count at the server happens anew
+    assert again.turns == 3
+    memory.open(3)
+    assert memory.slots["slot/personal"]["w"].tolist() == [9.0, 9.0]
+
+
+def test_what_may_be_needed_is_kept(tmp_path: Path) -> None:
+    memory = StoredMemory(tmp_path / "m")
+    memory.open(0)
+    for n in range(5):
+        turn(memory, float(n))
+    memory.open(5, floor=4)
+    assert memory.held() == (4, 5)
+    memory.open(4, floor=9)  # a floor never takes away where it goes on
+    assert memory.held() == (4, 5)
+
+
+def test_a_turn_that_was_not_settled_leaves_nothing(tmp_path: Path) -> None:
+    memory = StoredMemory(tmp_path / "m")
+    memory.open(0)
+    turn(memory, 1.0)
+    memory.put("slot/personal", {"w": torch.zeros(2)})
+    memory.rollback()
+    assert memory.slots["slot/personal"]["w"].tolist() == [1.0, 1.0]
+    assert memory.held() == (1,)
+
+
+def test_a_turn_that_is_not_there_is_said(tmp_path: Path) -> None:
+    memory = StoredMemory(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="turn 3 of this client"):
+        memory.open(3)
+    (tmp_path / "m" / ".000001.parcel.x.tmp").write_bytes(b"half")
+    StoredMemory(tmp_path / "m")
+    assert not list((tmp_path / "m").glob(".*.tmp"))
