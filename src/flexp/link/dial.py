@@ -30,6 +30,7 @@ from flexp.link.wire import Wire
 
 FIRST, LONGEST = 0.2, 5.0  # seconds between two attempts
 STRANGER = 4 << 20  # bytes of a frame, until the run's own limit is known
+ANEW = "The server has begun this turn anew."
 
 
 class TurnLost(LinkError):
@@ -65,6 +66,7 @@ class GrpcLink:
         self._out: SimpleQueue[bytes | None] | None = None
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._dead: FlexpError | None = None
+        self._stale = False  # whether there is a welcome that nobody has read yet
         self._thread = threading.Thread(target=self._keep_dialling, daemon=True)
         self._thread.start()
 
@@ -89,6 +91,8 @@ class GrpcLink:
         with self._lock:
             if self._dead is not None:
                 raise self._dead
+            if self._stale:
+                raise TurnLost(ANEW)
             self._number += 1
             data = frame.encode(self._number, body, self.wire)
             self._asked[self._number] = (data, future)
@@ -104,6 +108,8 @@ class GrpcLink:
             return None
         if isinstance(found, FlexpError):
             raise found
+        if isinstance(found, Welcome):
+            self._stale = False
         return found
 
     def close(self) -> None:
@@ -202,6 +208,8 @@ class GrpcLink:
         if not welcome.resumed:
             self._server, self._order = welcome.server, 0
             self._lose()
+            while not self.told.empty():  # what the server before has told
+                self.told.get()
             self.told.put(welcome)
         with self._lock:
             for data, _ in self._asked.values():
@@ -209,11 +217,14 @@ class GrpcLink:
             self._out = out
 
     def _lose(self) -> None:
-        """Whoever waits for an answer of a turn that is over hears of it."""
+        """Whoever waits for an answer of a turn that is over hears of it.
+
+        So does who asks anything more of it, until it has read the new welcome.
+        """
         with self._lock:
-            asked, self._asked = self._asked, {}
+            asked, self._asked, self._stale = self._asked, {}, True
         for _, future in asked.values():
-            future.set_exception(TurnLost("The server has begun this turn anew."))
+            future.set_exception(TurnLost(ANEW))
 
     def _die(self, problem: FlexpError) -> None:
         with self._lock:

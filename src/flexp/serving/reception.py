@@ -123,18 +123,13 @@ class Reception:
             return self.gate.enroll(call, body)
         if not call.name:
             raise LinkError("Say hello first.")
-        if isinstance(body, STEPS):
-            answer = self._engine().message(call, body, digest)  # pyright: ignore[reportArgumentType]
-            if isinstance(answer, Problem):
-                self.refused(call, answer.text)
-            return answer
-        if isinstance(body, Outcome):
-            return self._engine().outcome(call, body)
         try:
-            return self._ask(call, body)
+            answer = self._ask(call, body, digest)
         except FlexpError as problem:
-            self.refused(call, str(problem))
-            return Problem(type(problem).__name__, str(problem))
+            answer = Problem(type(problem).__name__, str(problem))
+        if isinstance(answer, Problem):
+            self.refused(call, answer.text)
+        return answer
 
     def refused(self, call: Call, text: str) -> None:
         """Something that a client said was refused: whoever runs the server reads why."""
@@ -154,7 +149,11 @@ class Reception:
         if self.stage is not None and self.stage.engine.guests.gone(call) and self.over is None:
             self.say(f"{call.name} has lost its connection")
 
-    def _ask(self, call: Call, body: Body) -> Body:
+    def _ask(self, call: Call, body: Body, digest: str) -> Body:
+        if isinstance(body, STEPS):
+            return self._engine().message(call, body, digest)  # pyright: ignore[reportArgumentType]
+        if isinstance(body, Outcome):
+            return self._engine().outcome(call, body)
         if isinstance(body, Measured):
             return self._propose(call, body)
         if isinstance(body, Ready):
