@@ -47,7 +47,8 @@ def step_load(
 ) -> Load:
     """What one training step of one batch takes at a cut: a forward and a backward message a part.
 
-    Parts change how much is held at a time, and how many messages go, and nothing else.
+    Parts change how much is held at a time, and how many messages go, and nothing else. Parts that
+    are under way together wait for their messages together, so they count once.
     """
     front, back = cut
     head_near = form == "u"
@@ -58,7 +59,8 @@ def step_load(
     hidden = crossing_bytes(costs)
     sent = hidden + {"u": hidden, "logits": costs.logits_bytes, "loss": costs.label_bytes}[form]
     both = step_bytes(costs, form, front_trains=work.first < front)
-    return Load(near, far, sent, both - sent, 2 * accumulate)
+    waits = -(-max(accumulate, costs.window) // costs.window)
+    return Load(near, far, sent, both - sent, 2 * waits)
 
 
 def seconds_of(load: Load, device: Device, server: float | None) -> float | None:
