@@ -16,7 +16,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-slow test-families check format bench bench-memory \
-  bench-protocol docs lock wheels-arm clean
+  bench-network bench-protocol docs lock wheels-arm clean
 
 help:  ## Print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,10 @@ bench-protocol: $(STAMP)  ## Methods against each other, as benchmarks/protocol.
 	$(BIN)/python benchmarks/protocol.py quick
 	$(BIN)/python benchmarks/protocol.py spam
 	$(BIN)/python benchmarks/protocol.py shakespeare
+
+bench-network: $(STAMP)  ## Training between processes: what a network adds (12 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/network.py
+	$(BIN)/python benchmarks/tables.py --write
 
 bench-memory: $(STAMP)  ## A client's memory, predicted against measured (15 minutes, 3 GB of disk)
 	$(BIN)/python benchmarks/memory.py

@@ -1,4 +1,4 @@
-"""Renders the README's tables from the committed results; ``--write`` puts them in.
+"""Renders the tables of README and docs from the committed results; ``--write`` puts them in.
 
 .venv/bin/python benchmarks/tables.py --write
 """
@@ -16,7 +16,9 @@ from flexp.plan.devices import format_bytes
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+PAGES = (README, HERE.parent / "docs" / "explanation" / "network.md")
 NAMES = ("quick", "spam", "shakespeare")
+PICKS = ("fastest", "median")
 
 
 def table(name: str) -> str:
@@ -108,6 +110,64 @@ def fleets() -> str:
     return "\n".join(lines) + "\n"
 
 
+def between_processes() -> dict[str, str]:
+    """What a network adds, byte by byte and second by second, as Markdown tables."""
+    found: dict[str, Any] = json.loads((HERE / "results" / "network.json").read_text("utf-8"))
+    steps = [
+        f"| {model} | {1e3 * held['fastest']['step_seconds']['in process']:.0f} ms | "
+        + " | ".join(f"{held[p]['ratio'][w]:.2f}" for w in ("plain", "tls") for p in PICKS)
+        + " |"
+        for model, held in found["loopback"].items()
+    ]
+    raw = found["bytes"]["raw_fp32_bytes_per_step"]
+    sizes = [
+        f"| {wire} | {held['ledger_bytes_per_step']:,.0f} | {held['passed_bytes_per_step']:,.0f} "
+        f"| {100 * held['framing']:.2f} % | {held['passed_bytes_per_step'] / raw:.3f} "
+        f"| {100 * held['own_minus_fp32']:+.2f} / {100 * held['global_minus_fp32']:+.2f} |"
+        for wire, held in found["bytes"]["wires"].items()
+    ]
+    far: list[str] = []
+    for window, held in found["far"]["fastest"]["window"].items():
+        step, without, rate, trips = (
+            f"{1e3 * held[name]:.0f} ms"
+            for name in ("step_seconds", "without_the_link", "rate_seconds", "trip_seconds")
+        )
+        messages = f"{held['messages_per_step']:.1f}, {trips}"
+        over = [f"{found['far'][p]['window'][window]['over_the_sum']:.2f}" for p in PICKS]
+        far.append(f"| {' | '.join([window, without, rate, messages, step, *over])} |")
+    clocks: list[str] = []
+    for name, held in found["clock"].items():
+        says, took, alone = (
+            f"{held['fastest'][what]:.2f} s"
+            for what in ("round_said", "round_took", "round_said_if_nobody_waited")
+        )
+        over = [f"{held[p]['ratio']:.2f}" for p in PICKS]
+        clocks.append(f"| {' | '.join([name, says, took, *over, alone])} |")
+    heads = {
+        "loopback": (
+            *("model", "a step in process", "plain text, fastest", "median"),
+            *("mutual TLS, fastest", "median"),
+        ),
+        "bytes": ("wire", "tensors", "at the proxy", "framing", "of raw fp32", "own / everybody's"),
+        "far": (
+            *("window", "without the link", "bytes", "messages", "a step"),
+            *("over the sum, fastest", "median"),
+        ),
+        "clock": (
+            *("fleet", "the clock says", "it took", "ratio, fastest", "median"),
+            "if nobody waited",
+        ),
+    }
+    rows = {"loopback": steps, "bytes": sizes, "far": far, "clock": clocks}
+    return {
+        f"network-{name}": "\n".join(
+            [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *rows[name]]
+        )
+        + "\n"
+        for name, head in heads.items()
+    }
+
+
 def _sent(found: dict[str, Any], method: str, what: str) -> str:
     """What clients sent in a run, the mean over seeds."""
     sizes = [row[what] for row in found["costs"] if row["method"] == method]
@@ -119,9 +179,11 @@ def _shown(value: float, accuracy: bool) -> str:
 
 
 def rendered(text: str) -> str:
-    """The README with its tables made anew."""
+    """A page with its tables made anew."""
     made = {**{name: table(name) for name in NAMES}, "verdicts": verdicts(), "splits": fleets()}
-    for name, lines in made.items():
+    for name, lines in (made | between_processes()).items():
+        if f"<!-- {name}:begin -->" not in text:
+            continue
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
@@ -133,7 +195,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
     if parser.parse_args().write:
-        README.write_text(rendered(README.read_text("utf-8")), "utf-8")
+        for page in PAGES:
+            page.write_text(rendered(page.read_text("utf-8")), "utf-8")
 
 
 if __name__ == "__main__":

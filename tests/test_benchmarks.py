@@ -1,4 +1,4 @@
-"""The README's numbers are those of the committed results, and say what is claimed of them."""
+"""The numbers of README and docs are those of the committed results, and hold what is claimed."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ def quick(name: str = "quick") -> dict[str, Any]:
 def test_the_readme_shows_the_committed_results() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     assert tables().rendered(text) == text
+    assert "<!-- quick:begin -->" in text
+
+
+def test_the_page_on_the_network_shows_the_committed_results() -> None:
+    text = (ROOT / "docs" / "explanation" / "network.md").read_text("utf-8")
+    assert tables().rendered(text) == text
+    for name in ("loopback", "bytes", "far", "clock"):
+        assert f"<!-- network-{name}:begin -->" in text
 
 
 def test_flexp_beats_local_on_everybodys_data_at_equal_own_accuracy() -> None:

@@ -175,10 +175,13 @@ class LinkRecipe(_Part):
 
     fp32 changes nothing. int8 has a scale for each position of each row, int8-group one for every
     64 values. What is rounded is the same on any machine, so it goes with ``mode: exact`` too.
+    ``window`` 2 takes every batch in at least two parts, and over a network one part is computed
+    while the other is on its way. It trains bit for bit what the parts train one after the other.
     """
 
     wire: Wire = "fp32"
     wires: Mapping[str, Wire] = {}
+    window: Annotated[int, Field(ge=1, le=2)] = 1
 
     def of(self, client: str) -> Wire:
         """How a client's messages travel."""

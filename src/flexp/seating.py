@@ -144,7 +144,8 @@ def _sizes(
 def packed(sized: BlockCosts, recipe: Recipe, wire: Wire) -> BlockCosts:
     """The same costs with messages that travel under a wire."""
     shape = sized.batch, sized.length, sized.width
-    return replace(sized, packed_bytes=packed_bytes(shape, dtype_of(recipe), wire))
+    size = packed_bytes(shape, dtype_of(recipe), wire)
+    return replace(sized, packed_bytes=size, window=recipe.link.window)
 
 
 def work(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockWork:
@@ -198,8 +199,10 @@ def place(
             asked.labels,
             rank=asked.ranks.get(client),
             recompute=choice.recompute,
-            accumulate=choice.accumulate,
+            accumulate=max(choice.accumulate, recipe.link.window),
         )
+        if seat.near_only(sized.blocks):  # nothing crosses
+            seat = replace(seat, accumulate=choice.accumulate)
         seat.check(sized.blocks, open_profile=recipe.privacy.profile != "u-shape", who=client)
         pace = found and _pace(seat, sized, found, devices[client], server.flops)
         out[client] = Placed(

@@ -463,6 +463,7 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--target", help="HOST:PORT")
     parser.add_argument("--rate", type=float, help="bytes per second, each way")
+    parser.add_argument("--down", type=float, help="the same back, where it is another rate")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds, one way")
     parser.add_argument("--jitter", type=float, default=0.0, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
@@ -471,8 +472,9 @@ def main() -> None:
         measure()
     elif asked.target:
         host, _, port = asked.target.rpartition(":")
-        options = {k: getattr(asked, k) for k in ("rate", "delay", "jitter", "seed")}
-        with Proxy((host, int(port)), **options) as link:
+        options = {k: getattr(asked, k) for k in ("delay", "jitter", "seed")}
+        rate = asked.rate, asked.down or asked.rate
+        with Proxy((host, int(port)), rate=rate, **options) as link:
             print(link.port, flush=True)
             sys.stdin.read()
             print(link.up.passed, link.down.passed, flush=True)

@@ -36,6 +36,10 @@ def play(cluster: Cluster, recipe: Path, mine: Path, *argv: str) -> None:
         pytest.param(
             {"link": {"wire": "fp32", "wires": {"ben": "int8", "anna": "bf16"}}}, id="wires"
         ),
+        pytest.param(
+            {"strategy": {"name": "fedavg"}, "link": {"window": 2}, "train__clip_norm": 0.5},
+            id="two parts at once",
+        ),
     ],
 )
 def test_real_processes_end_with_the_adapters_of_one(

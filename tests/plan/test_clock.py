@@ -36,13 +36,18 @@ def test_a_wave_takes_as_long_as_its_slowest_client_and_waves_follow() -> None:
     assert run_seconds([TURN, replace(fast, round=1)], devices, SERVER) == pytest.approx(6.9 + 5)
 
 
-def test_the_server_works_for_all_of_a_wave() -> None:
+def test_the_server_answers_the_messages_of_a_wave_one_by_one() -> None:
+    """Each turn has 4 messages, and spends 6.4 / 4 = 1.6 s elsewhere before each."""
+    both = {"a": PHONE, "b": PHONE}
     busy = [replace(TURN, client=c, load=heavy(5e10)) for c in "ab"]
-    assert run_seconds(busy, {"a": PHONE, "b": PHONE}, SERVER) == pytest.approx(2 + 5 + 3 + 1 + 0.4)
+    # 1.25 s a message: b waits for a's first one, and then comes while a is elsewhere.
+    assert run_seconds(busy, both, SERVER) == pytest.approx(6.4 + 5 + 1.25)
+    # a's take 3.75 s and never wait: 1.6-5.35, 6.95-10.7, 12.3-16.05, 17.65-21.4; b's follow them.
     many = [replace(TURN, client="a", load=heavy(1.5e11)), busy[1]]
-    assert run_seconds(many, {"a": PHONE, "b": PHONE}, SERVER) == pytest.approx(21.4)
+    assert run_seconds(many, both, SERVER) == pytest.approx(21.4 + 1.25)
+    # Nine keep the server busy from the first message on: 36 times 1.25 s.
     crowd = [replace(TURN, client=str(n), load=heavy(5e10)) for n in range(9)]
-    assert run_seconds(crowd, dict.fromkeys("012345678", PHONE), SERVER) == pytest.approx(45)
+    assert run_seconds(crowd, dict.fromkeys("012345678", PHONE), SERVER) == pytest.approx(1.6 + 45)
 
 
 @pytest.mark.parametrize("lost", ["flops", "uplink", "downlink"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Literal
@@ -11,7 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flexp.client.lanes import side_by_side
 from flexp.client.memory import Memory
+from flexp.client.parts import LossFn, Part, rows_of
 from flexp.client.session import Session
 from flexp.data.examples import Batch, Shard, Split
 from flexp.data.tasks import Task
@@ -25,7 +28,6 @@ from flexp.selection import ALL, Where, select
 from flexp.tensors import (
     BlockScalars,
     Mix,
-    PerRow,
     Tensors,
     Term,
     Wear,
@@ -33,8 +35,6 @@ from flexp.tensors import (
     slots_of,
     total,
 )
-
-LossFn = Callable[[PersonalModel, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -130,19 +130,25 @@ class Desk:
         """
         chosen = dict.fromkeys(slots_of(wear), train) if isinstance(train, Where) else dict(train)
         clip = self.training.clip_norm if clip_norm is None else clip_norm
-        losses: list[float] = []
-        skipped = rows = 0
-        for batch in batches if batches is not None else self.batches(steps=steps):
-            losses.append(self._descend(batch, loss, wear, chosen))
-            rows += batch.rows
-            self._bend(chosen, add, pull)
-            skipped += not self._move(chosen, losses[-1], clip)
+        losses, skipped, rows = list[float](), 0, 0
+        # Threads are made when the first part asks for one.
+        with ThreadPoolExecutor(self.session.window, thread_name_prefix="flexp-part") as crew:
+            for batch in batches if batches is not None else self.batches(steps=steps):
+                losses.append(self._descend(batch, loss, wear, chosen, crew))
+                rows += batch.rows
+                self._bend(chosen, add, pull)
+                skipped += not self._move(chosen, losses[-1], clip)
         good = [x for x in losses if math.isfinite(x)]
         mean = sum(good) / len(good) if good else None
         return {"loss": mean, "steps": len(losses), "skipped": skipped, "rows": rows}
 
     def _descend(
-        self, batch: Batch, loss: LossFn | None, wear: Wear, chosen: Mapping[str, Where]
+        self,
+        batch: Batch,
+        loss: LossFn | None,
+        wear: Wear,
+        chosen: Mapping[str, Where],
+        crew: ThreadPoolExecutor,
     ) -> float:
         """The loss of a batch; its gradient goes into the slots "<name>@g".
 
@@ -151,16 +157,22 @@ class Desk:
         """
         self.counter += 1
         parts = batch.parts(self.seat.accumulate) if self.seat.accumulate > 1 else [batch]
+        works: list[Part] = []
         total, row = 0.0, 0
         with self.model.training(chosen, self.dice("dropout", step=self.counter)):
-            for part in parts:
-                worn = _rows(wear, row, part.rows)
-                value = self.model.loss(part, worn) if loss is None else loss(self.model, part)
-                if len(parts) > 1:
-                    value = value * (part.counted / batch.counted)
-                self._differentiate(value)
-                total += float(value.detach())
+            for n, part in enumerate(parts):
+                model = self.model.twin(n) if parts[1:] else self.model
+                share = part.counted / batch.counted if parts[1:] else None
+                works.append(Part(model, part, rows_of(wear, row, part.rows), loss, share))
                 row += part.rows
+            together = bool(parts[1:]) and self.session.window > 1 and self.model.far is not None
+            descend, apart = [work.descend for work in works], (work.descend() for work in works)
+            done = side_by_side(self.session, descend, crew) if together else apart
+            for work, value in zip(works, done, strict=True):
+                self._collect(work.model)
+                total += float(value)
+                if not together or work is works[-1]:  # what is under way together is one step
+                    self.session.next_step()
         self._gathered(list(chosen), [f"{slot}@g" for slot in chosen])
         return total
 
@@ -201,11 +213,15 @@ class Desk:
         """Adds the gradient of a loss to what is gathered, and counts its rows on both sides."""
         if loss.requires_grad:
             loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        self.rows, self.model.rows = self.rows + self.model.rows, 0
-        for slot, held in self.model.leaves.grads().items():
-            self.model.near.gather(slot, held)
-        self.model.leaves = type(self.model.leaves)()
+        self._collect(self.model)
         self.session.next_step()
+
+    def _collect(self, model: PersonalModel) -> None:
+        """Adds what a graph's leaves hold to what is gathered."""
+        self.rows, model.rows = self.rows + model.rows, 0
+        for slot, held in model.leaves.grads().items():
+            model.near.gather(slot, held)
+        model.leaves = type(model.leaves)()
 
     def _gathered(self, of: Sequence[str], into: Sequence[str]) -> None:
         self._apply(Grad(tuple(of), tuple(into)))
@@ -281,10 +297,3 @@ class Desk:
         if self.model.far is not None:
             out |= self.session.fetch(wear, far=True)
         return dict(sorted(out.items()))
-
-
-def _rows(wear: Wear, first: int, count: int) -> Wear:
-    """What some rows of a batch wear."""
-    if not isinstance(wear, PerRow):
-        return wear
-    return replace(wear, row=wear.row[first : first + count])

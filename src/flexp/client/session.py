@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -34,13 +34,18 @@ from flexp.tensors import BlockScalars, Tensors, Wear
 
 @dataclass
 class Session:
-    """One turn over a link. Operations wait and ride on the next forward, or go alone."""
+    """One turn over a link. Operations wait and ride on the next forward, or go alone.
+
+    ``window`` is how many parts of a batch may be under way at a time; more than one need a link
+    that can post.
+    """
 
     link: Link
     egress: Egress
     run: str
     round: int
     wave: int
+    window: int = 1
     step: int = 0
     call: int = 0
     talks: int = 0
@@ -52,9 +57,9 @@ class Session:
             call = self.call
         return StepKey(self.run, self.round, self.wave, self.step, call, phase)
 
-    def _send(self, message: Message) -> Answer:
+    def _send(self, message: Message, send: Callable[[Message], Answer] | None = None) -> Answer:
         self.egress.check(message.tensors())
-        return self.link.send(message)
+        return (send or self.link.send)(message)
 
     def join(self, seat: Seat, optims: Mapping[str, Optim]) -> Answer:
         """Takes the seat; the answer names what was offered."""
@@ -78,9 +83,16 @@ class Session:
         self._send(Put(self._key("put"), slot, values))
 
     def forward(
-        self, ask: Ask, hidden: Tensor, coefs: Sequence[Tensor], *, keep: bool
+        self,
+        ask: Ask,
+        hidden: Tensor,
+        coefs: Sequence[Tensor],
+        *,
+        keep: bool,
+        part: int = 0,
+        send: Callable[[Message], Answer] | None = None,
     ) -> tuple[int, Tensor]:
-        """One far forward; waiting operations run before it."""
+        """One far forward; waiting operations run before it. ``send`` is another way to send."""
         key = self._key("forward")
         ops, self.waiting = tuple(self.waiting), []
         message = Forward(
@@ -96,14 +108,20 @@ class Session:
             ask.dropout,
             keep,
             ops,
+            part,
         )
-        return key.call, self._send(message).tensors[ask.until]
+        return key.call, self._send(message, send).tensors[ask.until]
 
     def backward(
-        self, call: int, grad: Tensor, *, hidden: bool
+        self,
+        call: int,
+        grad: Tensor,
+        *,
+        hidden: bool,
+        send: Callable[[Message], Answer] | None = None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """The far backward of a kept forward: the hidden state's gradient and the coefficients'."""
-        answer = self._send(Backward(self._key("backward", call), grad, hidden))
+        answer = self._send(Backward(self._key("backward", call), grad, hidden), send)
         count = sum(1 for k in answer.tensors if k.startswith("coef/"))
         return answer.tensors.get("grad"), [answer.tensors[f"coef/{n}"] for n in range(count)]
 

@@ -196,6 +196,8 @@ class Member:
             round=order.round,
             wave=order.wave,
             before=order.before,
+            # Without a barrier the order of messages is recorded, and replayed part after part.
+            window=recipe.link.window if self.strategy.barrier else 1,
         )
 
     def _initial(self, spec: SlotSpec, rank: int | None = None) -> Tensors:

@@ -25,7 +25,7 @@ from flexp.link.control import End, Hello, Order, Problem, Refused, Welcome
 from flexp.link.diagnosis import hopeless, outdated
 from flexp.link.frame import Body, Joiner
 from flexp.link.grpc import METHOD, Keepalive, check_plain, client_credentials, client_options
-from flexp.link.messages import Answer, Message
+from flexp.link.messages import Answer, Message, Reply
 from flexp.link.wire import Wire
 
 FIRST, LONGEST = 0.2, 5.0  # seconds between two attempts
@@ -78,12 +78,12 @@ class GrpcLink:
 
     def ask(self, body: Body) -> Body:
         """Asks and waits for the answer; raises what the server could not do as its own error."""
-        answer = self.post(body).result()
-        if isinstance(answer, Problem):
-            kind = getattr(errors, answer.kind, LinkError)
-            known = isinstance(kind, type) and issubclass(kind, FlexpError)
-            raise (kind if known else LinkError)(answer.text)
-        return answer
+        return _taken(self.post(body))
+
+    def begin(self, message: Message) -> Reply:
+        """Sends one message of a step; its answer can be waited for later."""
+        future = self.post(message)
+        return Reply(future, lambda: cast("Answer", _taken(future)))
 
     def post(self, body: Body) -> Future[Body]:
         """Asks without waiting; answers come in the order of the questions."""
@@ -233,6 +233,16 @@ class GrpcLink:
         for _, future in asked.values():
             future.set_exception(problem)
         self.told.put(problem)
+
+
+def _taken(future: Future[Body]) -> Body:
+    """Waits for an answer; raises what the server could not do as its own error."""
+    answer = future.result()
+    if isinstance(answer, Problem):
+        kind = getattr(errors, answer.kind, LinkError)
+        known = isinstance(kind, type) and issubclass(kind, FlexpError)
+        raise (kind if known else LinkError)(answer.text)
+    return answer
 
 
 def ask_once(address: str, credentials: Credentials | None, body: Body, patience: float) -> Body:

@@ -6,9 +6,10 @@ their own. Every message names the step it belongs to; the server's step table r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -80,7 +81,10 @@ class Put:
 
 @dataclass(frozen=True)
 class Forward:
-    """One far forward. ``keep`` holds its graph until ``Backward``; ``ops`` run before it."""
+    """One far forward. ``keep`` holds its graph until ``Backward``; ``ops`` run before it.
+
+    ``part`` tells parts of a batch apart that share a step because they are under way together.
+    """
 
     key: StepKey
     wear: Wear
@@ -94,6 +98,7 @@ class Forward:
     dropout: Dice | None
     keep: bool
     ops: tuple[Op, ...] = ()
+    part: int = 0
 
     def tensors(self) -> Tensors:
         """The tensors on board, by name."""
@@ -196,4 +201,21 @@ class Link(Protocol):
 
     def close(self) -> None:
         """Gives up the connection."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer on its way: ``future`` is done when it is here, and ``take`` gives it, once."""
+
+    future: Future[Any]
+    take: Callable[[], Answer]
+
+
+@runtime_checkable
+class Posting(Protocol):
+    """A link that can have several messages on their way; they are handled in their order."""
+
+    def begin(self, message: Message) -> Reply:
+        """Sends one message and does not wait."""
         ...

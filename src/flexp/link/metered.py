@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
-from flexp.link.messages import Answer, Link, Message
+from flexp.link.messages import Answer, Link, Message, Posting, Reply
 from flexp.link.wire import Wire, crossing_bytes
 
 Way = Literal["up", "down"]
@@ -79,7 +80,19 @@ class MeteredLink:
     def send(self, message: Message) -> Answer:
         """Delivers one message, counting it and its answer."""
         self.ledger.up(message, self.wire)
-        answer = self.inner.send(message)
+        return self._down(message, self.inner.send(message))
+
+    def begin(self, message: Message) -> Reply:
+        """Sends one message, counting it now and its answer when that is taken."""
+        self.ledger.up(message, self.wire)
+        if not isinstance(self.inner, Posting):
+            done: Future[Answer] = Future()
+            done.set_result(self._down(message, self.inner.send(message)))
+            return Reply(done, done.result)
+        reply = self.inner.begin(message)
+        return Reply(reply.future, lambda: self._down(message, reply.take()))
+
+    def _down(self, message: Message, answer: Answer) -> Answer:
         self.ledger.down(message, answer, self.wire)
         return answer
 

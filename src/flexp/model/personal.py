@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -128,6 +129,13 @@ class PersonalModel:
             yield
         finally:
             self.train, self.dropout = before
+
+    def twin(self, part: int) -> PersonalModel:
+        """The same model for a part of a batch: with a graph and dropout dice of its own."""
+        twin = copy.copy(self)
+        twin.leaves, twin.calls, twin.rows = Leaves(), 0, 0
+        twin.dropout = None if self.dropout is None else self.dropout("part", n=part)
+        return twin
 
     def logits(
         self, batch: Inputs, wear: Wear = "personal", *, near: Tensors | None = None

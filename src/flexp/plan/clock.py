@@ -1,13 +1,15 @@
 """The simulated clock: how long work takes on the devices that a recipe declares.
 
 It knows operations, bytes and messages, and never the time of day, so it says the same on any
-machine. Nothing overlaps: a client computes, sends, waits for the server, receives.
+machine. For one client nothing overlaps: it computes, sends, waits for the server, receives. The
+server does one thing after another, so clients of one wave also wait for each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import groupby
 
 from flexp.plan.costs import BlockCosts, Form, crossing_bytes, step_bytes
@@ -47,7 +49,8 @@ def step_load(
 ) -> Load:
     """What one training step of one batch takes at a cut: a forward and a backward message a part.
 
-    Parts change how much is held at a time, and how many messages go, and nothing else.
+    Parts change how much is held at a time, and how many messages go, and nothing else. Parts that
+    are under way together wait for their messages together, so they count once.
     """
     front, back = cut
     head_near = form == "u"
@@ -58,7 +61,8 @@ def step_load(
     hidden = crossing_bytes(costs)
     sent = hidden + {"u": hidden, "logits": costs.logits_bytes, "loss": costs.label_bytes}[form]
     both = step_bytes(costs, form, front_trains=work.first < front)
-    return Load(near, far, sent, both - sent, 2 * accumulate)
+    waits = -(-max(accumulate, costs.window) // costs.window)
+    return Load(near, far, sent, both - sent, 2 * waits)
 
 
 def seconds_of(load: Load, device: Device, server: float | None) -> float | None:
@@ -99,8 +103,8 @@ def run_seconds(
 ) -> float | None:
     """Seconds of a run: waves one after another, the clients of a wave side by side.
 
-    A wave takes as long as its slowest client, and at least as long as the server needs for all of
-    it together. None if any turn's time is not known.
+    A wave ends with its last client; the server answers its messages one by one, as they come. None
+    if any turn's time is not known.
     """
     total = 0.0
     for _, group in groupby(turns, key=lambda w: (w.round, w.wave)):
@@ -109,8 +113,37 @@ def run_seconds(
         known = [seconds for seconds in found if seconds is not None]
         if len(known) < len(wave):
             return None
-        total += max(*known, _served(wave, server))
+        total += max(*known, _side_by_side(wave, devices, server))
     return total
+
+
+def _side_by_side(
+    wave: Sequence[Work], devices: Mapping[str, Device], server: float | None
+) -> float:
+    """When the server has answered all messages of a wave and the last answer is there.
+
+    Each turn's work is spread evenly over its messages: the client computes and sends, the server
+    takes what has come first, and the client goes on when the answer is back.
+    """
+    calls = [w for w in wave if w.load.far_flops and w.load.messages]
+    if not calls or not server:
+        return 0.0
+    spans: list[tuple[float, float]] = []  # at the server, and elsewhere, of each message
+    for w in calls:
+        far = w.load.far_flops / server
+        whole = seconds_of(w.load, devices[w.client], server) or far
+        spans.append((far / w.load.messages, (whole - far) / w.load.messages))
+    # The way back counts with the next message's way there: the sum is the same.
+    coming: list[tuple[float, int, int]] = []  # when, whose, and how many there are from then on
+    for n, w in enumerate(calls):
+        heappush(coming, (spans[n][1], n, w.load.messages))
+    free = 0.0
+    while coming:
+        arrives, n, left = heappop(coming)
+        free = max(free, arrives) + spans[n][0]
+        if left > 1:
+            heappush(coming, (free + spans[n][1], n, left - 1))
+    return free
 
 
 def finish_times(

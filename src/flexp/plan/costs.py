@@ -23,7 +23,7 @@ class BlockCosts:
     step tried at ``batch`` rows and ``single`` at one; without them activations count as nothing.
     ``moments`` are kept by the optimizer per number; ``file_itemsize`` is that of the checkpoint
     where it is another (None: the same). ``packed_bytes`` is one hidden state as it
-    crosses the link (None: as it is held).
+    crosses the link (None: as it is held). ``window`` parts of a batch are under way at a time.
     """
 
     blocks: int
@@ -43,6 +43,7 @@ class BlockCosts:
     file_itemsize: int | None = None
     process_bytes: int = 0
     packed_bytes: int | None = None
+    window: int = 1
     full: Trial | None = None
     single: Trial | None = None
 
@@ -69,7 +70,9 @@ def near_bytes(
     Weights are the embeddings, the near blocks and the head if it is near. Adapters are there as
     they begin, as they are, as gradient and as moments of the optimizer. Activations are the most
     that opening, training or stepping needs beside those. The link holds one message on its way
-    out and one in. The process is what no tensor holds: code, buffers of libraries, the allocator.
+    out and one in. Parts under way together have activations and a gradient each; that they do not
+    work at the same moment is not counted. The process is what no tensor holds: code, buffers of
+    libraries, the allocator.
     """
     _check(costs, cut_front, cut_back, head_near)
     near = [*range(cut_front), *range(costs.blocks - cut_back, costs.blocks)]
@@ -78,13 +81,14 @@ def near_bytes(
     weights += costs.head_bytes if head_near else 0
     adapter = sum(costs.adapter_block_bytes[i] for i in near)
     adapter += costs.adapter_head_bytes if head_near else 0
-    rows = -(-costs.batch // accumulate)
+    window = 1 if whole else costs.window
+    rows = min(costs.batch, window * -(-costs.batch // accumulate))
     file = 0 if costs.file_itemsize is None else weights * costs.file_itemsize // costs.itemsize
     training = _training(_Rows(costs, rows, recompute), cut_front, cut_back, head_near)
     # A step copies what it moves: the tensors, the scaled gradient and the moments.
     parts = {
         "weights": weights,
-        "adapters": (3 + costs.moments) * adapter,
+        "adapters": (2 + window + costs.moments) * adapter,
         "activations": max(training, (2 + costs.moments) * adapter, file),
         "link": 0 if whole else 2 * message_bytes(costs) * rows // costs.batch,
         "process": costs.process_bytes,

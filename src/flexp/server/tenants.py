@@ -38,7 +38,7 @@ class Tenancy:
     loose: Tensors = field(default_factory=dict[str, Tensor])
     facts: Facts = field(default_factory=dict[str, JSON])
     rows: int = 0
-    counted: int = -1
+    counted: tuple[int, int] = (-1, 0)
     reply: Parcel | None = None
     counted_rows: int = 0
     before: tuple[Seat, Held, Held, int] | None = None
@@ -84,8 +84,8 @@ class Tenants:
             home = self.homes[client] = Tenancy(client, seat, slots, held)
         shared = dict(self.shared.values)
         home.before = (home.seat, dict(home.slots.values), shared, self.steps)
-        home.specs, home.rows, home.counted, home.reply = slots, 0, -1, None
-        home.counted_rows = 0
+        home.specs, home.rows, home.reply = slots, 0, None
+        home.counted, home.counted_rows = (-1, 0), 0
         home.seen, home.stepped = self.steps, 0
         home.moving, home.leaving, home.there, home.awaited = False, {}, {}, set()
         home.slots.alpha = alpha

@@ -50,6 +50,7 @@ class Pending:
     """A kept forward: its result and what its backward differentiates by."""
 
     step: int
+    part: int
     out: Tensor
     hidden: Tensor
     coefs: list[Tensor]
@@ -225,13 +226,15 @@ class Trunk:
             out = self._through(home.seat, m, worn, hidden)
         if m.keep:
             kept = [c for c in coefs if c is not None]
-            self._keep(home.client, m.key.call, Pending(m.key.step, out, hidden, kept, leaves))
+            self._keep(
+                home.client, m.key.call, Pending(m.key.step, m.part, out, hidden, kept, leaves)
+            )
         return Answer({m.until: out.detach()})
 
-    def _count(self, home: Tenancy, step: int, rows: int) -> None:
-        """Rows of a step: those of the largest forward that was differentiated in it."""
-        if home.counted != step:
-            home.counted, home.counted_rows = step, 0
+    def _count(self, home: Tenancy, part: tuple[int, int], rows: int) -> None:
+        """Rows of a step's part: those of the largest forward that was differentiated in it."""
+        if home.counted != part:
+            home.counted, home.counted_rows = part, 0
         home.rows += max(0, rows - home.counted_rows)
         home.counted_rows = max(rows, home.counted_rows)
 
@@ -260,7 +263,7 @@ class Trunk:
                 f"{list(pending.out.shape)} and {pending.out.dtype}."
             )
         del self.pending[home.client][m.key.call]
-        self._count(home, m.key.step, int(pending.hidden.shape[0]))
+        self._count(home, (pending.step, pending.part), int(pending.hidden.shape[0]))
         hidden = [pending.hidden] if m.hidden else []
         leaves = [leaf for *_, leaf in pending.leaves.held]
         grads = iter(_grads(pending.out, [*hidden, *pending.coefs, *leaves], m.grad))

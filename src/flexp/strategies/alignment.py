@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flexp.client.desk import LossFn
+from flexp.client.parts import LossFn
 from flexp.data.examples import Batch
 from flexp.data.loss import apart, distillation
 from flexp.model.personal import PersonalModel
