@@ -38,6 +38,9 @@ class Desk:
     def gone(self, call: Call) -> None:
         """Nothing to be done."""
 
+    def refused(self, call: Call, text: str) -> None:
+        """Nobody reads it."""
+
 
 def hello(server: str, order: int) -> Hello:
     return Hello(1, "0", str(torch.__version__), "anna", "p", server, order)

@@ -10,7 +10,7 @@ from flexp.identity import credentials, tokens
 from flexp.identity.credentials import Credentials
 from flexp.identity.peer import who
 from flexp.link.control import Data, Enroll
-from flexp.link.dial import ask_once
+from flexp.link.once import ask_once
 
 
 def enrol(kit: Path, out: Path, server: str | None, *, patience: float) -> dict[str, Any]:

@@ -156,13 +156,13 @@ class GrpcLink:
         try:
             stream: Any = channel.stream_stream(METHOD)
             joiner = Joiner()
-            for piece in stream(_pieces(out), wait_for_ready=False):
+            for piece in stream(pieces(out), wait_for_ready=False):
                 joiner.limit = self.limit
                 data = joiner.add(piece)
                 if data is not None:
                     welcomed = self._hear(frame.decode(data), out) or welcomed
         except grpc.RpcError as problem:
-            self._why = _reason(problem)
+            self._why = reason(problem)
             if found := self._hopeless():
                 raise found from problem
         finally:
@@ -245,42 +245,6 @@ def _taken(future: Future[Body]) -> Body:
     return answer
 
 
-def ask_once(address: str, credentials: Credentials | None, body: Body, patience: float) -> Body:
-    """One question on a stream of its own, before there is a hello; raises what was refused."""
-    check_plain(address, credentials)
-    end, wait = time.monotonic() + patience, FIRST
-    while True:
-        try:
-            return _asked(address, credentials, body, max(1.0, end - time.monotonic()))
-        except grpc.RpcError as problem:
-            if found := hopeless(address, credentials):
-                raise found from problem
-            if time.monotonic() + wait > end:
-                raise LinkError(f"{address} gave no answer: {_reason(problem)}.") from problem
-        time.sleep(wait)
-        wait = min(LONGEST, 2 * wait)
-
-
-def _asked(address: str, credentials: Credentials | None, body: Body, patience: float) -> Body:
-    out: SimpleQueue[bytes | None] = SimpleQueue()
-    out.put(frame.encode(1, body))
-    channel = channel_to(address, credentials, "lan")
-    joiner = Joiner(STRANGER)
-    try:
-        stream: Any = channel.stream_stream(METHOD)
-        for piece in stream(_pieces(out), timeout=patience, wait_for_ready=False):
-            data = joiner.add(piece)
-            if data is not None:
-                heard = frame.decode(data).body
-                if isinstance(heard, Refused):
-                    raise LinkError(heard.text)
-                return heard
-    finally:
-        out.put(None)
-        channel.close()
-    raise LinkError(f"{address} gave no answer.")
-
-
 def channel_to(address: str, credentials: Credentials | None, keepalive: Keepalive) -> Any:
     """A gRPC channel: mutual TLS, or plain text within this machine."""
     options = client_options(keepalive)
@@ -289,12 +253,13 @@ def channel_to(address: str, credentials: Credentials | None, keepalive: Keepali
     return grpc.secure_channel(address, client_credentials(credentials), options)
 
 
-def _pieces(out: SimpleQueue[bytes | None]) -> Iterator[bytes]:
+def pieces(out: SimpleQueue[bytes | None]) -> Iterator[bytes]:
+    """What goes out, until there is None."""
     while (data := out.get()) is not None:
         yield from frame.chunks(data)
 
 
-def _reason(problem: grpc.RpcError) -> str:
+def reason(problem: grpc.RpcError) -> str:
     """Why a stream ended, in a few words."""
     details = str(cast("Any", problem).details() or cast("Any", problem).code())
     line = details.splitlines()[0]
