@@ -20,9 +20,10 @@ from flexp.identity import Authority, Credentials
 from flexp.link import diagnosis
 from flexp.link.control import PROTOCOL, Echo, Hello, Noted, Welcome
 from flexp.link.diagnosis import hopeless
-from flexp.link.dial import GrpcLink, ask_once
+from flexp.link.dial import GrpcLink
 from flexp.link.frame import Body
 from flexp.link.listen import Call, Listener
+from flexp.link.once import ask_once
 
 
 class Open:
