@@ -98,9 +98,9 @@ class NetworkEngine(Host):
                 begin(client)
             while under_way:
                 job = next(self.guests.ended(under_way, done))
-                under_way.remove(job)
                 yield self._arrival(job)
                 begin(job.work.client)
+                under_way.remove(job)  # only now: who waits for it is let go if this fails
                 if job.taken is not None:
                     job.taken.set()
         finally:
@@ -244,7 +244,7 @@ class NetworkEngine(Host):
     def message(self, call: Call, message: Message, digest: str) -> Body:
         """Carries out a message of a step, once, and gives its answer, or what was wrong."""
         try:
-            return self.trunk.between(partial(self._carry_out, call, message, digest))
+            return self.trunk.in_turn(partial(self._carry_out, call, message, digest))
         except FlexpError as problem:
             return Problem(type(problem).__name__, str(problem), message.key)
         except Exception as problem:  # noqa: BLE001 no message, however odd, ends a run
