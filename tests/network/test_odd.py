@@ -1,0 +1,35 @@
+"""What people do that nobody planned for: a run goes on, and who asked hears what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from network.cluster import CLIENTS, Cluster, Program, Recipe
+from network.test_faults import ended
+
+
+def join(cluster: Cluster, client: str, mine: Path, *argv: str, log: str = "") -> Program:
+    return cluster.join(client, mine / f"{client}.jsonl", "--name", client, *argv, log=log)
+
+
+def test_a_late_joiner_with_another_label_is_refused(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """The head has as many rows as there were labels at the beginning; nobody else is hurt."""
+    changes: dict[str, Any] = {"train__steps": 60, "rounds": 4, "strategy": {"name": "fedavg"}}
+    recipe = recipe_of(out=str(tmp_path / "served"), **changes)
+    server = cluster.serve(recipe, "--quorum", "2")
+    first = [join(cluster, c, mine) for c in CLIENTS[:2]]
+    server.wait_for("round 1 of 4")
+    file = mine / "carl dee.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["label"] = "neutral"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    last = join(cluster, CLIENTS[2], mine)
+    assert last.wait() == 2, last.text()
+    assert '"neutral"' in last.text()
+    first[0].kill()
+    first[0] = join(cluster, "anna", mine, log="anna again")
+    ended(*first, server)
