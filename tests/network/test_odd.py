@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +35,33 @@ def test_a_late_joiner_with_another_label_is_refused(
     first[0].kill()
     first[0] = join(cluster, "anna", mine, log="anna again")
     ended(*first, server)
+
+
+def test_the_only_client_may_leave_and_come_back(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """A round in which nobody was there is lost; the run is not."""
+    recipe = recipe_of(out=str(tmp_path / "served"), train__steps=300, rounds=3)
+    server = cluster.serve(recipe, "--quorum", "1", "--patience", "0.5")
+    anna = join(cluster, "anna", mine)
+    anna.wait_for("round 1 of 3")
+    time.sleep(0.5)  # it is in the next round
+    anna.kill(signal.SIGINT)
+    assert anna.wait() == 130
+    server.wait_for("anna failed: has left")
+    anna = join(cluster, "anna", mine, log="anna again")
+    ended(anna, server)
+
+
+def test_who_is_away_holds_up_nobody_where_one_trains_after_another(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """A wave of one client that has left is over at once, as long as somebody is there."""
+    changes: dict[str, Any] = {"train__steps": 60, "rounds": 4, "strategy": {"name": "sl"}}
+    recipe = recipe_of(out=str(tmp_path / "served"), **changes)
+    server = cluster.serve(recipe, "--clients", "anna,ben", "--patience", "0.5")
+    anna, ben = (join(cluster, c, mine) for c in CLIENTS[:2])
+    anna.wait_for("round 1 of 4")
+    anna.kill(signal.SIGINT)
+    assert ben.wait(40) == 0, ben.text() + server.text()
+    server.kill(signal.SIGINT)
