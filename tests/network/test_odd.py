@@ -65,3 +65,31 @@ def test_who_is_away_holds_up_nobody_where_one_trains_after_another(
     anna.kill(signal.SIGINT)
     assert ben.wait(40) == 0, ben.text() + server.text()
     server.kill(signal.SIGINT)
+
+
+def test_who_is_killed_in_turns_of_its_own_goes_on_with_them(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """After the end, and the server ends when it has said that it would."""
+    recipe = recipe_of(out=str(tmp_path / "served"), train__steps=60, rounds=1)
+    server = cluster.serve(recipe, "--quorum", "1", "--stay", "6", "--patience", "20")
+    ended(join(cluster, "anna", mine))
+    more = join(cluster, "anna", mine, "--more", "4", log="more")
+    more.wait_for("round 1 of 4")
+    more.kill()
+    ended(join(cluster, "anna", mine, "--more", "4", log="more again"))
+    ended(server)
+
+
+def test_who_came_in_the_last_round_learns_after_it(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """There is no next round to wait for."""
+    recipe = recipe_of(out=str(tmp_path / "served"), train__steps=400, rounds=1)
+    server = cluster.serve(recipe, "--quorum", "1")
+    anna = join(cluster, "anna", mine)
+    server.wait_for("anna on ")
+    carl = join(cluster, "carl dee", mine)
+    ended(anna, carl, server)
+    assert "1 turns" in carl.text()
+    assert cluster.adapter("carl dee").is_dir()

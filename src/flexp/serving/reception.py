@@ -102,12 +102,15 @@ class Reception:
                 self._seat(name, self.calls.pop(name))
 
     def close(self, end: End) -> None:
-        """The run is over: who is here is told, and whoever comes yet."""
+        """The run is over: who is here is told. For who waits for a next round there is none."""
         with self.changed:
             self.over = end
+            for name in self.calls:
+                self.late.put(Late(name, self.roster.entries[name]))
             if self.stage is not None:
                 for call in self.stage.engine.guests.present():
-                    call.tell(end)
+                    if self.calls.get(call.name) is not call:
+                        call.tell(end)
 
     def members(self) -> set[str]:
         """Who is in the run, or would be if it began now."""
@@ -243,6 +246,10 @@ class Reception:
             train = ready.rows[0]
             self.say(f"{call.name} is {'back' if again else 'here'}: {train} rows for training")
             if self.over is not None:
+                job = self._stage().engine.guests[call.name].job
+                if job is not None and job.order.kind != "speak":
+                    self._seat(call.name, call)  # it goes on with what it was at
+                    return Noted()
                 self.calls[call.name] = call
                 self.late.put(Late(call.name, entry, ready.more))
                 return Noted()
