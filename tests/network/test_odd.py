@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from network.cluster import CLIENTS, Cluster, Program, Recipe
+from network.cluster import CLIENTS, Cluster, Program, Recipe, alone, same
 from network.test_faults import ended
+from safetensors.torch import load_file, save_file
 
 
 def join(cluster: Cluster, client: str, mine: Path, *argv: str, log: str = "") -> Program:
@@ -65,6 +67,27 @@ def test_who_is_away_holds_up_nobody_where_one_trains_after_another(
     anna.kill(signal.SIGINT)
     assert ben.wait(40) == 0, ben.text() + server.text()
     server.kill(signal.SIGINT)
+
+
+def test_a_folder_that_held_another_model_is_not_taken_for_this_one(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The same names and shapes, other weights."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    values = load_file(other / "model.safetensors")
+    values = {name: value * 1.5 for name, value in values.items()}
+    save_file(values, other / "model.safetensors", {"format": "pt"})
+    for client in CLIENTS[1:]:
+        (mine / f"{client}.jsonl").unlink()
+    recipe = recipe_of()
+    for n, model in enumerate((tiny_model, other)):
+        name = f"run {n}"
+        recipe = recipe_of(out=str(tmp_path / "served"), name=name, model__source=str(model))
+        server = cluster.serve(recipe, "--quorum", "1", name=f"server {n}")
+        accept = server.wait_for(r"recipe ([0-9a-f]{64})").group(1)
+        ended(join(cluster, "anna", mine, "--accept", accept, log=f"anna {n}"), server)
+    same(cluster, alone(recipe, tmp_path / "alone"), ("anna",))
 
 
 def test_who_is_killed_in_turns_of_its_own_goes_on_with_them(

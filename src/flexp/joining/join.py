@@ -275,7 +275,8 @@ def _bones(recipe: Recipe, welcome: Welcome, folder: Path) -> Skeleton:
     place = folder / "model"
     place.mkdir(parents=True, exist_ok=True)
     check_config(welcome.config)
-    if not (place / "config.json").is_file():
-        write_atomic(place / "config.json", welcome.config.encode())
-    config = read_config(place, recipe.task.kind, 2, None)
-    return bare(config, recipe.task.kind, blocks_at=recipe.model.blocks_at)
+    path, config = place / "config.json", welcome.config.encode()
+    if not path.is_file() or path.read_bytes() != config:
+        write_atomic(path, config)
+    read = read_config(place, recipe.task.kind, 2, None)
+    return bare(read, recipe.task.kind, blocks_at=recipe.model.blocks_at)
