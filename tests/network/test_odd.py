@@ -116,3 +116,23 @@ def test_who_came_in_the_last_round_learns_after_it(
     ended(anna, carl, server)
     assert "1 turns" in carl.text()
     assert cluster.adapter("carl dee").is_dir()
+
+
+def test_of_an_error_at_a_client_only_its_kind_leaves_it(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """Its text names folders here, and may speak of rows."""
+    recipe = recipe_of(out=str(tmp_path / "served"), train__steps=60, rounds=4)
+    server = cluster.serve(recipe, "--clients", "anna,ben")
+    anna, ben = (join(cluster, client, mine) for client in CLIENTS[:2])
+    anna.wait_for("round 1 of 4")
+    server.wait_for("round 1 of 4")
+    anna.kill()
+    folder = tmp_path / "devices" / "anna"
+    shutil.rmtree(folder / "memory")
+    anna = join(cluster, "anna", mine, log="anna again")
+    ended(anna, ben, server)
+    assert "CheckpointError: The server goes on after turn" in anna.text()
+    assert "anna failed: CheckpointError" in server.text()
+    events = (tmp_path / "served" / "mine" / "events.jsonl").read_text()
+    assert "goes on after turn" not in events + server.text()

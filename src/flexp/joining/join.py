@@ -156,9 +156,9 @@ class Stay:
         except TurnLost:
             raise
         except Exception as problem:  # noqa: BLE001 whatever goes wrong, the server hears of it
-            text = f"{type(problem).__name__}: {problem}"
-            self.say(text)
-            self.link.ask(Outcome(order.number, error=text))
+            kind = type(problem).__name__
+            self.say(f"{kind}: {problem}")
+            self.link.ask(Outcome(order.number, error=kind))
 
     def come_in(self, welcome: Welcome) -> Member:
         """From the welcome to the waiting room; a server that began anew meets the same member."""
