@@ -90,6 +90,22 @@ def test_a_folder_that_held_another_model_is_not_taken_for_this_one(
     same(cluster, alone(recipe, tmp_path / "alone"), ("anna",))
 
 
+def test_two_clients_need_two_folders(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """What one keeps would else be taken for what the other does."""
+    recipe = recipe_of(out=str(tmp_path / "served"))
+    server = cluster.serve(recipe, "--quorum", "2")
+    folder = ("--folder", str(tmp_path / "joined"))
+    anna = join(cluster, "anna", mine, *folder)
+    server.wait_for("anna is here")
+    ben = join(cluster, "ben", mine, *folder)
+    assert ben.wait() == 2, ben.text()
+    assert '"anna"' in ben.text()
+    ben = join(cluster, "ben", mine, log="ben again")
+    ended(anna, ben, server)
+
+
 def test_who_is_killed_in_turns_of_its_own_goes_on_with_them(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
@@ -136,3 +152,16 @@ def test_of_an_error_at_a_client_only_its_kind_leaves_it(
     assert "anna failed: CheckpointError" in server.text()
     events = (tmp_path / "served" / "mine" / "events.jsonl").read_text()
     assert "goes on after turn" not in events + server.text()
+
+
+def test_a_folder_knows_whose_it_is(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """So who has joined need not say its name again to talk."""
+    recipe = recipe_of(out=str(tmp_path / "served"))
+    server = cluster.serve(recipe, "--quorum", "1", "--stay", "60")
+    ended(join(cluster, "anna", mine))
+    via = ("--via", f"127.0.0.1:{cluster.port}", "--folder", str(tmp_path / "devices" / "anna"))
+    said = cluster.start("predict", "predict", "a lovely day", *via)
+    assert said.wait() == 0, said.text()
+    server.kill()
