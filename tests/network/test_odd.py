@@ -154,6 +154,22 @@ def test_of_an_error_at_a_client_only_its_kind_leaves_it(
     assert "goes on after turn" not in events + server.text()
 
 
+def test_a_folder_that_cannot_be_used_is_an_error_of_one_line(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """On both sides: a file in its place, no room, or a run that was not served."""
+    recipe = recipe_of(out=str(tmp_path / "served"))
+    server = cluster.serve(recipe, "--quorum", "1")
+    anna = join(cluster, "anna", mine, "--folder", str(mine / "anna.jsonl"))
+    assert anna.wait() == 2, anna.text()
+    assert "Traceback" not in anna.text()
+    server.kill()
+    alone(recipe, tmp_path / "alone")
+    again = cluster.start("over", "serve", str(recipe), f"out={tmp_path / 'alone'}")
+    assert again.wait() == 2
+    assert "holds a run already, which was not served" in " ".join(again.text().split())
+
+
 def test_a_folder_knows_whose_it_is(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:

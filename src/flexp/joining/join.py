@@ -18,7 +18,7 @@ from flexp.client.store import StoredMemory
 from flexp.data import sources
 from flexp.data.sources import Row
 from flexp.data.tokens import open_tokenizer, tokenizer_digest
-from flexp.errors import FlexpError, LinkError, RecipeError
+from flexp.errors import FlexpError, LinkError, ParcelError, RecipeError
 from flexp.identity.credentials import Credentials
 from flexp.joining.member import Member, spaces_of
 from flexp.joining.parts import check_local, fetch_small, manifest_of
@@ -109,9 +109,15 @@ def join(asked: Joining, cache: assets.Cache, agree: Agree, say: Say) -> dict[st
         with suppress(FlexpError, TimeoutError):
             link.post(Bye()).result(timeout=2)
         raise
-    except FlexpError as problem:
+    except (FlexpError, OSError) as problem:
         with suppress(FlexpError):  # the server may be what has gone
             link.post(Bye(why=type(problem).__name__))
+        if isinstance(problem, OSError):
+            why = problem.strerror or problem
+            raise ParcelError(
+                f"{problem.filename or asked.folder} cannot be used: {why}. Make room or name "
+                "another folder with --folder, and start the same command again."
+            ) from problem
         raise
     finally:
         link.close()
