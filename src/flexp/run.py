@@ -196,8 +196,8 @@ def after(stage: Stage[Host], done: int) -> Turn:
 
 
 def check(turns: Sequence[Arrival]) -> None:
-    """Raises FlexpError if every turn of a round failed."""
-    if turns and all(a.failure is not None for a in turns):
+    """Raises FlexpError if every turn of a round failed; who is away may be back in the next."""
+    if turns and all(a.failure is not None and not a.failure.away for a in turns):
         first = turns[0]
         error = first.failure.error if first.failure else ""
         raise FlexpError(f'Every client failed, the first one ("{first.client}") with: {error}')

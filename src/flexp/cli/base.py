@@ -35,7 +35,7 @@ def main() -> None:
         typer.echo(f"{type(problem).__name__}: {problem}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        typer.echo("Stopped. Continue a run with --resume.", err=True)
+        typer.echo("Stopped. Continue with the same command, a run with --resume.", err=True)
         sys.exit(130)
 
 

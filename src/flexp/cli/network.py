@@ -66,7 +66,7 @@ def serve(
         None if identity is None else credentials.load(identity, role="server"),
         ca,
         quorum,
-        frozenset(clients.split(",")) if clients else frozenset(),
+        frozenset(name.strip() for name in clients.split(",")) if clients else frozenset(),
         patience=patience,
         keepalive=keepalive_of(keepalive),
         stay=stay,

@@ -42,9 +42,10 @@ class Own:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a client gave no reply."""
+    """Why a client gave no reply; ``away`` if it was not there."""
 
     error: str
+    away: bool = False
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Job:
     error: str = ""
     cells: Cells = field(default_factory=dict[str, dict[str, float]])
     over: bool = False
+    away: bool = False  # it is over because its client was not there
     taken: threading.Event | None = None  # without a barrier: set when the next order is given
 
 
@@ -76,6 +77,11 @@ class Guests:
         """The calls of those who are here."""
         with self.lock:
             return [guest.call for guest in self.held.values() if guest.call is not None]
+
+    def anybody(self) -> bool:
+        """Whether somebody is here that can take an order."""
+        with self.lock:
+            return any(guest.ready for guest in self.held.values())
 
     def give(self, job: Job) -> None:
         """Gives a client an order: now, or when it calls."""
@@ -155,6 +161,7 @@ class Guests:
                 away = self.clock() - guest.lost
                 if away > self.patience:
                     told = "has left" if math.isinf(away) else f"away for {away:.0f} seconds"
+                    job.away = True
                     self.end(job, told)
 
 

@@ -56,6 +56,7 @@ class NetworkEngine(Host):
         super().__init__(backbone, task, kind=kind, training=training, dice=dice)
         self.tasks, self.name, self.clock, self.pause = tasks, run, clock, pause
         self.guests = Guests(patience, clock)
+        self.lasting = True  # whether a time in which nobody is there is waited for
         self.handed: set[ClientId] = set()
         self.orders: list[ClientId] | None = None  # whose messages were heard, without a barrier
 
@@ -67,7 +68,8 @@ class NetworkEngine(Host):
         """Turns side by side, as they end; one after another where all train one far copy."""
         todo, specs = list(work), self.training.specs(strategy.specs())
         together = not any(spec.home == "server" for spec in specs.values())
-        self._wait_for_any([each.client for each in todo])
+        if todo:
+            self._wait_for_anybody()
         for some in [todo] if together else [[each] for each in todo]:
             done: SimpleQueue[Job] = SimpleQueue()
             under_way = [self._begin("train", each, specs, turn, done) for each in some]
@@ -91,16 +93,16 @@ class NetworkEngine(Host):
                 work, turn = given
                 under_way.append(self._begin("train", work, specs, turn, done, flows=True))
 
-        self._wait_for_any(list(flow.lines))
+        self._wait_for_anybody()
         self.orders = flow.order
         try:
             for client in list(flow.lines):
                 begin(client)
             while under_way:
                 job = next(self.guests.ended(under_way, done))
-                under_way.remove(job)
                 yield self._arrival(job)
                 begin(job.work.client)
+                under_way.remove(job)  # only now: who waits for it is let go if this fails
                 if job.taken is not None:
                     job.taken.set()
         finally:
@@ -159,9 +161,9 @@ class NetworkEngine(Host):
             self.trunk.between(partial(self._undo, job.work.client))
         return jobs
 
-    def _wait_for_any(self, clients: Sequence[ClientId]) -> None:
-        """Waits until one of these is there: nobody trains, and nothing is lost by it."""
-        while clients and not any(self.guests[c].ready for c in clients):
+    def _wait_for_anybody(self) -> None:
+        """Waits until somebody is there: nobody trains, and nothing is lost by it."""
+        while self.lasting and not self.guests.anybody():
             self.pause(TICK)
 
     def _begin(
@@ -200,7 +202,9 @@ class NetworkEngine(Host):
         client, seconds = job.work.client, self.clock() - job.began
         if job.error:
             self.trunk.between(partial(self._undo, client))
-            return Arrival(client, failure=Failure(job.error), seconds=seconds, ledger=job.ledger)
+            return Arrival(
+                client, failure=Failure(job.error, job.away), seconds=seconds, ledger=job.ledger
+            )
         home = self.tenants[client]
         rows = home.rows
         if job.order.seat.near_only(self.backbone.depth) and home.reply is not None:
@@ -244,7 +248,7 @@ class NetworkEngine(Host):
     def message(self, call: Call, message: Message, digest: str) -> Body:
         """Carries out a message of a step, once, and gives its answer, or what was wrong."""
         try:
-            return self.trunk.carry_out(partial(self._carry_out, call, message, digest))
+            return self.trunk.in_turn(partial(self._carry_out, call, message, digest))
         except FlexpError as problem:
             return Problem(type(problem).__name__, str(problem), message.key)
         except Exception as problem:  # noqa: BLE001 no message, however odd, ends a run

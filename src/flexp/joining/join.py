@@ -18,7 +18,7 @@ from flexp.client.store import StoredMemory
 from flexp.data import sources
 from flexp.data.sources import Row
 from flexp.data.tokens import open_tokenizer, tokenizer_digest
-from flexp.errors import FlexpError, LinkError, RecipeError
+from flexp.errors import FlexpError, LinkError, ParcelError, RecipeError
 from flexp.identity.credentials import Credentials
 from flexp.joining.member import Member, spaces_of
 from flexp.joining.parts import check_local, fetch_small, manifest_of
@@ -50,6 +50,7 @@ from flexp.seating import dtype_of, frame_limit
 from flexp.strategies import build
 from flexp.strategies.base import Strategy
 
+OWNER = "client"  # the file in a client's folder that says whose it is
 Say = Callable[[str], None]
 Agree = Callable[[Terms], bool]
 
@@ -82,7 +83,8 @@ class Joining:
     def hello(self, server: str, order: int) -> Hello:
         """The first words of a stream."""
         versions = __version__, str(torch.__version__)
-        return Hello(PROTOCOL, *versions, self.name, self.process, server, order, self.wants)
+        name = self.name or owner_of(self.folder)
+        return Hello(PROTOCOL, *versions, name, self.process, server, order, self.wants)
 
     def dial(self, say: Say) -> GrpcLink:
         """The link to the server."""
@@ -111,9 +113,15 @@ def join(asked: Joining, cache: assets.Cache, agree: Agree, say: Say) -> dict[st
         with suppress(FlexpError, TimeoutError):
             link.post(Bye()).result(timeout=2)
         raise
-    except FlexpError as problem:
+    except (FlexpError, OSError) as problem:
         with suppress(FlexpError):  # the server may be what has gone
             link.post(Bye(why=type(problem).__name__))
+        if isinstance(problem, OSError):
+            why = problem.strerror or problem
+            raise ParcelError(
+                f"{problem.filename or asked.folder} cannot be used: {why}. Make room or name "
+                "another folder with --folder, and start the same command again."
+            ) from problem
         raise
     finally:
         link.close()
@@ -160,9 +168,9 @@ class Stay:
         except TurnLost:
             raise
         except Exception as problem:  # noqa: BLE001 whatever goes wrong, the server hears of it
-            text = f"{type(problem).__name__}: {problem}"
-            self.say(text)
-            self.link.ask(Outcome(order.number, error=text))
+            kind = type(problem).__name__
+            self.say(f"{kind}: {problem}")
+            self.link.ask(Outcome(order.number, error=kind))
 
     def come_in(self, welcome: Welcome) -> Member:
         """From the welcome to the waiting room; a server that began anew meets the same member."""
@@ -171,6 +179,7 @@ class Stay:
             raise RecipeError("The server's recipe has not the hash that it says. Do not join it.")
         self.asked.tune(recipe.mode)
         name, member = welcome.client, self.member
+        _own(self.asked.folder, name)
         if member is not None and member.recipe.hash() != recipe.hash():
             member = None
         strategy = build(recipe.strategy.name, recipe.strategy.options)
@@ -274,12 +283,32 @@ class Stay:
         }
 
 
+def owner_of(folder: Path) -> str:
+    """The client whose folder it is; nothing if nobody's."""
+    note = folder / OWNER
+    return note.read_text("utf-8") if note.is_file() else ""
+
+
+def _own(folder: Path, name: str) -> None:
+    """LinkError if a folder holds what another client keeps; from now on it is this one's."""
+    owner = owner_of(folder)
+    if owner and owner != name:
+        raise LinkError(
+            f'{folder} is the folder of "{owner}", and this is "{name}". Give each client a folder '
+            "of its own with --folder."
+        )
+    if not owner:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / OWNER, name.encode())
+
+
 def _bones(recipe: Recipe, welcome: Welcome, folder: Path) -> Skeleton:
     """The model's skeleton, from the config that came with the welcome."""
     place = folder / "model"
     place.mkdir(parents=True, exist_ok=True)
     check_config(welcome.config)
-    if not (place / "config.json").is_file():
-        write_atomic(place / "config.json", welcome.config.encode())
-    config = read_config(place, recipe.task.kind, 2, None)
-    return bare(config, recipe.task.kind, blocks_at=recipe.model.blocks_at)
+    path, config = place / "config.json", welcome.config.encode()
+    if not path.is_file() or path.read_bytes() != config:
+        write_atomic(path, config)
+    read = read_config(place, recipe.task.kind, 2, None)
+    return bare(read, recipe.task.kind, blocks_at=recipe.model.blocks_at)

@@ -81,9 +81,12 @@ def fetch_small(link: GrpcLink, theirs: Manifest, folder: Path) -> None:
 def fetch_part(
     link: GrpcLink, theirs: Manifest, folder: Path, absent: Sequence[str], say: Say
 ) -> None:
-    """The tensors that are not in absent modules; those that are there already stay."""
+    """The tensors that are not in absent modules; those that are there already stay.
+
+    What is there may be another model's, which has tensors of the same names.
+    """
     names = wanted(theirs.pieces, absent)
-    lacking = [n for n in names if not (folder / file_of(n)).is_file()]
+    lacking = [n for n in names if not _whole(folder / file_of(n), n, theirs.pieces[n])]
     if lacking:
         size = sum(p.end - p.begin for p in (theirs.pieces[n] for n in lacking))
         every = sum(p.end - p.begin for p in theirs.pieces.values())
@@ -108,18 +111,26 @@ def _fetch(link: GrpcLink, name: str, piece: Piece, path: Path) -> None:
     with part.open("ab") as file:
         for data in _read(link, piece.file, piece.begin + have, size - have):
             file.write(data)
-    sha = hashlib.sha256()
-    with part.open("rb") as file:
-        file.seek(len(head))
-        while data := file.read(STEP):
-            sha.update(data)
-    if sha.hexdigest() != piece.sha256:
+    if not _whole(part, name, piece):
         part.unlink()
         raise LinkError(
             f'The tensor "{name}" has not the digest that the server announced. It was deleted; '
             "join again to fetch it anew."
         )
     part.replace(path)
+
+
+def _whole(path: Path, name: str, piece: Piece) -> bool:
+    """Whether a file is there and holds this very tensor."""
+    if not path.is_file():
+        return False
+    head, sha = head_of(name, piece), hashlib.sha256()
+    with path.open("rb") as file:
+        if file.read(len(head)) != head:
+            return False
+        while data := file.read(STEP):
+            sha.update(data)
+    return sha.hexdigest() == piece.sha256
 
 
 def _read(link: GrpcLink, path: str, begin: int, size: int) -> list[bytes]:

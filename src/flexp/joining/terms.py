@@ -17,6 +17,8 @@ from flexp.strategies.base import Strategy
 ITSELF = (
     Leave("device", when="when it joins", why="memory, speed and link: they decide the cut"),
     Leave("rows and labels", when="when it joins", why="how many rows, and the names of labels"),
+    Leave("versions", when="when it joins", why="of this program and torch: all must be alike"),
+    Leave("errors", when="when it fails", why="their kind, never their text"),
     Leave("facts", when="every round", why="mean loss, steps and rows, for the log and for means"),
     Leave("scores", when="when scored", why="metrics of its own model on its own test rows"),
 )

@@ -110,7 +110,10 @@ class Order(Part, frozen=True):
 
 
 class Outcome(Part, frozen=True):
-    """How an order went: an error, or scores by whose data."""
+    """How an order went: scores by whose data, or the kind of an error.
+
+    Never an error's text, which may speak of the client's data or of its folders.
+    """
 
     order: int
     error: str = ""

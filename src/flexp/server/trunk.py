@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import TypeVar, cast
 
 import torch
@@ -43,6 +45,7 @@ from flexp.tensors import terms
 
 T = TypeVar("T")
 MAX_PENDING = 16  # forwards of one client that wait for their backward
+PARKED = 0.005  # seconds between two looks at whether the compute thread may go on
 
 
 @dataclass
@@ -68,31 +71,34 @@ class Trunk:
         self.pending: dict[str, dict[int, Pending]] = {}
         self.talks = Talks(backbone)
         self.flops: dict[str, int] | None = None  # of each client's messages, if they are counted
-        self.parked, self.aside = False, threading.Lock()
+        self.beside: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="flexp-trunk")
 
     def handle(self, client: str, message: Message, digest: str = "") -> Answer:
         """The answer to a client's message, computed at most once per key."""
-        return self.carry_out(partial(self.answer, client, message, digest))
+        return self.in_turn(partial(self.answer, client, message, digest))
 
-    def carry_out(self, work: Callable[[], T]) -> T:
-        """Does what a message asks for on the compute thread, after all that came before it."""
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Does something on the compute thread, after the messages that came before it."""
         return self.thread.submit(work).result()
 
     def between(self, work: Callable[[], T]) -> T:
-        """Does something else between two messages, also while the compute thread is parked."""
-        with self.aside:
-            if self.parked:
-                return work()
-        return self.thread.submit(work).result()
+        """Does something on the compute thread between two messages, also while it is parked."""
+        done: Future[T] = Future()
+        self.beside.put(partial(_settle, done, work))
+        self.thread.submit(self._beside)
+        return done.result()
 
     def park(self, until: threading.Event, tell: Callable[[], None]) -> None:
-        """On the compute thread: tells, and waits; others do what belongs between two messages."""
-        self.parked = True
+        """On the compute thread: tells, and waits; messages wait too, what is between them not."""
         tell()
-        until.wait()
-        with self.aside:
-            self.parked = False
+        while not until.is_set():
+            with suppress(Empty):
+                self.beside.get(timeout=PARKED)()
+
+    def _beside(self) -> None:
+        with suppress(Empty):  # it was done while the thread was parked
+            self.beside.get_nowait()()
 
     def answer(self, client: str, message: Message, digest: str) -> Answer:
         """The answer to a message; only on the compute thread."""
@@ -277,6 +283,13 @@ class Trunk:
         for slot, held in pending.leaves.grads(list(grads)).items():
             home.slots.gather(slot, held)
         return Answer(out)
+
+
+def _settle(done: Future[T], work: Callable[[], T]) -> None:
+    try:
+        done.set_result(work())
+    except BaseException as problem:  # noqa: BLE001 it is for who waits for the result
+        done.set_exception(problem)
 
 
 def _grads(out: Tensor, of: list[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -26,7 +26,7 @@ from flexp.planning import measured
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
 from flexp.seating import Placed, adapter_kind, costs, dtype_of, work
-from flexp.serving.roster import WAITS, Entry, Roster, planned
+from flexp.serving.roster import Entry, Roster, planned
 from flexp.stage import Say, Stage, Survey, seats_for, training
 from flexp.strategies import build
 from flexp.strategies.base import ClientId, Strategy
@@ -58,7 +58,7 @@ class Floor:
         own = {
             client: self._own_task(client, entry, task)
             for client, entry in entries.items()
-            if self._has_own(client)
+            if self.has_own(client)
         }
         shards = {client: Shard(Examples()) for client in sorted(entries)}
         federation = Federation(shards, task, (), None, own)
@@ -105,7 +105,7 @@ class Floor:
         )
         return placed, parts
 
-    def _has_own(self, client: ClientId) -> bool:
+    def has_own(self, client: ClientId) -> bool:
         asked = self.recipe.clients.get(client)
         return asked is not None and any((asked.task, asked.label))
 
@@ -165,7 +165,7 @@ def open_stage(
 
     ``opened`` hears of every later stage on which more clients sit than before.
     """
-    entries = {c: e for c, e in roster.entries.items() if e.joins != WAITS}
+    entries = roster.members()
     recipe = planned(floor.recipe, entries, roster.server)
     found = floor.survey(recipe, entries)
     seated = seats_for(floor.strategy, found, recipe)
@@ -204,13 +204,11 @@ def _renewed(
     round: int,
 ) -> Stage[NetworkEngine]:
     """The stage with those who came since: they are there from this round on."""
-    late = [c for c in sorted(roster.entries) if c not in stage.fleet.placed]
+    late = roster.take_in(stage.fleet.placed, round)
     if not late:
         return stage
-    for client in late:
-        roster.entries[client] = replace(roster.entries[client], joins=round)
     roster.write(floor.recipe)
-    stage = added(floor, stage, {c: roster.entries[c] for c in late})
+    stage = added(floor, stage, dict(sorted(late.items())))
     opened(stage)
     return stage
 

@@ -102,16 +102,19 @@ class Reception:
                 self._seat(name, self.calls.pop(name))
 
     def close(self, end: End) -> None:
-        """The run is over: who is here is told, and whoever comes yet."""
+        """The run is over: who is here is told. For who waits for a next round there is none."""
         with self.changed:
             self.over = end
+            for name in self.calls:
+                self.late.put(Late(name, self.roster.entries[name]))
             if self.stage is not None:
                 for call in self.stage.engine.guests.present():
-                    call.tell(end)
+                    if self.calls.get(call.name) is not call:
+                        call.tell(end)
 
     def members(self) -> set[str]:
         """Who is in the run, or would be if it began now."""
-        return {c for c, entry in self.roster.entries.items() if entry.joins != WAITS}
+        return set(self.roster.members())
 
     # ---- for the calls' threads
 
@@ -233,7 +236,7 @@ class Reception:
                 raise LinkError("Say first what the device has.")
             told: dict[str, Any] = {
                 "rows": ready.rows,
-                "space": ready.space,
+                "space": self._space(call.name, ready.space),
                 "accepted": ready.accepted,
             }
             entry = replace(entry, **told)
@@ -242,6 +245,10 @@ class Reception:
             train = ready.rows[0]
             self.say(f"{call.name} is {'back' if again else 'here'}: {train} rows for training")
             if self.over is not None:
+                job = self._stage().engine.guests[call.name].job
+                if job is not None and job.order.kind != "speak":
+                    self._seat(call.name, call)  # it goes on with what it was at
+                    return Noted()
                 self.calls[call.name] = call
                 self.late.put(Late(call.name, entry, ready.more))
                 return Noted()
@@ -260,6 +267,22 @@ class Reception:
                 self._seat(call.name, call)
             self.changed.notify_all()
         return Noted()
+
+    def _space(self, name: str, space: tuple[str, ...]) -> tuple[str, ...]:
+        """A client's kind of task and labels; those of a run that has begun stay as they are."""
+        if not self.roster.started:
+            return space
+        member, own = name in self.members(), self.floor.has_own(name)
+        if own and not member:
+            return space
+        entries = self.roster.members()
+        labels = entries[name].space[1:] if own else labels_of(self.floor.recipe, entries)
+        if new := sorted(set(space[1:]) - set(labels)):
+            raise LinkError(
+                f"The run has begun with the labels {', '.join(labels)}, and these rows have "
+                f'"{new[0]}" too. Leave such rows out, or wait for another run.'
+            )
+        return entries[name].space if member else space
 
     def _seat(self, name: str, call: Call) -> None:
         """Tells a client its seat, and what it is to do if an order waits for it."""

@@ -7,7 +7,8 @@ same and nobody is asked again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,14 @@ class Entry:
 
 
 class Roster:
-    """Entries by client, in a file that is written whole whenever one changes."""
+    """Entries by client, in a file that is written whole whenever one changes.
+
+    Calls enter clients while the round loop takes in those who wait: both hold ``lock``.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.entries = path, dict[str, Entry]()
+        self.lock = threading.RLock()
         self.server: dict[str, Any] | None = None  # this machine, as a recipe declares it
         self.started = False  # whether the quorum was there and the run has begun
 
@@ -77,11 +82,12 @@ class Roster:
 
     def write(self, recipe: Recipe) -> None:
         """Puts all entries on disk."""
-        clients = {name: asdict(entry) for name, entry in sorted(self.entries.items())}
-        plain = {"recipe": recipe.hash(), "started": self.started, "server": self.server}
-        plain["clients"] = clients
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, json.dumps(plain, indent=1).encode())
+        with self.lock:
+            clients = {name: asdict(entry) for name, entry in sorted(self.entries.items())}
+            plain = {"recipe": recipe.hash(), "started": self.started, "server": self.server}
+            plain["clients"] = clients
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path, json.dumps(plain, indent=1).encode())
 
     def begin(self, names: frozenset[str]) -> None:
         """The run begins with these; the others wait for the next round."""
@@ -92,8 +98,21 @@ class Roster:
 
     def set(self, name: str, entry: Entry) -> None:
         """Enters a client, or what it says anew; the round that it joins at stays."""
-        known = self.entries.get(name)
-        self.entries[name] = entry if known is None else replace(entry, joins=known.joins)
+        with self.lock:
+            known = self.entries.get(name)
+            self.entries[name] = entry if known is None else replace(entry, joins=known.joins)
+
+    def members(self) -> dict[str, Entry]:
+        """Who is in the run, or would be if it began now."""
+        with self.lock:
+            return {name: entry for name, entry in self.entries.items() if entry.joins != WAITS}
+
+    def take_in(self, known: Collection[str], round: int) -> dict[str, Entry]:
+        """Those who are not known yet: they are there from this round on."""
+        with self.lock:
+            late = {c: replace(e, joins=round) for c, e in self.entries.items() if c not in known}
+            self.entries |= late
+            return late
 
 
 def planned(

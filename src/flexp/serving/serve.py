@@ -11,6 +11,7 @@ from typing import Any
 from flexp import assets, commands
 from flexp import run as running
 from flexp.engine.network import NetworkEngine
+from flexp.errors import CheckpointError, FlexpError
 from flexp.events import Sink, Stream
 from flexp.identity.authority import Authority
 from flexp.identity.credentials import Credentials
@@ -61,7 +62,12 @@ def serve(
     roster.read(recipe)
     if roster.server is None:
         roster.server = floor.measured()
-    running.fresh(out, resume=bool(roster.entries))
+    if (out / "checkpoint").exists() and not roster.started:
+        raise FlexpError(
+            f"{out} holds a run already, which was not served. Choose another folder with "
+            "out=FOLDER, or another name with name=NAME."
+        )
+    running.fresh(out, resume=True)
     authority = None if asked.authority is None else Authority.open(asked.authority)
     gate = Gate(recipe.mode == "exact", say, authority)
     reception = Reception(floor, roster, say, gate)
@@ -93,6 +99,11 @@ def serve(
         return commands.carry_out(
             stage, sinks, out=out, resume=True, adapters=True, after=after, say=say
         )
+    except OSError as problem:
+        raise CheckpointError(
+            f"{problem.filename or out} cannot be written: {problem.strerror or problem}. Make "
+            "room, and start the same command again: it goes on from the last checkpoint."
+        ) from problem
     finally:
         listener.stop()
 
