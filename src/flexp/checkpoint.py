@@ -71,6 +71,28 @@ def newest(folder: Path, recipe: Recipe) -> tuple[int, Path] | None:
     Raises CheckpointError if the recipe differs from the one that the run began with, or if
     checkpoints exist but all of them are damaged.
     """
+    found = _newest(folder)
+    if found is None:
+        return None
+    note, path = found
+    changed = recipe.changed(note["recipe"])
+    if changed:
+        raise CheckpointError(
+            f"{path} was written by another recipe: {', '.join(changed[:5])} "
+            f"{'differs' if len(changed) == 1 else 'differ'}. Resume with the recipe that the "
+            "run began with (recipe.yaml beside it), or start anew with another out."
+        )
+    return int(note["round"]), path
+
+
+def done(folder: Path) -> int:
+    """How many rounds the newest whole checkpoint has; 0 if there is none."""
+    found = _newest(folder)
+    return 0 if found is None else int(found[0]["round"])
+
+
+def _newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """What the newest whole checkpoint says of itself, and its folder."""
     found = sorted(_complete(folder), reverse=True)
     problems: list[str] = []
     for path in found:
@@ -84,14 +106,7 @@ def newest(folder: Path, recipe: Recipe) -> tuple[int, Path] | None:
         except (OSError, ValueError, KeyError, TypeError, CheckpointError) as problem:
             problems.append(f"{path}: {problem}")
             continue
-        changed = recipe.changed(note["recipe"])
-        if changed:
-            raise CheckpointError(
-                f"{path} was written by another recipe: {', '.join(changed[:5])} "
-                f"{'differs' if len(changed) == 1 else 'differ'}. Resume with the recipe that the "
-                "run began with (recipe.yaml beside it), or start anew with another out."
-            )
-        return int(note["round"]), path
+        return note, path
     if problems:
         raise CheckpointError("No checkpoint can be used:\n" + "\n".join(problems))
     return None

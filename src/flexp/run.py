@@ -88,7 +88,7 @@ def run(
         if due(recipe, done):
             scores = score(stage, state, stream, done)
         if out is not None:
-            path = checkpoint.write(out / "checkpoint", done, recipe, state, engine)
+            path = checkpoint.write(out / "checkpoint", done, stage.recipe, state, engine)
             stream.write(Checkpointed(r, path.relative_to(out).as_posix()))
             engine.saved()
     if not scores:

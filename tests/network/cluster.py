@@ -188,10 +188,12 @@ class Cluster:
 
     def hash(self) -> str:
         """The recipe's hash, as the server says it."""
-        text = (self.folder / "server.log").read_text("utf-8")
-        found = re.search(r"recipe ([0-9a-f]{64})", text)
-        assert found is not None, text
-        return found.group(1)
+        log = self.folder / "server.log"
+
+        def found() -> re.Match[str] | None:
+            return re.search(r"recipe ([0-9a-f]{64})", log.read_text("utf-8"))
+
+        return until(found, "the recipe's hash", PATIENCE, log.read_text).group(1)
 
     def adapter(self, name: str) -> Path:
         """The folder of a client's exported adapter."""

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from network.cluster import CLIENTS, Cluster, Program, Recipe, alone, same
+from network.cluster import CLIENTS, CUTS, Cluster, Program, Recipe, alone, same
 from network.test_faults import ended
 from safetensors.torch import load_file, save_file
 
@@ -181,3 +181,36 @@ def test_a_folder_knows_whose_it_is(
     said = cluster.start("predict", "predict", "a lovely day", *via)
     assert said.wait() == 0, said.text()
     server.kill()
+
+
+def test_a_server_with_a_late_joiner_may_be_killed(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """Twice, with clients that measure their devices anew; the recipe it leaves has them all."""
+    recipe = recipe_of(out=str(tmp_path / "served"), plan__cut=None, train__steps=60, rounds=8)
+    server = cluster.serve(recipe, "--quorum", "2")
+    joined = [join(cluster, client, mine) for client in CLIENTS[:2]]
+    server.wait_for("round 1 of 8")
+    joined.append(join(cluster, CLIENTS[2], mine))
+    joined[-1].wait_for(r"round \d of 8")
+    for n in range(2):
+        server.kill()
+        server = cluster.serve(recipe, "--quorum", "2", name=f"server {n}")
+        server.wait_for(r"round \d of 8")
+    ended(*joined, server)
+    same(cluster, alone(tmp_path / "served" / "mine" / "recipe.yaml", tmp_path / "alone"))
+
+
+def test_seats_change_over_the_network(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """Clients come one after another, and the recipe speaks of some that are not there yet."""
+    changes = [
+        {"round": 1, "client": "anna", "cut": [2, 1]},
+        {"round": 2, "client": "ben", "cut": [1, 0]},
+    ]
+    plan: dict[str, Any] = {"plan__cut": None, "plan__cuts": CUTS, "plan__changes": changes}
+    recipe = recipe_of(out=str(tmp_path / "served"), adapter__dropout=0.1, rounds=4, **plan)
+    server = cluster.serve(recipe, "--clients", ", ".join(CLIENTS))
+    ended(*[join(cluster, client, mine) for client in CLIENTS], server)
+    same(cluster, alone(recipe, tmp_path / "alone"))

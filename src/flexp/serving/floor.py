@@ -209,6 +209,8 @@ def _renewed(
         return stage
     roster.write(floor.recipe)
     stage = added(floor, stage, dict(sorted(late.items())))
+    recipe = planned(floor.recipe, roster.members(), roster.server)
+    stage = replace(stage, recipe=recipe)
     opened(stage)
     return stage
 

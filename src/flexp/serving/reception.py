@@ -231,7 +231,10 @@ class Reception:
             self._seat(call.name, call)
             return Noted()
         with self.changed:
-            entry = self.devices.get(call.name) or self.roster.entries.get(call.name)
+            known = self.roster.entries.get(call.name)
+            entry = self.devices.get(call.name) or known
+            if self.roster.started and call.name in self.members():
+                entry = known  # its device is that of the plan, whatever it measures now
             if entry is None:
                 raise LinkError("Say first what the device has.")
             told: dict[str, Any] = {

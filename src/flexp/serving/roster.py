@@ -107,6 +107,12 @@ class Roster:
         with self.lock:
             return {name: entry for name, entry in self.entries.items() if entry.joins != WAITS}
 
+    def go_back(self, done: int) -> None:
+        """The run goes on after so many rounds: who joined later waits for the next one again."""
+        with self.lock:
+            later = {c: replace(e, joins=WAITS) for c, e in self.entries.items() if e.joins >= done}
+            self.entries |= later if done else {}
+
     def take_in(self, known: Collection[str], round: int) -> dict[str, Entry]:
         """Those who are not known yet: they are there from this round on."""
         with self.lock:
@@ -132,6 +138,7 @@ def planned(
     told, link = {**plain["plan"]}, {**plain["link"]}
     link["wires"] = {c: v for c, v in link["wires"].items() if c in entries}
     presence = {c: v for c, v in presence.items() if c in entries}
+    told["changes"] = [change for change in told["changes"] if change["client"] in entries]
     told["assign"], told["server"] = dict(told["assign"]), told["server"] or server
     for client in sorted(entries.keys() - plan.assign.keys()):
         device = entries[client].device(f"{client}'s device")

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexp import assets, commands
+import yaml
+
+from flexp import assets, checkpoint, commands
 from flexp import run as running
 from flexp.engine.network import NetworkEngine
 from flexp.errors import CheckpointError, FlexpError
@@ -17,6 +19,7 @@ from flexp.identity.authority import Authority
 from flexp.identity.credentials import Credentials
 from flexp.link.grpc import Keepalive, split_address
 from flexp.link.listen import Listener
+from flexp.parcel import write_atomic
 from flexp.recipe import Recipe
 from flexp.seating import frame_limit
 from flexp.serving.epilogue import Epilogue
@@ -60,6 +63,7 @@ def serve(
     floor = floor_of(recipe, cache, say)
     roster = Roster(out / "roster.json")
     roster.read(recipe)
+    roster.go_back(checkpoint.done(out / "checkpoint"))
     if roster.server is None:
         roster.server = floor.measured()
     if (out / "checkpoint").exists() and not roster.started:
@@ -86,7 +90,13 @@ def serve(
         say(f"recipe {recipe.hash()}")
         asked.opened(listener.port)
         _wait(reception, roster, asked, say)
-        stage = open_stage(floor, roster, reception.open, patience=asked.patience, say=say)
+
+        def opened(stage: Stage[NetworkEngine]) -> None:
+            plain = yaml.safe_dump(stage.recipe.plain(), sort_keys=False)
+            write_atomic(out / "recipe.yaml", plain.encode())
+            reception.open(stage)
+
+        stage = open_stage(floor, roster, opened, patience=asked.patience, say=say)
         reception.open(stage)
         if done := _finished(out, stage):
             Epilogue(reception, stage, done, say).play(asked.stay)
