@@ -187,7 +187,8 @@ def test_a_server_with_a_late_joiner_may_be_killed(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
     """Twice, with clients that measure their devices anew; the recipe it leaves has them all."""
-    recipe = recipe_of(out=str(tmp_path / "served"), plan__cut=None, train__steps=60, rounds=8)
+    plan: dict[str, Any] = {"plan__cut": None, "plan__cuts": CUTS}
+    recipe = recipe_of(out=str(tmp_path / "served"), train__steps=60, rounds=8, **plan)
     server = cluster.serve(recipe, "--quorum", "2")
     joined = [join(cluster, client, mine) for client in CLIENTS[:2]]
     server.wait_for("round 1 of 8")

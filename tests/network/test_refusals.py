@@ -424,7 +424,7 @@ def refuse_models(cluster: Cluster, model: Path, mine: Path, server: Program) ->
     }
     for n, program in under_way.items():
         ended(program, cases[n][1])
-        heard(server, f"mallory {n} says goodbye: {cases[n][2]}")
+        heard(server, f"mallory {n} has left; it may come back: {cases[n][2]}")
 
 
 def test_of_two_processes_with_one_name_the_newest_counts(
