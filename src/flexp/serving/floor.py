@@ -15,7 +15,7 @@ from flexp.data.tasks import Task
 from flexp.data.tokens import open_tokenizer, padding_of
 from flexp.dice import Dice
 from flexp.engine.network import NetworkEngine
-from flexp.errors import RecipeError, StrategyError
+from flexp.errors import LinkError, RecipeError, StrategyError
 from flexp.fleet import Fleet, fleet
 from flexp.model.adapter import Kind
 from flexp.model.backbone import Backbone
@@ -151,6 +151,23 @@ def labels_of(recipe: Recipe, entries: Mapping[ClientId, Entry]) -> tuple[str, .
     names = {label for c, e in entries.items() if c not in own for label in e.space[1:]}
     numbers = all(name.lstrip("-").isdigit() for name in names)
     return tuple(sorted(names, key=int) if numbers else sorted(names))
+
+
+def space_in(
+    floor: Floor, roster: Roster, name: ClientId, space: tuple[str, ...]
+) -> tuple[str, ...]:
+    """A client's kind of task and labels; those of a run that has begun stay as they are."""
+    entries, own = roster.members(), floor.has_own(name)
+    member = name in entries
+    if not roster.started or (own and not member):
+        return space
+    labels = entries[name].space[1:] if own else labels_of(floor.recipe, entries)
+    if new := sorted(set(space[1:]) - set(labels)):
+        raise LinkError(
+            f"The run has begun with the labels {', '.join(labels)}, and these rows have "
+            f'"{new[0]}" too. Leave such rows out, or wait for another run.'
+        )
+    return entries[name].space if member else space
 
 
 def open_stage(
