@@ -180,11 +180,13 @@ def open_stage(
 ) -> Stage[NetworkEngine]:
     """Loads the blocks of the server and seats everybody who is in the run.
 
-    ``opened`` hears of every later stage on which more clients sit than before.
+    Late joiners are seated after those who were there, as they were when they came. ``opened``
+    hears of every later stage on which more clients sit than before.
     """
     entries = roster.members()
-    recipe = planned(floor.recipe, entries, roster.server)
-    found = floor.survey(recipe, entries)
+    first = {c: entry for c, entry in entries.items() if not entry.joins}
+    recipe = planned(floor.recipe, first, roster.server)
+    found = floor.survey(recipe, first)
     seated = seats_for(floor.strategy, found, recipe)
     say(f"loading {recipe.model.source}")
     backbone = Backbone.open(
@@ -210,7 +212,11 @@ def open_stage(
         patience=patience,
     )
     renew = partial(_renewed, floor, roster, opened)
-    return Stage(found, recipe, floor.strategy, backbone, seated, engine, renew)
+    stage = Stage(found, recipe, floor.strategy, backbone, seated, engine, renew)
+    for round in sorted({entry.joins for entry in entries.values()} - {0}):
+        late = {c: entry for c, entry in sorted(entries.items()) if entry.joins == round}
+        stage = added(floor, stage, late)
+    return replace(stage, recipe=planned(floor.recipe, entries, roster.server))
 
 
 def _renewed(
