@@ -47,7 +47,8 @@ def zipped(files: dict[str, bytes]) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as bundle:
         for name, content in files.items():
-            bundle.writestr(name, content)
+            entry = zipfile.ZipInfo(name, (2026, 1, 1, 0, 0, 0))  # the same bytes at any time
+            bundle.writestr(entry, content, zipfile.ZIP_DEFLATED)
     return out.getvalue()
 
 

@@ -58,7 +58,13 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("family", [*SPEAKING, *OTHERS])
+FEW = ("llama-tied", "gemma3", "gpt2")  # in `make test`; the others in `make test-slow`
+
+
+@pytest.mark.parametrize(
+    "family",
+    [f if f in FEW else pytest.param(f, marks=pytest.mark.slow) for f in (*SPEAKING, *OTHERS)],
+)
 def test_every_cut_says_bit_for_bit_what_the_library_says(family: str) -> None:
     body = talker(family)
     tokens, logits = library_says(plain(family), PROMPT, TOKENS)

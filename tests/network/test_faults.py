@@ -83,6 +83,7 @@ def test_a_link_that_is_dark_for_a_while_costs_nothing_but_time(
     same(cluster, alone(long, tmp_path / "alone"))
 
 
+@pytest.mark.slow
 def test_connections_that_break_again_and_again(
     cluster: Cluster, long: Path, mine: Path, tmp_path: Path
 ) -> None:
@@ -110,6 +111,7 @@ def test_who_stays_away_is_not_waited_for(
     assert re.search(r"carl dee failed: away for \d+ seconds", server.text())
 
 
+@pytest.mark.slow
 def test_a_stopped_machine_wakes_up_and_goes_on(
     cluster: Cluster, long: Path, mine: Path, tmp_path: Path
 ) -> None:
@@ -123,6 +125,7 @@ def test_a_stopped_machine_wakes_up_and_goes_on(
     same(cluster, alone(long, tmp_path / "alone"))
 
 
+@pytest.mark.slow
 def test_who_sleeps_for_too_long_is_back_in_a_later_round(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:

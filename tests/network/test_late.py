@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from network.cluster import CLIENTS, CUTS, Cluster, Program, alone, same
 from network.test_faults import ended
 
@@ -20,6 +21,7 @@ def join(cluster: Cluster, client: str, mine: Path, *argv: str, log: str = "") -
     return cluster.join(client, mine / f"{client}.jsonl", "--name", client, *argv, log=log)
 
 
+@pytest.mark.slow
 def test_a_late_joiner_is_there_from_the_next_round_on(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:

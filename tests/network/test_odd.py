@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from network.cluster import CLIENTS, CUTS, Cluster, Program, Recipe, alone, same
 from network.test_faults import ended
 from safetensors.torch import load_file, save_file
@@ -134,6 +135,7 @@ def test_who_came_in_the_last_round_learns_after_it(
     assert cluster.adapter("carl dee").is_dir()
 
 
+@pytest.mark.slow
 def test_of_an_error_at_a_client_only_its_kind_leaves_it(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
@@ -183,11 +185,13 @@ def test_a_folder_knows_whose_it_is(
     server.kill()
 
 
+@pytest.mark.slow
 def test_a_server_with_a_late_joiner_may_be_killed(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
     """Twice, with clients that measure their devices anew; the recipe it leaves has them all."""
-    recipe = recipe_of(out=str(tmp_path / "served"), plan__cut=None, train__steps=60, rounds=8)
+    plan: dict[str, Any] = {"plan__cut": None, "plan__cuts": CUTS}
+    recipe = recipe_of(out=str(tmp_path / "served"), train__steps=60, rounds=8, **plan)
     server = cluster.serve(recipe, "--quorum", "2")
     joined = [join(cluster, client, mine) for client in CLIENTS[:2]]
     server.wait_for("round 1 of 8")

@@ -97,6 +97,7 @@ def issued(signer: Authority, name: str = "anna") -> Credentials:
     return Credentials(signer.ca, signer.issue_client(asked.csr, name), asked.key)
 
 
+@pytest.mark.slow
 def test_over_tls_nobody_comes_in_who_may_not(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
@@ -331,7 +332,7 @@ def test_what_is_wrong_in_a_run_changes_nothing_of_it(
         assert isinstance(fake.ask(hello("anna")), Welcome)
         early = Fetch(StepKey("x", 0, 0, 0, 1, "fetch"), "ben")
         fake.say(early)
-        assert "The run has not begun" in refused_then(fake)
+        assert "The run has not begun" in fake.refusal()
     with Fake(cluster.port) as fake:
         fake.ask(hello("anna"))
         fake.say(Ready("0" * 64, (1, 1, 1), ()))

@@ -20,6 +20,7 @@ from flexp.data.sources import Row
 from flexp.data.tokens import open_tokenizer, tokenizer_digest
 from flexp.errors import FlexpError, LinkError, ParcelError, RecipeError
 from flexp.identity.credentials import Credentials
+from flexp.joining.folder import owner_of, take
 from flexp.joining.member import Member, spaces_of
 from flexp.joining.parts import check_local, fetch_small, manifest_of
 from flexp.joining.terms import Terms
@@ -50,7 +51,6 @@ from flexp.seating import dtype_of, frame_limit
 from flexp.strategies import build
 from flexp.strategies.base import Strategy
 
-OWNER = "client"  # the file in a client's folder that says whose it is
 Say = Callable[[str], None]
 Agree = Callable[[Terms], bool]
 
@@ -179,7 +179,7 @@ class Stay:
             raise RecipeError("The server's recipe has not the hash that it says. Do not join it.")
         self.asked.tune(recipe.mode)
         name, member = welcome.client, self.member
-        _own(self.asked.folder, name)
+        take(self.asked.folder, name)
         if member is not None and member.recipe.hash() != recipe.hash():
             member = None
         strategy = build(recipe.strategy.name, recipe.strategy.options)
@@ -281,25 +281,6 @@ class Stay:
             "adapter": str(adapter) if adapter.is_dir() else None,
             "scores": dict(member.scores),
         }
-
-
-def owner_of(folder: Path) -> str:
-    """The client whose folder it is; nothing if nobody's."""
-    note = folder / OWNER
-    return note.read_text("utf-8") if note.is_file() else ""
-
-
-def _own(folder: Path, name: str) -> None:
-    """LinkError if a folder holds what another client keeps; from now on it is this one's."""
-    owner = owner_of(folder)
-    if owner and owner != name:
-        raise LinkError(
-            f'{folder} is the folder of "{owner}", and this is "{name}". Give each client a folder '
-            "of its own with --folder."
-        )
-    if not owner:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / OWNER, name.encode())
 
 
 def _bones(recipe: Recipe, welcome: Welcome, folder: Path) -> Skeleton:

@@ -7,7 +7,7 @@ if its digest is that of the server's list.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -133,9 +133,8 @@ def _whole(path: Path, name: str, piece: Piece) -> bool:
     return sha.hexdigest() == piece.sha256
 
 
-def _read(link: GrpcLink, path: str, begin: int, size: int) -> list[bytes]:
-    """So many bytes of a file, with two questions under way at a time."""
-    out: list[bytes] = []
+def _read(link: GrpcLink, path: str, begin: int, size: int) -> Iterator[bytes]:
+    """So many bytes of a file as they come, with two questions under way at a time."""
     ats = range(begin, begin + size, STEP)
     under_way = [link.post(Read(path, at, min(STEP, begin + size - at))) for at in ats[:2]]
     for n, at in enumerate(ats):
@@ -145,8 +144,7 @@ def _read(link: GrpcLink, path: str, begin: int, size: int) -> list[bytes]:
             under_way.append(link.post(Read(path, more, min(STEP, begin + size - more))))
         if not isinstance(answer, Data) or len(answer.data) != min(STEP, begin + size - at):
             raise LinkError(f'The server did not give all of "{path}".')
-        out.append(answer.data)
-    return out
+        yield answer.data
 
 
 def _sha256(data: bytes) -> str:

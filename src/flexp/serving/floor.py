@@ -15,7 +15,7 @@ from flexp.data.tasks import Task
 from flexp.data.tokens import open_tokenizer, padding_of
 from flexp.dice import Dice
 from flexp.engine.network import NetworkEngine
-from flexp.errors import RecipeError, StrategyError
+from flexp.errors import LinkError, RecipeError, StrategyError
 from flexp.fleet import Fleet, fleet
 from flexp.model.adapter import Kind
 from flexp.model.backbone import Backbone
@@ -153,6 +153,23 @@ def labels_of(recipe: Recipe, entries: Mapping[ClientId, Entry]) -> tuple[str, .
     return tuple(sorted(names, key=int) if numbers else sorted(names))
 
 
+def space_in(
+    floor: Floor, roster: Roster, name: ClientId, space: tuple[str, ...]
+) -> tuple[str, ...]:
+    """A client's kind of task and labels; those of a run that has begun stay as they are."""
+    entries, own = roster.members(), floor.has_own(name)
+    member = name in entries
+    if not roster.started or (own and not member):
+        return space
+    labels = entries[name].space[1:] if own else labels_of(floor.recipe, entries)
+    if new := sorted(set(space[1:]) - set(labels)):
+        raise LinkError(
+            f"The run has begun with the labels {', '.join(labels)}, and these rows have "
+            f'"{new[0]}" too. Leave such rows out, or wait for another run.'
+        )
+    return entries[name].space if member else space
+
+
 def open_stage(
     floor: Floor,
     roster: Roster,
@@ -163,11 +180,13 @@ def open_stage(
 ) -> Stage[NetworkEngine]:
     """Loads the blocks of the server and seats everybody who is in the run.
 
-    ``opened`` hears of every later stage on which more clients sit than before.
+    Late joiners are seated after those who were there, as they were when they came. ``opened``
+    hears of every later stage on which more clients sit than before.
     """
     entries = roster.members()
-    recipe = planned(floor.recipe, entries, roster.server)
-    found = floor.survey(recipe, entries)
+    first = {c: entry for c, entry in entries.items() if not entry.joins}
+    recipe = planned(floor.recipe, first, roster.server)
+    found = floor.survey(recipe, first)
     seated = seats_for(floor.strategy, found, recipe)
     say(f"loading {recipe.model.source}")
     backbone = Backbone.open(
@@ -193,7 +212,11 @@ def open_stage(
         patience=patience,
     )
     renew = partial(_renewed, floor, roster, opened)
-    return Stage(found, recipe, floor.strategy, backbone, seated, engine, renew)
+    stage = Stage(found, recipe, floor.strategy, backbone, seated, engine, renew)
+    for round in sorted({entry.joins for entry in entries.values()} - {0}):
+        late = {c: entry for c, entry in sorted(entries.items()) if entry.joins == round}
+        stage = added(floor, stage, late)
+    return replace(stage, recipe=planned(floor.recipe, entries, roster.server))
 
 
 def _renewed(

@@ -37,7 +37,7 @@ from flexp.link.frame import Body
 from flexp.link.listen import Call
 from flexp.link.messages import Message
 from flexp.model.files import Manifest, manifest, read_part
-from flexp.serving.floor import Floor, labels_of
+from flexp.serving.floor import Floor, labels_of, space_in
 from flexp.serving.gate import Gate
 from flexp.serving.roster import WAITS, Entry, Roster
 from flexp.stage import Say, Stage
@@ -111,10 +111,6 @@ class Reception:
                 for call in self.stage.engine.guests.present():
                     if self.calls.get(call.name) is not call:
                         call.tell(end)
-
-    def members(self) -> set[str]:
-        """Who is in the run, or would be if it began now."""
-        return set(self.roster.members())
 
     # ---- for the calls' threads
 
@@ -233,13 +229,13 @@ class Reception:
         with self.changed:
             known = self.roster.entries.get(call.name)
             entry = self.devices.get(call.name) or known
-            if self.roster.started and call.name in self.members():
+            if self.roster.started and call.name in self.roster.members():
                 entry = known  # its device is that of the plan, whatever it measures now
             if entry is None:
                 raise LinkError("Say first what the device has.")
             told: dict[str, Any] = {
                 "rows": ready.rows,
-                "space": self._space(call.name, ready.space),
+                "space": space_in(self.floor, self.roster, call.name, ready.space),
                 "accepted": ready.accepted,
             }
             entry = replace(entry, **told)
@@ -255,7 +251,7 @@ class Reception:
                 self.calls[call.name] = call
                 self.late.put(Late(call.name, entry, ready.more))
                 return Noted()
-            if self.roster.started and call.name not in self.members():
+            if self.roster.started and call.name not in self.roster.members():
                 entry = replace(entry, joins=WAITS)
             self.roster.set(call.name, entry)
             self.roster.write(self.floor.recipe)
@@ -270,22 +266,6 @@ class Reception:
                 self._seat(call.name, call)
             self.changed.notify_all()
         return Noted()
-
-    def _space(self, name: str, space: tuple[str, ...]) -> tuple[str, ...]:
-        """A client's kind of task and labels; those of a run that has begun stay as they are."""
-        if not self.roster.started:
-            return space
-        member, own = name in self.members(), self.floor.has_own(name)
-        if own and not member:
-            return space
-        entries = self.roster.members()
-        labels = entries[name].space[1:] if own else labels_of(self.floor.recipe, entries)
-        if new := sorted(set(space[1:]) - set(labels)):
-            raise LinkError(
-                f"The run has begun with the labels {', '.join(labels)}, and these rows have "
-                f'"{new[0]}" too. Leave such rows out, or wait for another run.'
-            )
-        return entries[name].space if member else space
 
     def _seat(self, name: str, call: Call) -> None:
         """Tells a client its seat, and what it is to do if an order waits for it."""
