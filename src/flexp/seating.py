@@ -15,7 +15,7 @@ from flexp.errors import CutError, ModelError, PlanError
 from flexp.link.wire import Wire, packed_bytes
 from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, dropout_of, layout
 from flexp.model.cut import Cut, Seat
-from flexp.model.skeleton import Skeleton, head_leaves
+from flexp.model.skeleton import Skeleton, bare, head_leaves
 from flexp.plan import (
     BlockCosts,
     BlockWork,
@@ -107,7 +107,9 @@ def costs(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockCosts:
 
 def frame_limit(recipe: Recipe, bones: Skeleton, slots: int) -> int:
     """The longest message of a run, in bytes, for a method of so many slots."""
-    sized, _ = _sizes(recipe, bones, adapter_kind(recipe.adapter))
+    # A skeleton is used up by looking what an adapter would be on it, so this one is fresh.
+    fresh = bare(bones.config, recipe.task.kind, blocks_at=recipe.model.blocks_at)
+    sized, _ = _sizes(recipe, fresh, adapter_kind(recipe.adapter))
     scored = CausalLM if recipe.task.kind == "causal-lm" else Classification
     return frame_bytes(sized, scored.rows_at_once, slots)
 

@@ -18,7 +18,7 @@ from flexp.client.store import StoredMemory
 from flexp.data import sources
 from flexp.data.sources import Row
 from flexp.data.tokens import open_tokenizer, tokenizer_digest
-from flexp.errors import FlexpError, LinkError, ParcelError, RecipeError
+from flexp.errors import DataError, FlexpError, LinkError, ParcelError, RecipeError
 from flexp.identity.credentials import Credentials
 from flexp.joining.folder import owner_of, take
 from flexp.joining.member import Member, spaces_of
@@ -104,7 +104,10 @@ def join(asked: Joining, cache: assets.Cache, agree: Agree, say: Say) -> dict[st
     ``agree`` shows the terms to the owner; LinkError if it says no, and whatever the server or
     the data refuse.
     """
-    rows = sources.read(asked.data)  # a wrong path costs no connection
+    try:
+        rows = sources.read(asked.data)  # a wrong path costs no connection
+    except DataError as problem:
+        raise DataError(str(problem).replace("data.path", "--data")) from problem
     link = asked.dial(say)
     stay = Stay(asked, link, rows, cache, agree, say)
     try:
