@@ -250,10 +250,10 @@ class NetworkEngine(Host):
         try:
             return self.trunk.in_turn(partial(self._carry_out, call, message, digest))
         except FlexpError as problem:
-            return Problem(type(problem).__name__, str(problem), message.key)
+            return Problem(type(problem).__name__, str(problem))
         except Exception as problem:  # noqa: BLE001 no message, however odd, ends a run
             text = f"It cannot be carried out ({type(problem).__name__}: {str(problem)[:200]})."
-            return Problem("LinkError", text, message.key)
+            return Problem("LinkError", text)
 
     def _carry_out(self, call: Call, message: Message, digest: str) -> Answer:
         """On the compute thread."""

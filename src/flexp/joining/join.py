@@ -215,8 +215,7 @@ class Stay:
             )
         self.link.wire = recipe.link.of(name)
         space = spaces_of(recipe, name, self.rows)
-        turns, more = member.memory.held(), self.asked.more
-        self.link.ask(Ready(recipe.hash(), member.counts(), space, turns, more))
+        self.link.ask(Ready(recipe.hash(), member.counts(), space, self.asked.more))
         return member
 
     def _agreed(self, recipe: Recipe, strategy: Strategy[Any], welcome: Welcome) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from flexp import assets, export
 from flexp.client.desk import Desk
-from flexp.client.speech import Conversation
+from flexp.client.speech import continue_text
 from flexp.data.examples import Examples
 from flexp.data.tasks import Classification
 from flexp.data.tokens import open_tokenizer
@@ -37,9 +37,8 @@ class Voice:
     def say(self, text: str, tokens: int) -> str:
         """What follows a text: always the likeliest token that repeats no three tokens."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        talk = Conversation(self.desk, self.wear)
         stop = [i for i in (self.tokenizer.eos_token_id,) if i is not None]
-        found = list(talk.answer(ids, tokens=tokens, stop=stop))
+        found = list(continue_text(self.desk, ids, tokens=tokens, wear=self.wear, stop=stop))
         return str(self.tokenizer.decode(found, skip_special_tokens=True)).strip()
 
     def label(self, text: str) -> dict[str, Any]:

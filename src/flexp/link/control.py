@@ -6,11 +6,10 @@ begin, order, refused, end. Everything is data; no code and no class name crosse
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from msgspec import field
 
-from flexp.link.messages import StepKey
 from flexp.link.schema import Part
 from flexp.model.cut import Seat
 
@@ -72,7 +71,7 @@ class Proposal(Part, frozen=True):
 
 
 class Ready(Part, frozen=True):
-    """The owner has agreed to the recipe of that hash; ``turns`` can be gone on from.
+    """The owner has agreed to the recipe of that hash.
 
     ``rows`` of train, validation and test; ``space`` is the kind of task and its labels.
     """
@@ -80,7 +79,6 @@ class Ready(Part, frozen=True):
     accepted: str
     rows: tuple[int, int, int]
     space: tuple[str, ...]
-    turns: tuple[int, ...] = ()
     more: int = 0  # turns of its own that it wants after the end
 
 
@@ -88,10 +86,8 @@ class Begin(Part, frozen=True):
     """The run begins, or goes on, with this seat; the labels of the task are these."""
 
     seat: Seat
-    bytes: int
     reason: str
     labels: tuple[str, ...] = ()
-    round: int = 0
 
 
 class Order(Part, frozen=True):
@@ -118,7 +114,6 @@ class Outcome(Part, frozen=True):
     order: int
     error: str = ""
     cells: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
-    seconds: float = 0.0
 
 
 class Read(Part, frozen=True):
@@ -153,14 +148,10 @@ class Noted(Part, frozen=True):
 
 
 class Problem(Part, frozen=True):
-    """An asked thing could not be done: the kind of error, and its message for people.
-
-    ``key`` names the step, if it was one.
-    """
+    """An asked thing could not be done: the kind of error, and its message for people."""
 
     kind: str
     text: str
-    key: StepKey | None = None
 
 
 class Refused(Part, frozen=True):
@@ -168,23 +159,20 @@ class Refused(Part, frozen=True):
 
     text: str
     again: bool = False
-    wait: float = 0.0
 
 
 class End(Part, frozen=True):
-    """The run is over; ``facts`` for people."""
+    """The run is over."""
 
     rounds: int
-    facts: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 class Bye(Part, frozen=True):
-    """The client goes: until it comes back, or for good.
+    """The client goes: until it comes back.
 
     ``why`` is the kind of an error of its own, without its text, which may speak of its data.
     """
 
-    good: bool = False
     why: str = ""
 
 

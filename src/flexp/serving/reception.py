@@ -272,7 +272,7 @@ class Reception:
         stage = self._stage()
         placed = stage.fleet.placed[name]
         labels = labels_of(self.floor.recipe, self.roster.entries)
-        call.tell(Begin(placed.seat, placed.bytes, placed.reason, labels))
+        call.tell(Begin(placed.seat, placed.reason, labels))
         guests = stage.engine.guests
         if guests[name].call is not call:
             guests.attach(call, "", knows_server=False)

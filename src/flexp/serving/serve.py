@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ class Serving:
     keepalive: Keepalive = "lan"
     clients: int = 64
     stay: float | None = None
-    opened: Callable[[int], None] = lambda port: None
 
 
 def serve(
@@ -88,7 +87,6 @@ def serve(
         host = split_address(asked.listen)[0]
         say(f"listening on {host}:{listener.port}")
         say(f"recipe {recipe.hash()}")
-        asked.opened(listener.port)
         _wait(reception, roster, asked, say)
 
         def opened(stage: Stage[NetworkEngine]) -> None:
