@@ -44,7 +44,7 @@ demo: $(STAMP)  ## A first run: a few clients fine-tune one model together
 test: $(STAMP)  ## The fast tests, with the coverage gate
 	$(PYTEST) --timeout 120 -m "not slow and not families" --durations 10 --durations-min 5 --cov --cov-report term
 
-test-slow: $(STAMP)  ## Tests of over five seconds each
+test-slow: $(STAMP)  ## The long tests: real models, every family that speaks, more faults
 	$(PYTEST) --timeout 900 -m slow
 
 test-families: $(STAMP)  ## Split against whole, for every model family and every cut
