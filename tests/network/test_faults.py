@@ -40,10 +40,14 @@ def ended(*programs: Program) -> None:
 
 
 def test_a_server_that_is_killed_in_mid_round_goes_on(
-    cluster: Cluster, long: Path, mine: Path, tmp_path: Path
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
+    """Rounds long enough that all are at work a little after the first one."""
+    changes = {"plan__cut": None, "plan__cuts": CUTS, "adapter__dropout": 0.1}
+    steps = {"train__steps": 100, "rounds": 2}
+    long = recipe_of(out=str(tmp_path / "served"), **changes, **steps)
     server, joined = begin(cluster, long, mine)
-    server.wait_for("round 1 of 3")
+    server.wait_for("round 1 of 2")
     time.sleep(0.3)
     server.kill()
     again = cluster.serve(long)
