@@ -346,3 +346,22 @@ def test_who_is_known_grows_with_the_rounds() -> None:
 
 def test_seats_are_those_of_the_round() -> None:
     assert list(Fleet({}).seatings()) == [{}]
+
+
+def test_who_comes_later_changes_nobody_elses_seat(recipe_of: Recipe, tmp_path: Path) -> None:
+    """Its speed is not known, so beside it nobody's could be planned by speeds."""
+    fast: dict[str, Any] = {"name": "fast", "memory": "1GB", "gflops": 0.5, "up_mbit": 1000}
+    fast |= {"down_mbit": 1000, "latency_ms": 0.1}
+    plan: dict[str, Any] = {
+        "devices": [fast, PHONE],
+        "assign": {"anna": "fast", "ben": "fast", "carl dee": "phone"},
+        "server": {"gflops": 100, "memory": "8GB"},
+    }
+
+    def cuts(**more: Any) -> dict[str, tuple[int, int]]:
+        found = survey(recipe_file.read(recipe_of(plan=plan, **more)), assets.Cache(tmp_path / "n"))
+        return {c: (p.seat.cut.front, p.seat.cut.back) for c, p in found.placed.items()}
+
+    together, later = cuts(), cuts(participation={"carl dee": {"joins": 1}})
+    assert later["carl dee"] == together["carl dee"]
+    assert later["anna"] == later["ben"] == (1, 0) != together["anna"]

@@ -125,17 +125,23 @@ def _placed(
     sized: Mapping[ClientId, BlockCosts],
     working: Callable[[], BlockWork] | None,
 ) -> dict[ClientId, Placed]:
-    """Everybody's place, those of equal costs planned together."""
+    """Everybody's place: those planned together who come in the same round and cost the same.
+
+    So nobody who comes later changes where the others sit.
+    """
     clients, found = list(sized), dict[ClientId, Placed]()
-    if all(one is sized[clients[0]] for one in sized.values()):
+    joins = {c: held.joins for c, held in recipe.participation.items()}
+    groups = dict[tuple[int, int], list[ClientId]]()
+    for client in clients:
+        groups.setdefault((joins.get(client, 0), id(sized[client])), []).append(client)
+    if len(groups) == 1:
         return place(recipe.model_copy(update={"plan": asked}), clients, sized[clients[0]], working)
     devices = devices_of(asked, clients)
-    for cost in {id(one): one for one in sized.values()}.values():
-        some = [c for c in clients if sized[c] is cost]
+    for some in groups.values():
         kept = {k: {c: v for c, v in getattr(asked, k).items() if c in some} for k in BY_CLIENT}
         if asked.devices:
             kept["assign"] = {c: devices[c].name for c in some}
-        plan = asked.model_copy(update=kept)
+        plan, cost = asked.model_copy(update=kept), sized[some[0]]
         found |= place(recipe.model_copy(update={"plan": plan}), some, cost, working)
     return {c: found[c] for c in clients}
 
