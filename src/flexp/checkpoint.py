@@ -20,21 +20,20 @@ import torch
 from torch import Tensor
 
 from flexp.client.memory import Memory
-from flexp.engine.host import Host
+from flexp.engine.host import CHECKPOINTS, Host
 from flexp.errors import CheckpointError, ParcelError
 from flexp.model.cut import Cut, Seat
 from flexp.model.slots import Slots
-from flexp.parcel import JSON, Parcel, file_name, load, save, write_atomic
+from flexp.parcel import JSON, Parcel, file_name, load, save, sync, write_atomic
 from flexp.recipe import Recipe
 from flexp.strategies.base import Strategy
 from flexp.tensors import Tensors
 
 VERSION = 1
-KEEP = 2
 
 
 def write(folder: Path, round: int, recipe: Recipe, state: Any, engine: Host) -> Path:
-    """Writes the checkpoint after a round and drops all but the newest two."""
+    """Writes the checkpoint after a round and drops all but the newest ones."""
     final = folder / f"{round:06d}"
     work = folder / f".{round:06d}.tmp"
     shutil.rmtree(work, ignore_errors=True)
@@ -59,8 +58,10 @@ def write(folder: Path, round: int, recipe: Recipe, state: Any, engine: Host) ->
     }
     write_atomic(work / "checkpoint.json", json.dumps(note, indent=1, sort_keys=True).encode())
     shutil.rmtree(final, ignore_errors=True)
+    sync(work)
     work.rename(final)
-    for old in sorted(_complete(folder))[:-KEEP]:
+    sync(folder)
+    for old in sorted(_complete(folder))[:-CHECKPOINTS]:
         shutil.rmtree(old)
     return final
 

@@ -7,7 +7,6 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from flexp.data.federation import label_table
 from flexp.engine.host import Host
 from flexp.errors import AssetError, FlexpError
 from flexp.events import Checkpointed, Interleaved, Recorder, Sink, Stream, read
+from flexp.holding import hold
 from flexp.parcel import write_atomic
 from flexp.plan.devices import format_bytes, measure
 from flexp.recipe import Recipe
@@ -44,14 +44,11 @@ def run(
     ``replay`` is the folder of a run whose recorded order of messages is repeated.
     """
     out, orders = Path(recipe.out) / recipe.name, None if replay is None else orders_of(replay)
-    running.fresh(out, resume)
-    try:
+    with hold(out, resume=resume):
         stage = prepare(recipe, cache, say=say)
-    except BaseException:
-        with suppress(OSError):  # it holds something
-            out.rmdir()
-        raise
-    return carry_out(stage, sinks, out=out, resume=resume, adapters=True, orders=orders, say=say)
+        return carry_out(
+            stage, sinks, out=out, resume=resume, adapters=True, orders=orders, say=say
+        )
 
 
 def orders_of(folder: Path) -> running.Orders:

@@ -30,6 +30,14 @@ class FlexpError(Exception):
     """Anything that the person in front of the program can act on."""
 
 
+class Stopped(BaseException):
+    """Somebody, or the system, asks this process to end. What counts is on disk at any time."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"signal {signal}")
+        self.signal = signal
+
+
 class RecipeError(FlexpError):
     """A recipe, or an override on the command line, that cannot be run."""
 

@@ -92,6 +92,7 @@ class TrainRecipe(_Part):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     label_prior: bool = False
+    still: Literal["refuse", "allow"] = "refuse"
 
     @model_validator(mode="after")
     def _one(self) -> TrainRecipe:

@@ -258,21 +258,3 @@ def rows(scores: Sequence[Score], method: str, seed: int) -> list[dict[str, Any]
         }
         for s in scores
     ]
-
-
-def fresh(out: Path, resume: bool) -> None:
-    """Makes the folder of a run; FlexpError if it cannot be written or holds another run."""
-    if (out / "checkpoint").exists() and not resume:
-        raise FlexpError(
-            f"{out} holds a run already. Continue it with --resume, or choose another folder with "
-            "out=FOLDER."
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as problem:
-        raise FlexpError(
-            f"{out} cannot be written: {problem.strerror}. Choose another folder with out=FOLDER."
-        ) from problem

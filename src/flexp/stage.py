@@ -224,7 +224,7 @@ def training(recipe: Recipe) -> Training:
     """The recipe's training as the engine takes it."""
     t = recipe.train
     optim = Optim(t.optimizer, t.lr, t.head_lr, weight_decay=t.weight_decay, momentum=t.momentum)
-    return Training(optim, t.batch, t.steps, t.epochs, t.clip_norm, t.label_prior)
+    return Training(optim, t.batch, t.steps, t.epochs, t.clip_norm, t.label_prior, t.still)
 
 
 def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Fleet:

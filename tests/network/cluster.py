@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from network.crash import Point
 from safetensors.torch import load_file
 
 from flexp import assets, commands, recipe_file
@@ -112,9 +113,14 @@ class Cluster:
     ca: Path | None = None  # of a cluster over TLS
 
     def start(
-        self, name: str, *argv: str, env: Mapping[str, str] = {}, address_space: int = 0
+        self,
+        name: str,
+        *argv: str,
+        env: Mapping[str, str] = {},
+        address_space: int = 0,
+        crash: Point | None = None,
     ) -> Program:
-        """Starts a command; its output goes to ``name.log``."""
+        """Starts a command; its output goes to ``name.log``. ``crash`` is where it dies."""
         log = self.folder / f"{name}.log"
         answer = self.nursery.ask(
             argv=list(argv),
@@ -122,6 +128,7 @@ class Cluster:
             log=str(log),
             env=dict(env),
             address_space=address_space,
+            crash=None if crash is None else asdict(crash),
         )
         self.programs.append(Program(self.nursery, answer["pid"], log))
         return self.programs[-1]
@@ -162,13 +169,13 @@ class Cluster:
         return self.folder / "devices" / f"{name}'s identity"
 
     def serve(
-        self, recipe: Path, *argv: str, name: str = "server", host: str = "127.0.0.1"
+        self, recipe: Path, *argv: str, name: str = "server", host: str = "127.0.0.1", **how: Any
     ) -> Program:
         """`flexp serve` on a free port, or on the one that it had before."""
         here = f"{host}:{self.port}"
         if self.ca is not None and "--identity" not in argv:
             argv = ("--identity", str(self.folder / "host"), "--ca", str(self.ca), *argv)
-        program = self.start(name, "serve", str(recipe), "--listen", here, *argv)
+        program = self.start(name, "serve", str(recipe), "--listen", here, *argv, **how)
         before = program.text().count("listening on")
         found = until(lambda: _port(program, before), "the port", PATIENCE, program.text)
         self.port = found

@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from crash import Point, arm
+
 
 def child(request: dict[str, Any]) -> int:
     """The program with these arguments; its exit code."""
@@ -33,6 +35,8 @@ def child(request: dict[str, Any]) -> int:
 
         limit = request["address_space"]
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if request.get("crash"):
+        arm(Point(**request["crash"]))
     sys.argv = ["flexp", *request["argv"]]
     from flexp.cli import main
 

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 from network.cluster import CLIENTS, CUTS, Cluster, Program, Recipe, alone, same
+from network.fake import Fake, hello
 from network.test_faults import ended
 from safetensors.torch import load_file, save_file
+
+from flexp.link.control import Measured, Proposal, Refused, Welcome
 
 
 def join(cluster: Cluster, client: str, mine: Path, *argv: str, log: str = "") -> Program:
@@ -190,8 +193,7 @@ def test_a_server_with_a_late_joiner_may_be_killed(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
     """Twice, with clients that measure their devices anew; the recipe it leaves has them all."""
-    plan: dict[str, Any] = {"plan__cut": None, "plan__cuts": CUTS}
-    recipe = recipe_of(out=str(tmp_path / "served"), train__steps=60, rounds=8, **plan)
+    recipe = recipe_of(out=str(tmp_path / "served"), train__steps=60, rounds=8, plan__cut=None)
     server = cluster.serve(recipe, "--quorum", "2")
     joined = [join(cluster, client, mine) for client in CLIENTS[:2]]
     server.wait_for("round 1 of 8")
@@ -218,3 +220,51 @@ def test_seats_change_over_the_network(
     server = cluster.serve(recipe, "--clients", ", ".join(CLIENTS))
     ended(*[join(cluster, client, mine) for client in CLIENTS], server)
     same(cluster, alone(recipe, tmp_path / "alone"))
+
+
+def test_who_has_not_agreed_yet_takes_nobodys_place(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """A second process as anna reads the terms in the middle of a round, and says nothing."""
+    recipe = recipe_of(out=str(tmp_path / "served"), train__steps=60)
+    server = cluster.serve(recipe, "--clients", ",".join(CLIENTS[:2]))
+    working = [join(cluster, client, mine) for client in CLIENTS[:2]]
+    server.wait_for("round 1 of 3")
+    with Fake(cluster.port) as second:
+        assert isinstance(second.ask(hello("anna")), Welcome)
+        assert isinstance(second.ask(Measured(1 << 30)), Proposal)
+        ended(*working, server)
+        assert second.told(Refused).text == "The run is over, and its server has ended."
+    assert "takes its place" not in server.text()
+
+
+def test_who_cannot_learn_from_its_rows_is_not_counted_on(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """All its training rows have one label: it hears of it before the run begins with it."""
+    server = cluster.serve(recipe_of(out=str(tmp_path / "served")), "--quorum", "2")
+    anna = join(cluster, "anna", mine)
+    server.wait_for("anna is here")
+    rows = [json.loads(line) for line in (mine / "ben.jsonl").read_text().splitlines()]
+    alike = [json.dumps({**row, "label": "positive"}) + "\n" for row in rows]
+    (mine / "carl dee.jsonl").write_text("".join(alike), encoding="utf-8")
+    carl = join(cluster, "carl dee", mine)
+    assert carl.wait() == 2
+    assert "has one class only" in carl.text()
+    assert "carl dee is here" not in server.text()
+    ended(join(cluster, "ben", mine), anna, server)
+
+
+def test_two_servers_do_not_share_a_folder(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """Nor do a server and a run in one process; a folder whose server was killed is free."""
+    recipe = recipe_of(out=str(tmp_path / "served"))
+    server = cluster.serve(recipe, "--quorum", "1")
+    for name, command in {"second": ("serve", "--listen", "127.0.0.1:0"), "run": ("run",)}.items():
+        program = cluster.start(name, command[0], str(recipe), *command[1:])
+        assert program.wait() == 2
+        assert "is in use by another process" in program.text()
+    server.kill()
+    server = cluster.serve(recipe, "--quorum", "1")
+    ended(join(cluster, "anna", mine), server)

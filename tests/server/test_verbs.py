@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -583,3 +584,34 @@ def test_every_row_must_wear_something() -> None:
         pytest.raises(AdapterError),
     ):
         desk.model.logits(batches_for(body(), 1)[0], PerRow(("personal",), (0, 0)))
+
+
+@pytest.mark.parametrize("seat", [Seat(Cut(1, 0)), Seat(Cut(4))], ids=["far", "near"])
+@pytest.mark.parametrize("lr", [1e-12, 1e-2])
+def test_a_turn_in_which_nothing_moves_is_told_by_name(seat: Seat, lr: float) -> None:
+    """So small a rate is lost in rounding; three steps are enough to see it."""
+    model = body()
+    names, offer = offering(model, ["personal"])
+    optim = Optim("sgd", lr=lr)
+    with at_desk(model, seat, slots=names, offer=offer, optim=optim) as (desk, _):
+        desk.fit(batches=iter(batches_for(model, 3)), wear="personal")
+        if lr > 1e-6:
+            desk.model.near.check_moved("me")
+            desk.session.leave()
+            return
+        near = partial(desk.model.near.check_moved, "me")
+        end = near if seat.near_only(model.depth) else desk.session.leave
+        with pytest.raises(AdapterError, match=r'adapter tensors of client "me" have not moved'):
+            end()
+
+
+def test_two_steps_prove_nothing() -> None:
+    model = body()
+    names, offer = offering(model, ["personal"])
+    with at_desk(model, SEATS[0], slots=names, offer=offer, optim=Optim("sgd", lr=1e-12)) as (
+        desk,
+        _,
+    ):
+        desk.fit(batches=iter(batches_for(model, 2)), wear="personal")
+        desk.model.near.check_moved("me")
+        desk.session.leave()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from flexp.errors import FlexpError
+from flexp.errors import FlexpError, Stopped
 
 app = typer.Typer(
     help="Personal split federated fine-tuning of foundation models.",
@@ -26,17 +30,38 @@ Overrides = Annotated[
 ]
 
 
+SERVICES = ("serve", "join")  # a system ends them with SIGTERM, and takes 0 for a good end
+
+
 def main() -> None:
     """Runs a command; an error that a person can act on is one message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        with _stopped_by(signal.SIGINT, signal.SIGTERM):
+            app()
     except FlexpError as problem:
         typer.echo(f"{type(problem).__name__}: {problem}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except Stopped as asked:
         typer.echo("Stopped. Continue with the same command, a run with --resume.", err=True)
-        sys.exit(130)
+        well = asked.signal == signal.SIGTERM and sys.argv[1:2] and sys.argv[1] in SERVICES
+        sys.exit(0 if well else 128 + asked.signal)
+
+
+@contextmanager
+def _stopped_by(*signals: signal.Signals) -> Generator[None]:
+    """Signals become an exception, which no library takes for its own. Who asks twice means it."""
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        signal.signal(number, signal.SIG_DFL)
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def begin(as_json: bool, mode: str = "fast") -> Console:

@@ -37,6 +37,13 @@ def serve(
     patience: Annotated[
         float, typer.Option(min=0, help="Seconds that a client may be away within a turn.")
     ] = 60.0,
+    deadline: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds after which a round ends without who is not done."),
+    ] = None,
+    enough: Annotated[
+        int, typer.Option(min=0, help="Replies that a round needs to end at its deadline.")
+    ] = 1,
     stay: Annotated[
         float | None,
         typer.Option(
@@ -57,6 +64,7 @@ def serve(
     found = recipes.read(recipe, overrides or [])
     console = begin(as_json, found.mode)
     from flexp import live, terminal
+    from flexp.engine.guests import Policy
     from flexp.identity import credentials
     from flexp.serving.serve import Serving
     from flexp.serving.serve import serve as served
@@ -67,7 +75,7 @@ def serve(
         ca,
         quorum,
         frozenset(name.strip() for name in clients.split(",")) if clients else frozenset(),
-        patience=patience,
+        policy=Policy(patience, deadline, enough),
         keepalive=keepalive_of(keepalive),
         stay=stay,
     )

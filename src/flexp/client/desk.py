@@ -47,6 +47,7 @@ class Training:
     epochs: int | None = None
     clip_norm: float | None = None
     label_prior: bool = False
+    still: Literal["refuse", "allow"] = "refuse"
 
     def specs(self, slots: Mapping[str, SlotSpec]) -> dict[str, SlotSpec]:
         """A strategy's slots, with this optimizer where they name none."""

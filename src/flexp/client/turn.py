@@ -200,6 +200,8 @@ def hand_in(desk: Desk, reply: Parcel, *, alone: int | None = None) -> None:
     ``alone`` is the round up to which the client is on its own, if it is. If this or anything
     before it fails, the turn did not happen: roll the memory back.
     """
+    if desk.training.still == "refuse":
+        desk.model.near.check_moved(desk.client)
     desk.session.submit(reply)
     _put_away(desk)
     desk.memory.facts.pop(ALONE, None)

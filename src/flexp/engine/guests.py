@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from flexp.engine.base import Assignment
+from flexp.engine.host import CHECKPOINTS
 from flexp.engine.look import Cells
 from flexp.link.control import Order, Refused
 from flexp.link.listen import Call
@@ -22,6 +23,22 @@ REPLACED = (
     'Another process has joined as "{name}", and the newest counts: this one stops. Let one '
     "process use an identity."
 )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """For whom a round does not wait any longer; times in seconds.
+
+    A client may be away for ``patience`` while it has an order. A turn of training that is not over
+    after ``deadline`` (None: no deadline) has failed, once ``enough`` others have ended well.
+    """
+
+    patience: float = 60.0
+    deadline: float | None = None
+    enough: int = 1
+
+
+WAITS_FOR_ALL = Policy()  # who is away has a minute
 
 
 @dataclass(eq=False)
@@ -54,17 +71,18 @@ class Guest:
     number: int = 0  # of its newest order
     job: Job | None = None
     left: StepKey | None = None  # the last message of its last turn
-    floors: tuple[int, int] = (0, 0)  # turns that counted at the last two checkpoints
+    ended: str = "it has begun anew"  # why its newest order is over
+    floors: tuple[int, ...] = (0,) * CHECKPOINTS  # turns that counted at those that are kept
 
 
 class Guests:
     """All of them; every method may be called from any thread.
 
-    ``patience`` is for how many seconds a client may be away while it has an order.
+    ``policy`` says for whom is not waited any longer.
     """
 
-    def __init__(self, patience: float, clock: Callable[[], float]) -> None:
-        self.patience, self.clock = patience, clock
+    def __init__(self, policy: Policy, clock: Callable[[], float]) -> None:
+        self.policy, self.clock = policy, clock
         self.lock = threading.RLock()
         self.held: dict[ClientId, Guest] = {}
 
@@ -100,6 +118,7 @@ class Guests:
                 left -= 1
             except Empty:
                 self._give_up(jobs)
+                self._end_the_round(jobs)
 
     def end(self, job: Job, error: str = "") -> None:
         """An order is over, once."""
@@ -107,19 +126,31 @@ class Guests:
             if job.over:
                 return
             job.over, job.error = True, error
-            self[job.work.client].job = None
+            guest = self[job.work.client]
+            guest.job, guest.ended = None, error or "it has ended"
             job.done.put(job)
 
-    def attach(self, call: Call, process: str, *, knows_server: bool) -> bool:
-        """Takes a call as a client's present one; the newest counts. Whether it just goes on."""
+    def resumes(self, call: Call, *, knows_server: bool) -> bool:
+        """Whether a call is of the process that a client had, which then just goes on with it."""
+        with self.lock:
+            guest = self[call.name]
+            if not knows_server or guest.process != call.process:
+                return False
+            old, guest.call, guest.ready = guest.call, call, True
+        if old is not None and old is not call:
+            old.close()
+        return True
+
+    def attach(self, call: Call) -> bool:
+        """Takes a call as a client's present one: the newest counts. Whether another one goes."""
         with self.lock:
             guest = self[call.name]
             old, guest.call = guest.call, call
-            resumed = knows_server and guest.process == process
-            guest.process, guest.ready = process, resumed
-        if old is not None and old is not call:
-            replaced(old)
-        return resumed
+            guest.process, guest.ready = call.process, False
+        if old is None or old is call:
+            return False
+        replaced(old)
+        return True
 
     def go_on(self, call: Call, order: int) -> None:
         """Tells who just goes on its order, if it has not heard of it."""
@@ -159,10 +190,22 @@ class Guests:
                 if job.over or (guest.call is not None and guest.ready):
                     continue
                 away = self.clock() - guest.lost
-                if away > self.patience:
+                if away > self.policy.patience:
                     told = "has left" if math.isinf(away) else f"away for {away:.0f} seconds"
                     job.away = True
                     self.end(job, told)
+
+    def _end_the_round(self, jobs: Sequence[Job]) -> None:
+        """After the deadline, with enough replies, whoever is still at work has failed."""
+        deadline, enough = self.policy.deadline, self.policy.enough
+        with self.lock:
+            late = [job for job in jobs if not job.over and job.order.kind == "train"]
+            if deadline is None or sum(job.over and not job.error for job in jobs) < enough:
+                return
+            for job in late:
+                if self.clock() - job.began > deadline:
+                    job.away = True
+                    self.end(job, f"not done within the deadline of {deadline:g} seconds")
 
 
 def replaced(call: Call) -> None:

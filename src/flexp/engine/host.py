@@ -23,6 +23,7 @@ from flexp.server.trunk import Trunk
 from flexp.strategies.base import ClientId, Served, Strategy, Turn
 from flexp.tensors import Tensors
 
+CHECKPOINTS = 3  # the newest that are kept
 # Adapters that slots begin with, by backbone, kind, rank and length of a head's rows.
 Begun = dict[tuple[int, Kind, int | None, float | None], Tensors]
 
@@ -44,7 +45,7 @@ class Host(ABC):
         self.memories: dict[ClientId, Memory] = {}
         self.begun: Begun = {}
         self.measures = False  # whether turns are measured, which takes a little time
-        self.tenants = Tenants(backbone, self.initial)
+        self.tenants = Tenants(backbone, self.initial, still=training.still)
         self.trunk = Trunk(backbone, self.tenants, task, dropout=dropout_of(kind))
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Clients out on the network: the server's side here, everybody else where the data is.
 
 A client works on one order at a time. It may lose its connection, come back with the same process
-and go on, or come back as a new process and begin the order anew; only who stays away for longer
-than ``patience`` seconds fails. The step table sees to it that no message counts twice.
+and go on, or come back as a new process and begin the order anew; only for whom the policy does not
+wait any longer fails. The step table sees to it that no message counts twice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flexp.data.tasks import Task
 from flexp.dice import Dice
 from flexp.engine.base import Arrival, Assignment, Failure, Give
 from flexp.engine.flow import Flow
-from flexp.engine.guests import TICK, Guests, Job
+from flexp.engine.guests import TICK, WAITS_FOR_ALL, Guests, Job, Policy
 from flexp.engine.host import Host
 from flexp.engine.look import Cells, Look
 from flexp.errors import FlexpError, LinkError, StepError
@@ -49,13 +49,13 @@ class NetworkEngine(Host):
         dice: Dice,
         run: str,
         tasks: Mapping[ClientId, Task],
-        patience: float = 60.0,
+        policy: Policy = WAITS_FOR_ALL,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         super().__init__(backbone, task, kind=kind, training=training, dice=dice)
         self.tasks, self.name, self.clock, self.pause = tasks, run, clock, pause
-        self.guests = Guests(patience, clock)
+        self.guests = Guests(policy, clock)
         self.lasting = True  # whether a time in which nobody is there is waited for
         self.handed: set[ClientId] = set()
         self.orders: list[ClientId] | None = None  # whose messages were heard, without a barrier
@@ -139,7 +139,7 @@ class NetworkEngine(Host):
         with self.guests.lock:
             for client, home in self.tenants.homes.items():
                 guest = self.guests[client]
-                guest.floors = (guest.floors[1], home.turns)
+                guest.floors = (*guest.floors[1:], home.turns)
 
     def talk(self, strategy: Strategy[Any], work: Assignment, turn: Turn) -> None:
         """A client talks through the server, until it says that it has ended."""
@@ -264,7 +264,9 @@ class NetworkEngine(Host):
         if message.key == guest.left:
             return Answer()
         if job is None or message.key.run != turn_name(self.name, job.order.number):
-            raise StepError(f"The turn of {message.key} is over at the server.")
+            raise StepError(
+                f"This turn of round {message.key.round + 1} is over at the server: {guest.ended}."
+            )
         table = self.trunk.tables.get(call.name)
         known = table is not None and message.key in table.rows
         answer = self.trunk.answer(call.name, message, digest)

@@ -18,7 +18,7 @@ from flexp.client.store import StoredMemory
 from flexp.data import sources
 from flexp.data.sources import Row
 from flexp.data.tokens import open_tokenizer, tokenizer_digest
-from flexp.errors import DataError, FlexpError, LinkError, ParcelError, RecipeError
+from flexp.errors import DataError, FlexpError, LinkError, ParcelError, RecipeError, Stopped
 from flexp.identity.credentials import Credentials
 from flexp.joining.folder import owner_of, take
 from flexp.joining.member import Member, spaces_of
@@ -112,7 +112,7 @@ def join(asked: Joining, cache: assets.Cache, agree: Agree, say: Say) -> dict[st
     stay = Stay(asked, link, rows, cache, agree, say)
     try:
         return stay.until_the_end()
-    except KeyboardInterrupt:
+    except (Stopped, KeyboardInterrupt):
         with suppress(FlexpError, TimeoutError):
             link.post(Bye()).result(timeout=2)
         raise
@@ -215,6 +215,8 @@ class Stay:
             )
         self.link.wire = recipe.link.of(name)
         space = spaces_of(recipe, name, self.rows)
+        if self.asked.wants == "train":
+            member.try_rows(space)
         self.link.ask(Ready(recipe.hash(), member.counts(), space, self.asked.more))
         return member
 

@@ -77,27 +77,41 @@ class Member:
         train, val, test = places(self.name, self.rows, every, data, Dice(self.recipe.seed))
         return len(train), len(val), len(test)
 
+    def try_rows(self, space: tuple[str, ...]) -> None:
+        """DataError if these rows cannot be learnt from: before the server counts on them.
+
+        ``space`` is the kind of task and the labels that the rows themselves have.
+        """
+        shared = self.recipe.task
+        labels = shared.labels or space[1:]
+        if shared.kind == "classification" and len(labels) < 2:  # others will come
+            labels = (*labels, "one", "other")
+        if self.rows:
+            self._encoded(labels, note=lambda text: None)
+
     def begin(self, told: Begin) -> None:
         """Gets the task, the rows and the blocks of the seat ready."""
-        recipe, tokenizer = self.recipe, open_tokenizer(self.model)
-        shared = recipe.task.model_copy(update={"labels": told.labels})
-        task = make_task(shared, recipe.data, tokenizer, told.labels)
-        asked = recipe.clients.get(self.name)
-        if asked is not None and has_own(asked):
-            task = own_task(asked, shared, recipe.data, task, self.rows)
-        shard = self._encoded(task) if self.rows else Shard(Examples())
+        asked = self.recipe.clients.get(self.name)
+        task, shard = self._encoded(told.labels, note=self.say)
         if asked is not None and asked.objective is not None and self.rows:
             self.objective = objective_of(asked.objective, task, shard.train, self.name)
         self.task, self.shard = task, shard
         self._open(told.seat)
 
-    def _encoded(self, task: Task) -> Shard:
-        every, recipe = list(range(len(self.rows))), self.recipe
-        dice = Dice(recipe.seed)
+    def _encoded(self, labels: tuple[str, ...], *, note: Say) -> tuple[Task, Shard]:
+        """The task, whose labels for all are these, and the rows as it has them."""
+        recipe, asked = self.recipe, self.recipe.clients.get(self.name)
+        shared = recipe.task.model_copy(update={"labels": labels})
+        task = make_task(shared, recipe.data, open_tokenizer(self.model), labels)
+        if asked is not None and has_own(asked):
+            task = own_task(asked, shared, recipe.data, task, self.rows)
+        if not self.rows:
+            return task, Shard(Examples())
+        every, dice = list(range(len(self.rows))), Dice(recipe.seed)
         shard = shard_of(self.name, self.rows, every, recipe.data, dice=dice, task=task)
         for finding in check({self.name: shard}, task, one_class=recipe.data.one_class):
-            self.say(f"note: {finding}")
-        return shard
+            note(f"note: {finding}")
+        return task, shard
 
     def obey(self, order: Order) -> None:
         """Carries an order out; what goes wrong is told to the server, and nothing of it lasts."""

@@ -20,6 +20,9 @@ from flexp.products import gram_gradient, lora_pairs
 from flexp.selection import Place, Where
 from flexp.tensors import BlockScalars, Mix, Tensors, block_dots, mixed
 
+SOON = 3  # steps; the first one moves only one factor of a LoRA pair
+MOVED = -1  # instead of a number of steps
+
 
 @dataclass
 class Slots:
@@ -32,6 +35,7 @@ class Slots:
     grads: dict[str, Tensors] = field(default_factory=dict[str, Tensors])
     optims: dict[str, Optim] = field(default_factory=dict[str, Optim])
     missing: Callable[[str], Tensors | None] = field(default=lambda slot: None)
+    still: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
 
     def __getitem__(self, slot: str) -> Tensors:
         if slot not in self.values:
@@ -125,8 +129,28 @@ class Slots:
             fresh = {k: value[k].clone() for k in group}
             scaled = [grad[k] * op.scale for k in group]
             self._update(op.slot, replace(optim, lr=lr * op.share), fresh, scaled)
+            self._watch(op.slot, value, fresh)
             value = {**value, **fresh}
         self.values[op.slot] = value
+
+    def _watch(self, slot: str, value: Tensors, fresh: Tensors) -> None:
+        """Counts the steps of this turn that a tensor took without moving; none once it moved."""
+        for k, v in fresh.items():
+            steps = self.still.get((slot, k), 0)
+            if steps != MOVED:
+                self.still[slot, k] = steps + 1 if torch.equal(v, value[k]) else MOVED
+
+    def check_moved(self, client: str) -> None:
+        """AdapterError if tensors took steps in this turn, and never moved."""
+        stuck = sorted(k for k, steps in self.still.items() if steps >= SOON)
+        if stuck:
+            named = ", ".join(f'"{name}" of slot "{slot}"' for slot, name in stuck[:3])
+            raise AdapterError(
+                f'{len(stuck)} of {len(self.still)} adapter tensors of client "{client}" have not '
+                f"moved in {max(self.still[k] for k in stuck)} steps: {named}. The model may not "
+                "use them (look at adapter.targets), or the learning rate is too small for them. "
+                "If that is meant: train.still: allow"
+            )
 
     def _groups(self, optim: Optim, names: list[str]) -> dict[float, list[str]]:
         out: dict[float, list[str]] = {}
@@ -198,7 +222,7 @@ class Slots:
         """Drops what does not outlive the turn."""
         kept = self.lasting(specs)
         self.values = {s: v for s, v in self.values.items() if s in kept}
-        self.grads = {}
+        self.grads, self.still = {}, {}
 
 
 def moments(slot: str) -> tuple[str, str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import Tensor
 
@@ -52,10 +53,12 @@ class Tenancy:
 
 
 class Tenants:
-    """All tenancies of one server."""
+    """All tenancies of one server. ``still``: whether a tensor may take steps and never move."""
 
-    def __init__(self, backbone: Backbone, initial: Initial) -> None:
-        self.backbone, self.initial = backbone, initial
+    def __init__(
+        self, backbone: Backbone, initial: Initial, *, still: Literal["refuse", "allow"] = "allow"
+    ) -> None:
+        self.backbone, self.initial, self.still = backbone, initial, still
         self.homes: dict[str, Tenancy] = {}
         self.shared = Slots(self._everywhere, backbone.depth)
         self.steps = 0  # taken so far on slots of the server, by anybody
@@ -251,8 +254,10 @@ class Tenants:
                 self.shared.values = dict(shared)
 
     def leave(self, client: str) -> None:
-        """Ends the turn: slots of the turn are dropped."""
+        """Ends the turn: slots of the turn are dropped. AdapterError if tensors stood still."""
         home = self[client]
+        if self.still == "refuse":
+            home.slots.check_moved(client)
         home.slots.end_turn(home.specs)
         home.offered, home.loose, home.facts = {}, {}, {}
         home.moving, home.leaving, home.there = False, {}, {}

@@ -14,6 +14,7 @@ from flexp.data.federation import Federation, make_task
 from flexp.data.tasks import Task
 from flexp.data.tokens import open_tokenizer, padding_of
 from flexp.dice import Dice
+from flexp.engine.guests import Policy
 from flexp.engine.network import NetworkEngine
 from flexp.errors import LinkError, RecipeError, StrategyError
 from flexp.fleet import Fleet, fleet
@@ -175,18 +176,16 @@ def open_stage(
     roster: Roster,
     opened: Callable[[Stage[NetworkEngine]], None],
     *,
-    patience: float,
+    policy: Policy,
     say: Say,
 ) -> Stage[NetworkEngine]:
     """Loads the blocks of the server and seats everybody who is in the run.
 
-    Late joiners are seated after those who were there, as they were when they came. ``opened``
-    hears of every later stage on which more clients sit than before.
+    ``opened`` hears of every later stage on which more clients sit than before.
     """
     entries = roster.members()
-    first = {c: entry for c, entry in entries.items() if not entry.joins}
-    recipe = planned(floor.recipe, first, roster.server)
-    found = floor.survey(recipe, first)
+    recipe = planned(floor.recipe, entries, roster.server)
+    found = floor.survey(recipe, entries)
     seated = seats_for(floor.strategy, found, recipe)
     say(f"loading {recipe.model.source}")
     backbone = Backbone.open(
@@ -209,14 +208,10 @@ def open_stage(
         dice=found.dice,
         run=floor.recipe.hash()[:12],
         tasks=found.federation.own,
-        patience=patience,
+        policy=policy,
     )
     renew = partial(_renewed, floor, roster, opened)
-    stage = Stage(found, recipe, floor.strategy, backbone, seated, engine, renew)
-    for round in sorted({entry.joins for entry in entries.values()} - {0}):
-        late = {c: entry for c, entry in sorted(entries.items()) if entry.joins == round}
-        stage = added(floor, stage, late)
-    return replace(stage, recipe=planned(floor.recipe, entries, roster.server))
+    return Stage(found, recipe, floor.strategy, backbone, seated, engine, renew)
 
 
 def _renewed(

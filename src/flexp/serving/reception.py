@@ -71,6 +71,7 @@ class Reception:
     server: str = field(default_factory=lambda: secrets.token_hex(8))
     calls: dict[str, Call] = field(default_factory=dict[str, Call])  # who waits for the beginning
     devices: dict[str, Entry] = field(default_factory=dict[str, Entry])  # of who has not agreed
+    asking: set[Call] = field(default_factory=set[Call])  # whose owners have not agreed yet
     here: set[str] = field(default_factory=set[str])
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -112,6 +113,12 @@ class Reception:
                     if self.calls.get(call.name) is not call:
                         call.tell(end)
 
+    def dismiss(self) -> None:
+        """The server ends: who was still asking its owner need not wait for an answer."""
+        for call in self.asking.copy():
+            call.tell(Refused("The run is over, and its server has ended."))
+            call.close()
+
     # ---- for the calls' threads
 
     def answer(self, call: Call, body: Body, digest: str) -> Body:
@@ -138,6 +145,7 @@ class Reception:
 
     def gone(self, call: Call) -> None:
         """A call has ended."""
+        self.asking.discard(call)
         with self.changed:
             if self.calls.get(call.name) is call:
                 del self.calls[call.name]
@@ -180,24 +188,19 @@ class Reception:
                 f"{name} cannot talk through this server: "
                 + ("the run goes on." if self.over is None else "it has taken part in no run here.")
             )
-        call.name, call.speaks = name, speaks
-        call.wire = self.floor.recipe.link.of(call.name)
-        resumed = False
-        if self.stage is not None:
-            known, guest = hello.server == self.server, self.stage.engine.guests[call.name]
-            if guest.call is not None and guest.process != hello.process:
-                self.say(f"{call.name}: another process takes its place")
-            resumed = self.stage.engine.guests.attach(call, hello.process, knows_server=known)
-            if resumed:
-                self.stage.engine.guests.go_on(call, hello.order)
-        if resumed:
+        recipe = self.floor.recipe
+        call.name, call.process, call.speaks = name, hello.process, speaks
+        call.wire = recipe.link.of(name)
+        guests = None if self.stage is None else self.stage.engine.guests
+        if guests is not None and guests.resumes(call, knows_server=hello.server == self.server):
+            guests.go_on(call, hello.order)
             self.say(f"{name} is connected again")
             return Welcome(self.server, resumed=True)
-        recipe = self.floor.recipe
+        self.asking.add(call)
         return Welcome(
             self.server,
             False,
-            call.name,
+            name,
             recipe.model_dump_json(),
             recipe.hash(),
             self.manifest.digest,
@@ -222,6 +225,7 @@ class Reception:
                 f"The client agreed to recipe {ready.accepted[:12]}, but this run is "
                 f"{self.floor.recipe.hash()[:12]}. Look at the new one and agree again."
             )
+        self.asking.discard(call)
         if call.speaks:
             self.late.put(Late(call.name, None, speaks=True))
             self._seat(call.name, call)
@@ -273,9 +277,8 @@ class Reception:
         placed = stage.fleet.placed[name]
         labels = labels_of(self.floor.recipe, self.roster.entries)
         call.tell(Begin(placed.seat, placed.reason, labels))
-        guests = stage.engine.guests
-        if guests[name].call is not call:
-            guests.attach(call, "", knows_server=False)
+        if stage.engine.guests.attach(call):
+            self.say(f"{name}: another process takes its place")
         known = self.roster.entries.get(name)
         stage.engine.ready(call, 0 if known is None else known.rows[0])
 

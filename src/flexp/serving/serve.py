@@ -12,9 +12,11 @@ import yaml
 
 from flexp import assets, checkpoint, commands
 from flexp import run as running
+from flexp.engine.guests import WAITS_FOR_ALL, Policy
 from flexp.engine.network import NetworkEngine
 from flexp.errors import CheckpointError, FlexpError
 from flexp.events import Sink, Stream
+from flexp.holding import hold
 from flexp.identity.authority import Authority
 from flexp.identity.credentials import Credentials
 from flexp.link.grpc import Keepalive, split_address
@@ -23,7 +25,7 @@ from flexp.parcel import write_atomic
 from flexp.recipe import Recipe
 from flexp.seating import frame_limit
 from flexp.serving.epilogue import Epilogue
-from flexp.serving.floor import floor_of, open_stage
+from flexp.serving.floor import Floor, floor_of, open_stage
 from flexp.serving.gate import Gate
 from flexp.serving.reception import Reception
 from flexp.serving.roster import Roster
@@ -34,8 +36,8 @@ from flexp.stage import Say, Stage
 class Serving:
     """Where to listen, as whom, and for whom to wait.
 
-    ``names``: exactly these clients begin; else as many as ``quorum``. Who is away for longer than
-    ``patience`` seconds has failed its turn. ``stay``: how long to be there after the end (None:
+    ``names``: exactly these clients begin; else as many as ``quorum``. ``policy``: for whom a round
+    does not wait. ``stay``: how long to be there after the end (None:
     until all have their adapters).
     """
 
@@ -44,7 +46,7 @@ class Serving:
     authority: Path | None = None
     quorum: int = 2
     names: frozenset[str] = frozenset()
-    patience: float = 60.0
+    policy: Policy = WAITS_FOR_ALL
     keepalive: Keepalive = "lan"
     clients: int = 64
     stay: float | None = None
@@ -60,7 +62,21 @@ def serve(
     """Serves a recipe to its end; started again in the same folder, it goes on where it was."""
     out = Path(recipe.out) / recipe.name
     floor = floor_of(recipe, cache, say)
-    roster = Roster(out / "roster.json")
+    try:
+        with hold(out, resume=True):
+            return _serve(floor, out, asked, sinks, say)
+    except OSError as problem:
+        raise CheckpointError(
+            f"{problem.filename or out} cannot be written: {problem.strerror or problem}. Make "
+            "room, and start the same command again: it goes on from the last checkpoint."
+        ) from problem
+
+
+def _serve(
+    floor: Floor, out: Path, asked: Serving, sinks: Sequence[Sink], say: Say
+) -> dict[str, Any]:
+    """The same in a folder that no other process holds."""
+    recipe, roster = floor.recipe, Roster(out / "roster.json")
     roster.read(recipe)
     roster.go_back(checkpoint.done(out / "checkpoint"))
     if roster.server is None:
@@ -70,7 +86,6 @@ def serve(
             f"{out} holds a run already, which was not served. Choose another folder with "
             "out=FOLDER, or another name with name=NAME."
         )
-    running.fresh(out, resume=True)
     authority = None if asked.authority is None else Authority.open(asked.authority)
     gate = Gate(recipe.mode == "exact", say, authority)
     reception = Reception(floor, roster, say, gate)
@@ -88,32 +103,37 @@ def serve(
         say(f"listening on {host}:{listener.port}")
         say(f"recipe {recipe.hash()}")
         _wait(reception, roster, asked, say)
-
-        def opened(stage: Stage[NetworkEngine]) -> None:
-            plain = yaml.safe_dump(stage.recipe.plain(), sort_keys=False)
-            write_atomic(out / "recipe.yaml", plain.encode())
-            reception.open(stage)
-
-        stage = open_stage(floor, roster, opened, patience=asked.patience, say=say)
-        reception.open(stage)
-        if done := _finished(out, stage):
-            Epilogue(reception, stage, done, say).play(asked.stay)
-            stage.engine.close()
-            return json.loads((out / "result.json").read_text("utf-8"))
-
-        def after(result: running.Result) -> None:
-            Epilogue(reception, result.stage, result, say).play(asked.stay)
-
-        return commands.carry_out(
-            stage, sinks, out=out, resume=True, adapters=True, after=after, say=say
-        )
-    except OSError as problem:
-        raise CheckpointError(
-            f"{problem.filename or out} cannot be written: {problem.strerror or problem}. Make "
-            "room, and start the same command again: it goes on from the last checkpoint."
-        ) from problem
+        document = _play(reception, out, asked, sinks, say)
+        reception.dismiss()
+        return document
     finally:
         listener.stop()
+
+
+def _play(
+    reception: Reception, out: Path, asked: Serving, sinks: Sequence[Sink], say: Say
+) -> dict[str, Any]:
+    """The run, and what comes after it."""
+    floor, roster = reception.floor, reception.roster
+
+    def opened(stage: Stage[NetworkEngine]) -> None:
+        plain = yaml.safe_dump(stage.recipe.plain(), sort_keys=False)
+        write_atomic(out / "recipe.yaml", plain.encode())
+        reception.open(stage)
+
+    stage = open_stage(floor, roster, opened, policy=asked.policy, say=say)
+    reception.open(stage)
+    if done := _finished(out, stage):
+        Epilogue(reception, stage, done, say).play(asked.stay)
+        stage.engine.close()
+        return json.loads((out / "result.json").read_text("utf-8"))
+
+    def after(result: running.Result) -> None:
+        Epilogue(reception, result.stage, result, say).play(asked.stay)
+
+    return commands.carry_out(
+        stage, sinks, out=out, resume=True, adapters=True, after=after, say=say
+    )
 
 
 def _wait(reception: Reception, roster: Roster, asked: Serving, say: Say) -> None:

@@ -1,0 +1,48 @@
+"""The folder of a run, held by one process at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from flexp.errors import FlexpError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def hold(out: Path, *, resume: bool) -> Generator[None]:
+    """Makes the folder of a run and keeps other processes out of it, until this one ends or dies.
+
+    FlexpError if it cannot be written, is held already, or holds another run. A folder in which
+    nothing was written is removed.
+    """
+    if (out / "checkpoint").exists() and not resume:
+        raise FlexpError(
+            f"{out} holds a run already. Continue it with --resume, or choose another folder with "
+            "out=FOLDER."
+        )
+    lock = FileLock(out / LOCK, timeout=0)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise FlexpError(
+            f"{out} is in use by another process of this program. Wait for it or stop it, or "
+            "choose another folder with out=FOLDER."
+        ) from None
+    except OSError as problem:
+        raise FlexpError(
+            f"{out} cannot be written: {problem.strerror}. Choose another folder with out=FOLDER."
+        ) from problem
+    try:
+        yield
+    finally:
+        if [p.name for p in out.iterdir()] == [LOCK]:
+            with suppress(OSError):  # on Windows nobody removes what is open
+                (out / LOCK).unlink()
+                out.rmdir()
+        lock.release()
