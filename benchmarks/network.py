@@ -124,7 +124,9 @@ ONE = {"anna": (2, 1)}
 MINILM = Case("minilm", 8, 32, ONE, 8, 6)
 SMOLLM = Case("smollm2-135m", 2, 32, {"anna": (2, 2)}, 3, 5, "causal-lm")
 ONES = MINILM, SMOLLM
+# Two clients and a server that all compute at once do not fit on two cores: the first fleet is one.
 FLEETS: dict[str, tuple[Case, dict[str, Road]]] = {
+    "one on a local network": (Case("minilm", 8, 32, {"anna": (2, 1)}, 6, 4), {"anna": LAN}),
     "two on a local network": (
         Case("minilm", 8, 32, {"anna": (1, 1), "ben": (3, 1)}, 6, 4),
         {"anna": LAN, "ben": LAN},
