@@ -34,6 +34,22 @@ def play(cluster: Cluster, recipe: Path, mine: Path, *argv: str) -> None:
             id="logits",
         ),
         pytest.param(
+            {
+                "plan__labels": "loss",
+                "plan__cuts": {c: [n + 1, 0] for n, c in enumerate(CLIENTS)},
+                "privacy": {"profile": "open"},
+            },
+            id="far loss",
+        ),
+        pytest.param(
+            {
+                "clients": {"ben": {"task": {"labels": ["mixed", "negative", "positive"]}}},
+                "strategy": {"name": "flexp"},
+            },
+            id="labels of its own",
+        ),
+        pytest.param({"mode": "fast", "model__dtype": "float32"}, id="fast"),
+        pytest.param(
             {"link": {"wire": "fp32", "wires": {"ben": "int8", "anna": "bf16"}}}, id="wires"
         ),
         pytest.param(
