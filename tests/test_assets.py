@@ -41,6 +41,7 @@ PLAYS = {
     "pkg.dist-info/LICENSE": b"MIT",
 }
 TAKES = (Take("pkg/plays/*/*.md", "plays/{1}.md"), Take("pkg.dist-info/LICENSE", "LICENSE"))
+EMPTY = b"\x02" + bytes(7) + b"{}"  # safetensors without a tensor
 
 
 def zipped(files: dict[str, bytes]) -> bytes:
@@ -507,7 +508,7 @@ def test_resolve_takes_a_folder(tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(AssetError, match="no safetensors weights"):
         resolve(str(folder), cache)
-    (folder / "model.safetensors").write_bytes(b"x")
+    (folder / "model.safetensors").write_bytes(EMPTY)
     assert resolve(str(folder), cache) == folder
 
 
@@ -521,7 +522,7 @@ def test_resolve_takes_a_folder(tmp_path: Path) -> None:
 )
 def test_all_shards_must_be_there(tmp_path: Path, index: object, match: str) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x")
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(EMPTY)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(AssetError, match=match):
         resolve(str(tmp_path), Cache(tmp_path / "cache"))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as write_safetensors
 
-from flexp import safe
+from flexp import headers, safe
 from flexp.errors import ParcelError
 from flexp.parcel import Facts, Parcel, decode, digest, encode, load, save, write_atomic
 from flexp.tensors import Tensors
@@ -167,8 +167,8 @@ def test_tensors_that_do_not_travel_are_refused(tensor: torch.Tensor) -> None:
         Parcel(tensors={"x" * 600: torch.zeros(1)}),
         Parcel({"\ud800": {}}),
         Parcel(tensors={"\ud800": torch.zeros(1)}),
-        Parcel(tensors={f"{i}": torch.zeros(0) for i in range(safe.MAX_TENSORS + 1)}),
-        Parcel(facts={"x": "y" * safe.MAX_HEADER}),
+        Parcel(tensors={f"{i}": torch.zeros(0) for i in range(headers.PARCEL.tensors + 1)}),
+        Parcel(facts={"x": "y" * headers.PARCEL.header}),
     ],
     ids=["no slot", "no name", "no name too", "long", "odd slot", "odd name", "many", "header"],
 )
@@ -220,8 +220,10 @@ BAD = {
         '"tensor/w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
         bytes(1),
     ),
-    "long header": raw({}, note={"version": 1, "facts": {"x": "y" * safe.MAX_HEADER}, "slots": []}),
-    "too many": raw({f"tensor/{i}": f32(0, 0, [0]) for i in range(safe.MAX_TENSORS + 1)}),
+    "long header": raw(
+        {}, note={"version": 1, "facts": {"x": "y" * headers.PARCEL.header}, "slots": []}
+    ),
+    "too many": raw({f"tensor/{i}": f32(0, 0, [0]) for i in range(headers.PARCEL.tensors + 1)}),
     "entry a list": raw({"tensor/w": []}, bytes(4)),
     "entry with more": raw({"tensor/w": f32(0, 4) | {"x": 1}}, bytes(4)),
     "dtype": raw({"tensor/w": f32(0, 8, [1], "F64")}, bytes(8)),

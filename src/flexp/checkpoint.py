@@ -30,6 +30,8 @@ from flexp.strategies.base import Strategy
 from flexp.tensors import Tensors
 
 VERSION = 1
+# What reading a file of another shape than ours can raise.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def write(folder: Path, round: int, recipe: Recipe, state: Any, engine: Host) -> Path:
@@ -104,7 +106,7 @@ def _newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
             for name, digest in note["files"].items():
                 if _digest(path / name) != digest:
                     raise CheckpointError(f"{name} was changed or is damaged")
-        except (OSError, ValueError, KeyError, TypeError, CheckpointError) as problem:
+        except (*_DAMAGE, CheckpointError) as problem:
             problems.append(f"{path}: {problem}")
             continue
         return note, path
@@ -130,7 +132,7 @@ def read(path: Path, strategy: Strategy[Any], engine: Host) -> Any:
             engine.tenants[client].turns = int(facts.get("turns", 0))
         _restore(engine.tenants.shared, load(path / "shared.parcel"))
         return decode_state(load(path / "state.parcel"), strategy)
-    except (OSError, KeyError, ValueError, ParcelError) as problem:
+    except (*_DAMAGE, ParcelError) as problem:
         raise CheckpointError(f"{path} cannot be resumed: {problem}") from problem
 
 

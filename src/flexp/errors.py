@@ -14,9 +14,11 @@
     ├── PlanError          devices that cannot hold what they are asked to
     ├── EgressError        something tried to leave a client undeclared
     ├── LinkError          the way between near and far
-    │   └── StepError      a message out of order, or a second one under the same key
+    │   ├── StepError      a message out of order, or a second one under the same key
+    │   └── GradientError  a gradient with NaN or infinity, which is not sent
     ├── StrategyError      a method, or one of its options, that does not exist or does not fit
     ├── CheckpointError    a state on disk that cannot be resumed
+    ├── AuditError         a log that was changed, or that cannot be written
     └── ExportError        an adapter that cannot be written
 """
 
@@ -86,12 +88,20 @@ class StepError(LinkError):
     """A message out of order, or a second and different one under the same key."""
 
 
+class GradientError(LinkError):
+    """A gradient with NaN or infinity, which is not sent."""
+
+
 class StrategyError(FlexpError):
     """A method, or one of its options, that does not exist or does not fit."""
 
 
 class CheckpointError(FlexpError):
     """A state on disk that cannot be resumed."""
+
+
+class AuditError(FlexpError):
+    """A log that is not as it was written, or that cannot be written."""
 
 
 class ExportError(FlexpError):

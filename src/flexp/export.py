@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from flexp import headers
 from flexp.client.desk import Desk
 from flexp.data.tokens import open_tokenizer
-from flexp.errors import ExportError
+from flexp.errors import ExportError, ParcelError
 from flexp.model.adapter import Kind, Prompt, peft_config
 from flexp.model.backbone import Backbone
 from flexp.model.skeleton import AUTO, PEFT_TASK, bare
@@ -106,7 +107,7 @@ def card_of(folder: Path) -> Card:
             revision=note["revision"],
             prior=tuple(prior) if prior is not None else None,
         )
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
         raise ExportError(
             f"{folder} is not an adapter that flexp wrote: {problem}. "
             "Give the folder of one client, as runs/NAME/adapters/CLIENT."
@@ -116,11 +117,15 @@ def card_of(folder: Path) -> Card:
 def open_with_peft(model: nn.Module, folder: Path, *, name: str = "default") -> nn.Module:
     """The model wearing an exported adapter under a name, by PEFT alone; safetensors only.
 
-    A model that wears adapters already gets one more.
+    A model that wears adapters already gets one more. ExportError if the file is missing or odd.
     """
     if not (folder / "adapter_model.safetensors").is_file():
         # PEFT would fall back to a pickle here.
         raise ExportError(f"{folder} has no adapter_model.safetensors.")
+    try:
+        headers.of_file(folder / "adapter_model.safetensors")
+    except ParcelError as problem:
+        raise ExportError(str(problem)) from problem
     with torch.no_grad(), warnings.catch_warnings():
         # PEFT asks for a property that transformers renamed; both versions are what we pin.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)

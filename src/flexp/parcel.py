@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save as write_safetensors
 from torch import Tensor
 
-from flexp import safe
+from flexp import headers, safe
 from flexp.errors import ParcelError
 from flexp.selection import Where
 from flexp.tensors import Tensors
@@ -56,7 +56,7 @@ class Parcel:
 def encode(parcel: Parcel) -> bytes:
     """The parcel as bytes, always the same for the same content.
 
-    ParcelError for facts that are not finite JSON, other dtypes, and more than the caps of `safe`.
+    ParcelError for facts that are not finite JSON, other dtypes, and more than a parcel may have.
     """
     meta: dict[str, JSON] = {
         "version": VERSION,
@@ -70,9 +70,10 @@ def encode(parcel: Parcel) -> bytes:
         data = write_safetensors(flat, {"flexp": note})
     except (ValueError, SafetensorError) as error:
         raise ParcelError(f"This parcel cannot be encoded: {error}.") from error
-    if len(flat) > safe.MAX_TENSORS or int.from_bytes(data[:8], "little") > safe.MAX_HEADER:
+    most = headers.PARCEL
+    if len(flat) > most.tensors or int.from_bytes(data[:8], "little") > most.header:
         raise ParcelError(
-            f"A parcel holds at most {safe.MAX_TENSORS} tensors and {safe.MAX_HEADER} bytes of "
+            f"A parcel holds at most {most.tensors} tensors and {most.header} bytes of "
             f"names and facts; this one has {len(flat)} tensors. Send or save it in parts."
         )
     return data
@@ -103,10 +104,13 @@ def save(path: str | Path, parcel: Parcel) -> None:
 def load(path: str | Path, *, limit: int = safe.MAX_BYTES) -> Parcel:
     """The parcel in that file; ParcelError names the file."""
     try:
-        size = Path(path).stat().st_size
-        if size > limit:
-            raise ParcelError(f"{size} bytes are more than the limit of {limit}.")
-        return decode(Path(path).read_bytes(), limit=limit)
+        with Path(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise ParcelError(f"{size} bytes are more than the limit of {limit}.")
+            headers.length(file.read(8), size, headers.PARCEL)  # before the rest is read
+            file.seek(0)
+            return decode(file.read(limit + 1), limit=limit)
     except OSError as error:
         raise ParcelError(f'"{path}" cannot be read: {error.strerror}. Check the path.') from error
     except ParcelError as error:
@@ -164,14 +168,14 @@ def _keyed(parcel: Parcel) -> Tensors:
     """All tensors under the keys that they have in the file."""
     homes = {"tensor/": parcel.tensors}
     for slot, tensors in parcel.adapters.items():
-        safe.check_name(slot)
+        headers.check_name(slot)
         homes[f"adapter/{quote(slot, safe='')}/"] = tensors
     flat: Tensors = {}
     for prefix, tensors in homes.items():
         for name, tensor in tensors.items():
             if not name:
                 raise ParcelError(f'A tensor under "{prefix}" has no name. Name every tensor.')
-            safe.check_name(prefix + name)
+            headers.check_name(prefix + name)
             flat[prefix + name] = tensor
     return flat
 
@@ -190,7 +194,7 @@ def _home(key: str, adapters: Mapping[str, Tensors], loose: Tensors) -> tuple[Te
 
 def _meta(note: str) -> tuple[Facts, list[str]]:
     """Facts and slots of the metadata."""
-    found = safe.strict_json(note)
+    found = headers.strict_json(note)
     fields = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
     if {key: type(value) for key, value in fields.items()} != {
         "version": int,
@@ -207,7 +211,7 @@ def _meta(note: str) -> tuple[Facts, list[str]]:
     if not all(isinstance(slot, str) for slot in slots) or slots != sorted(set(slots)):
         raise ParcelError("The parcel's slots are not sorted names. Ask for the parcel again.")
     for slot in slots:
-        safe.check_name(slot)
+        headers.check_name(slot)
     return plain_facts(fields["facts"]), slots
 
 

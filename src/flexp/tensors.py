@@ -6,6 +6,7 @@ the server, so an expression means the same on both sides of a cut.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -163,8 +164,16 @@ def norm(a: Mapping[str, Tensor]) -> float:
 
 
 def finite(a: Mapping[str, Tensor]) -> bool:
-    """Whether every number in every tensor is finite."""
-    return all(bool(torch.isfinite(v).all()) for v in a.values())
+    """Whether every number in every tensor is finite.
+
+    A finite sum has finite summands, and takes one look at each; only a sum that is not (finite
+    numbers may add up beyond the range) needs a second.
+    """
+    return all(
+        math.isfinite(float(v.sum())) or bool(torch.isfinite(v).all())
+        for v in a.values()
+        if v.is_floating_point()
+    )
 
 
 def block_dots(

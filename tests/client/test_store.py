@@ -54,6 +54,21 @@ def test_a_turn_that_was_not_settled_leaves_nothing(tmp_path: Path) -> None:
     assert memory.held() == (1,)
 
 
+@pytest.mark.parametrize(
+    "stray", ["1.parcel", "1x.parcel", "12-copy.parcel", "0000001.parcel", "²00000.parcel", "notes"]
+)
+def test_files_that_are_no_turns_are_passed_over(stray: str, tmp_path: Path) -> None:
+    memory = StoredMemory(tmp_path / "m")
+    memory.open(0)
+    turn(memory, 1.0)
+    (tmp_path / "m" / stray).write_bytes(b"somebody's")
+    assert memory.held() == (1,)
+    memory.open(1, floor=9)
+    assert (tmp_path / "m" / stray).is_file()
+    with pytest.raises(CheckpointError, match="turn -1"):
+        memory.open(-1)
+
+
 def test_a_turn_that_is_not_there_is_said(tmp_path: Path) -> None:
     memory = StoredMemory(tmp_path / "m")
     with pytest.raises(CheckpointError, match="turn 3 of this client"):

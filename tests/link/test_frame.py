@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import struct
+import tracemalloc
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from itertools import pairwise, repeat
 from types import NoneType, UnionType
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexp.errors import LinkError
+from flexp.link import frame
 from flexp.link.control import Bye, Control, Echo, Hello
 from flexp.link.frame import (
     ALIGN,
@@ -26,6 +29,7 @@ from flexp.link.frame import (
     MAGIC,
     MAX_HEADER,
     MORE_PIECES,
+    VALUES,
     Body,
     Joiner,
     chunks,
@@ -33,7 +37,8 @@ from flexp.link.frame import (
     encode,
     key_digest,
 )
-from flexp.link.messages import Answer, Backward, Do, Fetch, Message, StepKey
+from flexp.link.messages import Answer, Backward, Do, Fetch, Message, StepKey, Submit
+from flexp.link.schema import values_in
 from flexp.link.wire import PACKED, Wire, arrived
 from flexp.model.ops import Assign
 from flexp.parcel import JSON
@@ -200,6 +205,100 @@ def test_nan_as_coefficient_marks_a_learned_one_on_both_sides() -> None:
     found = cast("Do", decode(bytearray(encode(1, Do(key, (Assign("x", mix),))))).body)
     (assign,) = found.ops
     assert alike(Assign("x", mix), assign)
+
+
+# ---- memory
+
+
+def header_of(data: bytes) -> bytes:
+    return data[8 : 8 + int.from_bytes(data[4:8], "little")]
+
+
+def values_of(plain: Any) -> int:
+    """How many values there are, counted one by one."""
+    if isinstance(plain, dict):
+        held = cast("dict[Any, Any]", plain)
+        return 1 + sum(values_of(k) + values_of(v) for k, v in held.items())
+    if isinstance(plain, list):
+        return 1 + sum(values_of(v) for v in cast("list[Any]", plain))
+    return 1
+
+
+@given(frames)
+def test_values_are_counted_as_they_are(data: bytes) -> None:
+    header = header_of(data)
+    count = values_of(msgspec.msgpack.decode(header))
+    assert values_in(memoryview(header), 1 << 30) == count
+    assert values_in(memoryview(header), 5) > 5
+
+
+@given(st.binary(max_size=60))
+def test_a_count_ends_whatever_the_bytes(data: bytes) -> None:
+    most = 40
+    assert 1 <= values_in(memoryview(data), most) <= most + 2 * 0xFFFFFFFF + 1
+
+
+def answer(facts: Any, count: int = 0) -> bytearray:
+    tensors = {f"{n}": torch.zeros(1) for n in range(count)}
+    return bytearray(encode(1, Answer(tensors, facts={"x": facts})))
+
+
+LARGE = {
+    "empty lists": lambda n: answer([[] for _ in range(n)]),
+    "empty tables": lambda n: answer([{} for _ in range(n)]),
+    "small tables": lambda n: answer([{"a": {}} for _ in range(n // 3)]),
+    "named tables": lambda n: answer([{f"{k:02d}": None} for k in range(n // 3)]),
+    "nested lists": lambda n: answer([[[[[]]]] for _ in range(n // 4)]),
+    "numbers": lambda n: answer([300 + k for k in range(n)]),
+    "floats": lambda n: answer([0.5 + k for k in range(n)]),
+    "short texts": lambda n: answer([f"{k:03d}" for k in range(n)]),
+    "names": lambda n: answer({f"{k}": None for k in range(n // 2)}),
+    "tensors": lambda n: answer([], min(n // 10, 4000)),
+    "rows": lambda n: bytearray(encode(1, Fetch(StepKey("r", 0, 0, 0, 0, "fetch"), "s" * n))),
+    "bytes": lambda n: bytearray(encode(1, Echo(bytes(n)))),
+    "operations": lambda n: bytearray(
+        encode(1, Do(StepKey("r", 0, 0, 0, 0, "do"), (Assign("x", (Term("a"),)),) * (n // 12)))
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [5_000, 8_000, 60_000])
+@pytest.mark.parametrize("name", LARGE)
+def test_no_frame_takes_much_more_memory_than_it_has_bytes(name: str, size: int) -> None:
+    try:
+        data = LARGE[name](size)
+    except LinkError:
+        return  # no header may be that long
+    tracemalloc.start()
+    try:
+        with suppress(LinkError):
+            decode(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= 2 * len(data) + (1 << 20)
+
+
+def test_a_header_of_countless_values_is_refused_before_one_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = answer([[] for _ in range(VALUES + 100)])
+
+    class Reached:
+        def decode(self, _: Any) -> Any:
+            pytest.fail("the header was decoded")
+
+    assert decode(answer([[] for _ in range(VALUES - 100)])).number == 1
+    monkeypatch.setattr(frame, "_READ", Reached())
+    with pytest.raises(LinkError, match="values in its header"):
+        decode(data)
+
+
+def test_an_adapter_of_many_tensors_is_still_a_frame() -> None:
+    held = {f"base_model.layers.{n}.lora_A.weight": torch.zeros(8, 64) for n in range(1000)}
+    key = StepKey("r", 0, 0, 0, 0, "submit")
+    data = bytearray(encode(1, Submit(key, {"personal": held}, {}, {}, {})))
+    assert len(cast("Submit", decode(data).body).near["personal"]) == 1000
 
 
 # ---- bytes that are no frame

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from flexp import headers
 from flexp.assets.asset import Kind
 from flexp.assets.cache import Cache, Say, fetch
 from flexp.assets.registries import file_sha256
-from flexp.errors import AssetError, nearest
+from flexp.errors import AssetError, ParcelError, nearest
 
 if TYPE_CHECKING:
     from huggingface_hub.utils import tqdm
@@ -169,20 +169,18 @@ def _quiet() -> type[tqdm]:
 
 
 def _check_model(folder: Path, source: str) -> None:
-    """Whether a folder holds a config and all safetensors files that it lists."""
+    """Whether a folder holds a config and all safetensors files that it lists, each readable."""
     if not (folder / "config.json").is_file():
         raise AssetError(f"{source} has no config.json, so it is not a model that can be opened.")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            listed = cast("dict[str, dict[str, str]]", json.loads(index.read_text("utf-8")))
-            shards = set(listed["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise AssetError(f"{source}: {index.name} is not a list of shards.") from error
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    try:
+        files = headers.shards(folder)
+        missing = [path.name for path in files if not path.is_file()]
         if missing:
-            raise AssetError(f"{source} lacks {missing[0]}, which {index.name} lists.")
-    elif not any(folder.glob("*.safetensors")):
+            raise AssetError(f"{source} lacks {missing[0]}, which {headers.INDEX} lists.")
+        headers.of_model(folder)
+    except ParcelError as problem:
+        raise AssetError(f"{source}: {problem}") from problem
+    if not files:
         raise AssetError(
             f"{source} has no safetensors weights. Pickled weights (*.bin, *.pt) can run code and "
             "are refused; convert them, or choose another model."

@@ -36,7 +36,7 @@ def read_manifest(asset: Asset, folder: Path) -> Files | None:
     """The recorded files; None if nothing readable is there or it is of another pin."""
     try:
         facts: object = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(facts, dict):
         return None
@@ -49,7 +49,7 @@ def read_manifest(asset: Asset, folder: Path) -> Files | None:
             relative: (int(entry[0]), str(entry[1]))
             for relative, entry in cast("dict[str, list[str]]", files).items()
         }
-    except (IndexError, KeyError, TypeError, ValueError):
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError):
         return None
 
 

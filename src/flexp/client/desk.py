@@ -126,8 +126,9 @@ class Desk:
         """Trains slots: gradient of the loss, plus ``add``, plus pulls, clipped, one step each.
 
         ``train`` names slots and what of each moves; a bare ``Where`` means every slot of the
-        wear. The clip is by the global norm over near and far. A step whose loss or clipped norm
-        is not finite is skipped and counted. Returns loss (mean, nats), steps, skipped and rows.
+        wear. The clip is by the global norm over near and far. A step whose loss, clipped norm or
+        gradient at the cut is not finite is skipped and counted. Returns loss (mean, nats), steps,
+        skipped and rows.
         """
         chosen = dict.fromkeys(slots_of(wear), train) if isinstance(train, Where) else dict(train)
         clip = self.training.clip_norm if clip_norm is None else clip_norm

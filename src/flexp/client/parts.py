@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from flexp.client.lanes import Lane
 from flexp.data.examples import Batch
+from flexp.errors import GradientError
 from flexp.model.personal import PersonalModel
 from flexp.tensors import PerRow, Wear
 
@@ -26,7 +29,10 @@ class Part:
     share: float | None
 
     def descend(self, lane: Lane | None = None) -> Tensor:
-        """The loss, with its gradient in the model's leaves. ``lane`` is its way to the server."""
+        """The loss, with its gradient in the model's leaves. ``lane`` is its way to the server.
+
+        NaN if the gradient is one that no server takes.
+        """
         model = self.model
         model.far = model.far if lane is None else lane
         if self.loss is None:
@@ -37,8 +43,11 @@ class Part:
             value = value * self.share
         if lane is not None:
             lane.descends = True
-        if value.requires_grad:
-            value.backward()  # pyright: ignore[reportUnknownMemberType]
+        try:
+            if value.requires_grad:
+                value.backward()  # pyright: ignore[reportUnknownMemberType]
+        except GradientError:
+            return torch.full_like(value.detach(), math.nan)
         return value.detach()
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from flexp.client.memory import Memory
 from flexp.errors import CheckpointError
 from flexp.parcel import Parcel, load, save
+
+_TURN = re.compile(r"(0\d{5}|[1-9]\d{5,17})\.parcel", re.ASCII)
 
 
 class StoredMemory(Memory):
@@ -25,14 +28,15 @@ class StoredMemory(Memory):
 
     def held(self) -> tuple[int, ...]:
         """The turns that can be gone on from, besides the beginning."""
-        return tuple(sorted(int(p.stem) for p in self.folder.glob("[0-9]*.parcel")))
+        names = [p.name for p in self.folder.iterdir()]
+        return tuple(sorted(int(found[1]) for name in names if (found := _TURN.fullmatch(name))))
 
     def open(self, turns: int, floor: int = 0) -> None:
         """Goes to how it was after so many turns; what is older than ``floor`` is not kept.
 
         CheckpointError if that is not there.
         """
-        if turns and turns not in self.held():
+        if turns < 0 or (turns and turns not in self.held()):
             known = ", ".join(map(str, self.held())) or "none"
             raise CheckpointError(
                 f"The server goes on after turn {turns} of this client, but {self.folder} has "

@@ -18,18 +18,23 @@ from msgspec import defstruct
 from torch import Tensor
 
 from flexp.errors import LinkError, ParcelError
+from flexp.headers import MAX_DIMS, PARCEL
 from flexp.link.control import Control
 from flexp.link.messages import Answer, Message
-from flexp.link.schema import MIRRORS, Ref, to_header, to_message
+from flexp.link.schema import MIRRORS, Ref, to_header, to_message, values_in
 from flexp.link.wire import PACKED, Wire, pack, parts_of, unpack
 from flexp.parcel import plain_facts
-from flexp.safe import CODES, MAX_DIMS, MAX_TENSORS, flat_bytes
+from flexp.safe import CODES, flat_bytes
 
 MAGIC = b"FXP1"
 ALIGN = 64
 MAX_HEADER = 1 << 20
+MAX_TENSORS = PARCEL.tensors
 MAX_FRAME = 1 << 30  # bytes of a whole frame, unless the link knows better
 CHUNK = 1 << 20
+# A value of a header takes up to 192 bytes in memory. With so many of them, and one more for every
+# 96 bytes of the frame, they take at most a mebibyte and two bytes for each of the frame's.
+VALUES = 5000
 MORE_PIECES = 1024  # than there are mebibytes, and a frame's pieces are too many
 _CODES = {**CODES, torch.int8: "I8"}  # int8 crosses only as a part of something else
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
@@ -151,10 +156,13 @@ def _decode(data: bytearray) -> Frame:
     if bytes(view[:4]) != MAGIC or size > min(MAX_HEADER, len(data) - 8):
         raise LinkError("These bytes are no frame of this program. Are both of one version?")
     raw = view[8 : 8 + size]
+    most = VALUES + len(data) // 96
+    if size > most and values_in(raw, most) > most:
+        raise LinkError(f"A frame of {len(data)} bytes has more than {most} values in its header.")
     header = _READ.decode(raw)
-    if _WRITE.encode(header) != bytes(
-        raw
-    ):  # a field that nobody knows, or the same thing said otherwise
+    again = _WRITE.encode(header)
+    if len(again) != size or not data.startswith(again, 8):
+        # A field that nobody knows, or the same thing said otherwise.
         raise LinkError("A frame's header has more in it than this version of the program knows.")
     tensors = list(_tensors(data, 8 + size, header))
     used: list[int] = []

@@ -84,6 +84,44 @@ def _mirror(of: type[Any]) -> type[Struct]:
     return defstruct(of.__name__, made, bases=(Part,), frozen=True, tag=of.__name__)
 
 
+# What follows the first byte of a value in MessagePack: bytes that give a length (or a count), and
+# bytes besides, if its length is fixed.
+_LENGTHS = {
+    0xC4: 1, 0xC5: 2, 0xC6: 4, 0xC7: 1, 0xC8: 2, 0xC9: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4,
+    0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4,
+}  # fmt: skip
+_FIXED = {
+    0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8,
+    0xD4: 2, 0xD5: 3, 0xD6: 5, 0xD7: 9, 0xD8: 17, 0xC7: 1, 0xC8: 1, 0xC9: 1,
+}  # fmt: skip
+
+
+def values_in(packed: memoryview, most: int) -> int:
+    """How many values a text of MessagePack has, or some number above ``most`` if it has more.
+
+    An empty list takes a byte there and 64 in memory, so they are counted before they are made.
+    """
+    at, seen, left = 0, 0, 1
+    while left and at < len(packed) and seen + left <= most:
+        first = packed[at]
+        at, seen, left = at + 1, seen + 1, left - 1
+        if 0x80 <= first < 0x90:
+            left += 2 * (first & 15)
+        elif 0x90 <= first < 0xA0:
+            left += first & 15
+        elif 0xA0 <= first < 0xC0:
+            at += first & 31
+        else:
+            width = _LENGTHS.get(first, 0)
+            length = int.from_bytes(packed[at : at + width], "big")
+            at += width + _FIXED.get(first, 0)
+            if first < 0xDC:
+                at += length
+            else:
+                left += length if first < 0xDE else 2 * length
+    return seen + left
+
+
 for _each in _CLASSES:
     MIRRORS[_each] = _mirror(_each)
 _ORIGINALS = {mirror: original for original, mirror in MIRRORS.items()}

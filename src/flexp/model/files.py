@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from flexp.errors import ModelError, ParcelError
+from flexp.headers import INDEX, Table, check_name, is_file_name, of_model, strict_json
 from flexp.parcel import write_atomic
-from flexp.safe import MAX_HEADER, strict_json
 
 # Config and tokenizer; whatever else lies in a folder is nobody's business.
 SMALL = (
@@ -31,8 +31,9 @@ SMALL = (
     "*.model",
     "*.jinja",
 )
-INDEX = "model.safetensors.index.json"
 _STEP = 1 << 22
+# What reading a list of another shape than ours can raise.
+_DAMAGE = (ParcelError, KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,15 @@ class Manifest:
             }
             small = {str(n): (int(size), str(sha)) for n, (size, sha) in plain["small"].items()}
             found = cls(pieces, small, str(plain["config"]))
-        except (ParcelError, KeyError, TypeError, ValueError, AttributeError) as problem:
+            for name, piece in pieces.items():
+                check_name(name)
+                if not 0 <= piece.begin <= piece.end:
+                    raise ValueError(f'"{name:.80}" ends before it begins')
+        except _DAMAGE as problem:
             raise ModelError(f"The list of the model's tensors is damaged: {problem}") from problem
         for name in (*small, *(p.file for p in pieces.values())):
-            if Path(name).name != name or name.startswith("."):
-                raise ModelError(f'"{name}" is not the name of a file in a model\'s folder.')
+            if not is_file_name(name):
+                raise ModelError(f"{name!r:.80} is not the name of a file in a model's folder.")
         return found
 
 
@@ -100,18 +105,17 @@ def manifest(folder: Path) -> Manifest:
     """Reads every tensor of a folder once; ModelError if a file is none."""
     config = _plain_config(folder)
     pieces: dict[str, Piece] = {}
-    for path in weights(folder):
+    for path, table in tables(folder).items():
         with path.open("rb") as file:
-            start, header = _header(path)
-            for name, row in header.items():
-                begin, end = (start + int(at) for at in row["data_offsets"])
+            for name, span in table.spans.items():
+                begin, end = table.start + span.begin, table.start + span.end
                 file.seek(begin)
                 sha, left = hashlib.sha256(), end - begin
                 while left and (data := file.read(min(_STEP, left))):
                     sha.update(data)
                     left -= len(data)
-                shape = tuple(int(n) for n in row["shape"])
-                pieces[name] = Piece(row["dtype"], shape, sha.hexdigest(), path.name, begin, end)
+                digest = sha.hexdigest()
+                pieces[name] = Piece(span.dtype, span.shape, digest, path.name, begin, end)
     small = {
         path.name: (path.stat().st_size, _sha256(path.read_bytes()))
         for path in sorted(folder.iterdir())
@@ -120,13 +124,12 @@ def manifest(folder: Path) -> Manifest:
     return Manifest(dict(sorted(pieces.items())), small, config)
 
 
-def weights(folder: Path) -> list[Path]:
-    """The files with a model's tensors: those that its index names, else all."""
-    index = folder / INDEX
-    if index.is_file():
-        listed = json.loads(index.read_text("utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(listed))]
-    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated"))
+def tables(folder: Path) -> dict[Path, Table]:
+    """The checked headers of a model's files; ModelError if one is odd."""
+    try:
+        return of_model(folder)
+    except ParcelError as problem:
+        raise ModelError(f"The weights in {folder} cannot be opened: {problem}") from problem
 
 
 def check_config(text: str) -> None:
@@ -184,25 +187,11 @@ def write_index(folder: Path, names: Iterable[str]) -> None:
     write_atomic(folder / INDEX, json.dumps(plain, indent=1).encode())
 
 
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the tensors of a file begin, and the table of them."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if not 0 < size <= 64 * MAX_HEADER:
-            raise ModelError(f"{path} is not a safetensors file.")
-        try:
-            header = cast("dict[str, Any]", strict_json(file.read(size).decode()))
-        except (UnicodeDecodeError, ParcelError) as problem:
-            raise ModelError(f"{path} is not a safetensors file: {problem}") from problem
-    header.pop("__metadata__", None)
-    return 8 + size, header
-
-
 def _plain_config(folder: Path) -> str:
     """The digest of what the config says, not of how it is laid out."""
     try:
         plain = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise ModelError(f"{folder} has no config.json that can be read: {problem}") from problem
     return _sha256(json.dumps(plain, sort_keys=True).encode())
 

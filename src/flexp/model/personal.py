@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flexp.dice import Dice
-from flexp.errors import AdapterError, CutError
+from flexp.errors import AdapterError, CutError, GradientError
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
 from flexp.model.dress import Leaves, Train, dress, dropping, spread
 from flexp.model.slots import Slots
 from flexp.model.worn import Worn
 from flexp.selection import ALL
-from flexp.tensors import PerRow, Stacked, Tensors, Wear, slots_of, terms
+from flexp.tensors import PerRow, Stacked, Tensors, Wear, finite, slots_of, terms
 
 Until = Literal["hidden", "logits", "loss"]
 
@@ -88,6 +88,10 @@ class _Trunk(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
+        if not finite({"grad": grads[0]}):
+            raise GradientError(
+                "A gradient has NaN or infinity. Lower the learning rate, or set train.clip_norm."
+            )
         hidden, coefs = ctx.far.backward(ctx.call, grads[0], hidden=ctx.wants)
         return None, None, None, hidden, *coefs
 

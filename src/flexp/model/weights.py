@@ -10,6 +10,7 @@ from torch import nn
 
 from flexp.dice import Dice
 from flexp.errors import ModelError
+from flexp.model.files import tables
 from flexp.model.hollow import Part
 from flexp.model.skeleton import AUTO, TaskKind
 
@@ -25,8 +26,11 @@ def load(
 ) -> tuple[nn.Module, set[str]]:
     """The model of a folder or hub id, and the names of the parameters that it lacks.
 
-    Only the tensors of a ``part`` are read. Raises ModelError.
+    Only the tensors of a ``part`` are read. Raises ModelError; no parser sees a file of a folder
+    whose header is odd.
     """
+    if Path(source).is_dir():
+        tables(Path(source))
     loader = AUTO[task] if part is None else part.loader()
     try:
         model, info = loader.from_pretrained(

@@ -1,16 +1,20 @@
-"""What a forward must be like before anything is computed or made for it."""
+"""What a message must be like before anything is computed or made for it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
 
-import torch
+from torch import Tensor
 
-from flexp.errors import LinkError
-from flexp.link.messages import Forward
+from flexp.errors import LinkError, ParcelError
+from flexp.link.messages import Forward, Message, Submit
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
-from flexp.tensors import PerRow, terms
+from flexp.parcel import plain_facts
+from flexp.tensors import PerRow, Tensors, finite, terms
 
 
 def check(backbone: Backbone, seat: Seat, m: Forward) -> None:
@@ -46,5 +50,54 @@ def check(backbone: Backbone, seat: Seat, m: Forward) -> None:
         raise LinkError(f"{len(m.wear.row)} rows wear something, but {rows} came.")
     if m.until == "loss" and (m.labels is None or m.labels.shape[:1] != (rows,)):
         raise LinkError(f"A far loss needs labels for {rows} rows; the message has others.")
-    if not bool(torch.isfinite(m.hidden).all()):
-        raise LinkError("A hidden state with NaN or infinity was refused.")
+
+
+def check_finite(client: str, m: Message) -> None:
+    """LinkError if a number that a client sends is not finite: in tensors, operations or facts.
+
+    It would spread into what everybody shares. Only in what a forward wears NaN has a meaning: a
+    coefficient that is learned, whose value comes as a tensor.
+    """
+    refuse_odd(client, m.tensors())
+    odd = next((at for at, value in _numbers(m, "") if not math.isfinite(value)), None)
+    if odd is not None:
+        raise LinkError(
+            f'Client "{client}" sent a number that is not finite, as {odd} of its {m.key.phase}. '
+            "It was refused, and nothing has changed."
+        )
+    if isinstance(m, Submit):
+        try:
+            plain_facts(m.facts)
+        except ParcelError as problem:
+            raise LinkError(f'Client "{client}" submitted odd facts: {problem}') from problem
+
+
+def refuse_odd(client: str, tensors: Tensors) -> None:
+    """LinkError if one of these tensors of a client has NaN or infinity."""
+    odd = next((name for name, tensor in tensors.items() if not finite({name: tensor})), None)
+    if odd is not None:
+        raise LinkError(
+            f'Tensor "{odd:.200}" of client "{client}" has NaN or infinity. It was refused, and '
+            "nothing has changed. Lower the client's learning rate, or set train.clip_norm."
+        )
+
+
+def _numbers(value: Any, at: str) -> Iterator[tuple[str, float]]:
+    """Every float in a message and the field that it is in; facts are looked at as JSON."""
+    if isinstance(value, float):
+        yield at, value
+    elif isinstance(value, Tensor):
+        return
+    elif is_dataclass(value):
+        for each in fields(value):
+            inner = getattr(value, each.name)
+            if each.name == "wear":
+                yield from ((at, n) for at, n in _numbers(inner, "wear") if not math.isnan(n))
+            elif each.name != "facts":
+                yield from _numbers(inner, each.name)
+    elif isinstance(value, Mapping):
+        for inner in cast("Mapping[Any, Any]", value).values():
+            yield from _numbers(inner, at)
+    elif isinstance(value, tuple):
+        for inner in cast("tuple[Any, ...]", value):
+            yield from _numbers(inner, at)

@@ -91,5 +91,3 @@ class Talks:
             raise LinkError("A conversation wears numbers, not learned coefficients.")
         if isinstance(m.wear, PerRow) and len(m.wear.row) != 1:
             raise LinkError(f"{len(m.wear.row)} rows wear something, but a text is one row.")
-        if not bool(torch.isfinite(m.hidden).all()):
-            raise LinkError("A hidden state with NaN or infinity was refused.")

@@ -18,6 +18,7 @@ from flexp.model.ops import Initial, Op, Optim, SlotSpec, Step
 from flexp.model.slots import Slots, moments
 from flexp.parcel import JSON, Facts, Parcel
 from flexp.selection import ALL, FAR, NEAR, Place, Where, select
+from flexp.server.checks import refuse_odd
 from flexp.tensors import BlockScalars, Tensors
 
 Held = dict[str, Tensors]
@@ -191,7 +192,8 @@ class Tenants:
         home = self[client]
         self.wear_shared(home)
         out = home.slots.do([self._aged(home, op) for op in ops])
-        self.return_shared(home)
+        if ops:
+            self.return_shared(home)
         return out
 
     def _aged(self, home: Tenancy, op: Op) -> Op:
@@ -275,13 +277,15 @@ class Tenants:
                         )
 
     def return_shared(self, home: Tenancy) -> None:
-        """Writes what a tenancy changed in such slots back to the one copy."""
+        """Writes what a tenancy changed in such slots back to the one copy, if it is finite."""
         for slot, spec in home.specs.items():
             if spec.home == "server":
                 for name in (slot, *moments(slot)):
                     if name in home.slots.values:
+                        mine = home.slots.values[name]
+                        refuse_odd(home.client, {f"slot/{name}/{k}": v for k, v in mine.items()})
                         held = self.shared.values.get(name, {})
-                        self.shared.values[name] = {**held, **home.slots.values[name]}
+                        self.shared.values[name] = {**held, **mine}
 
     def _placer(self, seat: Seat) -> Callable[[str], Place]:
         return lambda name: self.backbone.place(name, seat)

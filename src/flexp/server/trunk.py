@@ -37,7 +37,7 @@ from flexp.model.personal import Objective
 from flexp.model.worn import Worn
 from flexp.parcel import JSON, Parcel
 from flexp.selection import select
-from flexp.server.checks import check
+from flexp.server.checks import check, check_finite, refuse_odd
 from flexp.server.steps import StepTable
 from flexp.server.talks import Talks
 from flexp.server.tenants import Tenancy, Tenants
@@ -124,6 +124,7 @@ class Trunk:
 
     def _answer(self, client: str, message: Message) -> Answer:
         home = self.tenants[client]
+        check_finite(client, message)
         before = dict(home.slots.values), dict(home.slots.grads), dict(self.tenants.shared.values)
         counts = self.tenants.steps, home.stepped, home.seen
         try:
@@ -200,6 +201,7 @@ class Trunk:
         adapters = {slot: dict(held) for slot, held in message.near.items()}
         for slot, where in message.far.items():
             far = self.tenants.take(home.client, [slot], where)[slot]
+            refuse_odd(home.client, {f"slot/{slot}/{name}": far[name] for name in far})
             adapters[slot] = dict(sorted({**adapters.get(slot, {}), **far}.items()))
         home.reply = Parcel(adapters, dict(message.loose), message.facts)
         return Answer()
