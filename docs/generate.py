@@ -251,7 +251,7 @@ def told() -> str:
 # Events
 
 Each line of `events.jsonl` is one JSON object: `event` (the name), `at` (seconds since 1970) and
-the fields below. Rounds and waves count from 0. Numbers that are not finite are written as text.
+the fields below. Rounds and waves count from 0. NaN is written as null, infinity as text.
 `flexp.events.read(path)` gives them back as objects.
 """
     rows = [

@@ -49,7 +49,12 @@ def _labelled(
     fill(model, set(info["missing_keys"]), Dice(0))
     worn = export.open_with_peft(model, folder)
     batch: Any = cast("Any", tokenizer)(
-        list(texts), padding=True, truncation=True, max_length=card.max_length, return_tensors="pt"
+        list(texts),
+        padding=True,
+        truncation=True,
+        max_length=card.max_length,
+        return_tensors="pt",
+        split_special_tokens=True,  # as in training: what is spelled out in a text is text
     )
     with torch.no_grad():
         logits: torch.Tensor = worn(**batch).logits

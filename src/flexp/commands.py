@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from flexp.errors import AssetError, FlexpError
 from flexp.events import Checkpointed, Interleaved, Recorder, Sink, Stream, read
 from flexp.holding import hold
 from flexp.parcel import write_atomic
+from flexp.plain import json_text
 from flexp.plan.devices import format_bytes, measure
 from flexp.recipe import Recipe
 from flexp.seating import has_bfloat16
@@ -93,7 +93,7 @@ def carry_out(
             result = running.run(stage, stream, out=out, resume=resume, replay=orders)
             written = running.save_adapters(result, out / "adapters") if adapters else []
             document = document_of(stage, result, out, written)
-            write_atomic(out / "result.json", json.dumps(document, indent=1).encode())
+            write_atomic(out / "result.json", json_text(document, indent=1).encode())
             after(result)
         finally:
             stage.engine.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from flexp.errors import CheckpointError, FlexpError, nearest
+from flexp.plain import json_text
 
 if TYPE_CHECKING:  # so that a report can read events without loading torch
     from flexp.parcel import Facts
@@ -258,9 +259,9 @@ def read_timed(path: str | Path) -> Iterator[tuple[float, Event]]:
 def _line(event: Event, at: float) -> bytes:
     line: dict[str, Any] = {"event": type(event).__name__, "at": float(at)}
     line |= {f.name: getattr(event, f.name) for f in fields(event)}
-    # JSON has no NaN, and a log with one would stop every other JSON reader.
-    odd = {k: str(v) for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
-    return json.dumps(line | odd, allow_nan=False, default=dict).encode() + b"\n"
+    # What has no value is null; what has grown without end says so, also in a mean over clients.
+    endless = {k: str(v) for k, v in line.items() if isinstance(v, float) and math.isinf(v)}
+    return json_text(line | endless).encode() + b"\n"
 
 
 def _parse(line: bytes, path: str | Path, number: int) -> tuple[float, Event]:
@@ -270,7 +271,7 @@ def _parse(line: bytes, path: str | Path, number: int) -> tuple[float, Event]:
     except (ValueError, RecursionError) as error:
         raise FlexpError(f"{where} is not JSON: {error}. Restore or remove this line.") from error
     plain = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
-    name, at = str(plain.pop("event", "")), plain.pop("at", None)
+    name, at = str(plain.pop("event", "")), plain.pop("at", "")
     if name not in _KINDS:
         raise FlexpError(f'{where}: unknown event "{name}". {nearest(name, _KINDS)}')
     types = {f.name: str(f.type) for f in fields(_KINDS[name])}
@@ -285,8 +286,10 @@ def _parse(line: bytes, path: str | Path, number: int) -> tuple[float, Event]:
 
 def _typed(value: Any, kind: str) -> Any:
     """The JSON value as the field's type; TypeError if it is something else."""
+    if kind == "float" and value is None:
+        return math.nan
     if kind == "float" and (value in ("nan", "inf", "-inf") or type(value) in (int, float)):
-        return float(value)
+        return float(value)  # the words are those of older logs
     if kind == "tuple[str, ...]" and isinstance(value, list):
         return tuple(_typed(item, "str") for item in cast("list[Any]", value))
     if type(value) is not {"int": int, "str": str, "Facts": dict}.get(kind):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from flexp.recipe_clients import ChangeRecipe, ClientRecipe, ParticipationRecipe
 from flexp.recipe_clients import Part as _Part
@@ -202,10 +202,18 @@ class PrivacyRecipe(_Part):
     profile: Literal["u-shape", "open"] = "u-shape"
 
 
+def _one_folder(name: str) -> str:
+    if not (name.isprintable() and name.strip(". ") and len(name.encode()) <= 100):
+        raise ValueError("a folder is named after the run: write 1 to 100 letters and digits")
+    if set(name) & set("/\\"):
+        raise ValueError("a folder is named after the run: no slashes. Say where with out")
+    return name
+
+
 class Recipe(_Part):
     """One run."""
 
-    name: str = "run"
+    name: Annotated[str, AfterValidator(_one_folder)] = "run"
     seed: Annotated[int, Field(ge=0)] = 0
     rounds: Annotated[int, Field(ge=1)] = 10
     mode: Literal["exact", "fast"] = "exact"

@@ -270,7 +270,7 @@ def test_label_skew_draws_its_labels() -> None:
         (lambda: partition.quantity(2, 2, float("nan"), dice()), "alpha is nan"),
         (
             lambda: partition.label_skew([0] * 9, ["a"] * 4 + ["b"] * 5, 3, 4, 1.0, dice()),
-            'Group "a" has 4 rows for 2 clients of 4. Set data.rows to 2 or less',
+            "Group 1 of 2 has 4 rows for 2 clients of 4. Set data.rows to 2 or less",
         ),
         (lambda: partition.label_skew([0], ["a", "b"], 1, 1, 1.0, dice()), "one label per row"),
         (lambda: partition.label_skew([], [], 1, 1, 1.0, dice()), "1 or more of each"),

@@ -105,12 +105,12 @@ def test_the_tokenizer_is_as_before_for_its_owner(classify: Classification) -> N
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (3, r"a\.jsonl:1: label out of range: 3 .*3 labels \(0 negative, 1 neutral, 2 positive\)"),
-        ("-1", r"a\.jsonl:1: label out of range: -1"),
-        ("positiv", r'a\.jsonl:1: "positiv" in column "label" .*Did you mean "positive"'),
+        (3, r"a\.jsonl:1: label out of range .*3 labels \(0 negative, 1 neutral, 2 positive\)"),
+        ("-1", r"a\.jsonl:1: label out of range"),
+        ("positiv", r'a\.jsonl:1: column "label" does not .*Did you mean "positive"'),
         ("x", r"Known: negative, neutral, positive"),
-        (0.5, r'"0\.5" in column "label" is not one of'),
-        (True, r'"True" in column "label" is not one of'),
+        (0.5, r'column "label" does not hold one of'),
+        (True, r'column "label" does not hold one of'),
         (None, r'a\.jsonl:1: no label in column "label"'),
         ("", r'a\.jsonl:1: no label in column "label"'),
     ],
@@ -125,7 +125,7 @@ def test_label_out_of_range_or_unknown(
 def test_names_that_are_numbers_are_names() -> None:
     stars = Classification(("1", "2", "3"), bert())
     assert stars.encode(rows("a", "a", "a", label=[3, "1", 2.0])).labels == (2, 0, 1)
-    with pytest.raises(DataError, match='"0" in column "label" is not one of'):
+    with pytest.raises(DataError, match='column "label" does not hold one of'):
         stars.encode(rows("a", label=[0]))
 
 
@@ -133,8 +133,8 @@ def test_names_that_are_numbers_are_names() -> None:
     ("row", "message"),
     [
         ({"txt": "a", "label": 0}, r'x:1: no column "text"\. Did you mean "txt"'),
-        ({"text": "a", "y": 0}, r'x:1: no column "label"\. Known: text, y'),
-        ({"text": 7, "label": 0}, r'x:1: column "text" holds 7, which is not text'),
+        ({"text": "a", "y": 0}, r'x:1: no column "label"\. There are 2 others'),
+        ({"text": 7, "label": 0}, r'x:1: column "text" holds a number, true or false'),
         ({"text": None, "label": 0}, r'x:1: column "text" holds nothing'),
         ({"text": " \n", "label": 0}, r'x:1: column "text" is empty'),
     ],
@@ -442,12 +442,14 @@ def test_check_of_one_class_clients(classify: Classification) -> None:
     }
     with pytest.raises(DataError) as refused:
         check(shards, classify)
-    assert 'Client "a" has one class only in its 2 training rows: "positive".' in str(refused.value)
+    assert 'Client "a" has one class only in its 2 training rows: label 3 of 3.' in str(
+        refused.value
+    )
     assert "So does another." in str(refused.value)
     assert "data.one_class: allow" in str(refused.value)
     assert check(shards, classify, one_class="allow") == [
-        'Client "a" has one class only in its 2 training rows: "positive".',
-        'Client "c" has one class only in its 1 training rows: "negative".',
+        'Client "a" has one class only in its 2 training rows: label 3 of 3.',
+        'Client "c" has one class only in its 1 training rows: label 1 of 3.',
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ import typer
 from rich.console import Console
 
 from flexp.errors import FlexpError, Stopped
+from flexp.plain import json_text
 
 app = typer.Typer(
     help="Personal split federated fine-tuning of foundation models.",
@@ -78,7 +78,7 @@ def begin(as_json: bool, mode: str = "fast") -> Console:
 
 def emit(document: Any) -> None:
     """Writes the one JSON document."""
-    typer.echo(json.dumps(document, indent=1))
+    typer.echo(json_text(document, indent=1))
 
 
 def cache() -> Any:

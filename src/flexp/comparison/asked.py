@@ -37,11 +37,7 @@ def asked(recipe: Recipe, path: Path, text: str | None) -> dict[str, Mapping[str
 
 def variants(path: Path) -> dict[str, Mapping[str, Any]]:
     """The labels of a file, each a mapping of dotted keys to values; RecipeError if it is none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as problem:
-        raise RecipeError(f"{path}: {problem.strerror}. Check the path of --methods.") from problem
-    found = recipe_file.parse(text, str(path))
+    found = recipe_file.load(path)
     for label, changes in found.items():
         if not isinstance(changes, dict):
             raise RecipeError(

@@ -24,6 +24,7 @@ from flexp import assets, commands, recipe_file
 from flexp.comparison.table import Ground, of_run, summary
 from flexp.errors import FlexpError, StrategyError
 from flexp.parcel import file_name, write_atomic
+from flexp.plain import json_text
 from flexp.plan.costs import near_bytes
 from flexp.plan.declared import devices_of, server_of
 from flexp.plan.devices import measure
@@ -131,7 +132,7 @@ def compare(
         jobs = min(plan.jobs or side_by_side(found, plan.memory), len(todo))
         carry_out(whole, todo, jobs, cache.root, say)
     document = table(whole, found)
-    write_atomic(whole.folder / "comparison.json", json.dumps(document, indent=1).encode())
+    write_atomic(whole.folder / "comparison.json", json_text(document, indent=1).encode())
     return document
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def work_of(turn: TurnEnded) -> Work:
 def _score(scores: Sequence[Row], client: str, cell: str, metric: str) -> float | None:
     for s in scores:
         if (s["client"], s["cell"], s["metric"]) == (client, cell, metric):
-            return float(s["value"])
+            return math.nan if s["value"] is None else float(s["value"])
     return None
 
 

@@ -1,38 +1,47 @@
-"""Cells of rows as text and labels, or the error that says which row and column to correct."""
+"""Cells of rows as text and labels, or the error that says which row and column to correct.
+
+No error tells what a cell holds, and none lists columns: where a table has no header, its first
+row would be what they are called.
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 
+from flexp.data.formats import Value
 from flexp.data.sources import Row
-from flexp.errors import DataError, nearest
+from flexp.errors import DataError
 
-_INTEGER = re.compile(r"-?\d+")
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
 def label_names(rows: Sequence[Row], column: str) -> tuple[str, ...]:
     """The labels that occur, sorted; integers in the order of numbers."""
     names = {label_of(row, column) for row in rows}
     if all(is_integer(name) for name in names):
-        return tuple(sorted(names, key=int))
+        return tuple(sorted(names, key=lambda name: (int(name), name)))  # 7 and 007 are two
     return tuple(sorted(names))
 
 
-def _cell(row: Row, column: str) -> object:
+def cell_of(row: Row, column: str) -> Value:
+    """What a row holds in a column; DataError if there is no such column."""
     if column not in row.fields:
+        close = difflib.get_close_matches(column, row.fields, n=1)
+        hint = f'Did you mean "{close[0]}"?' if close else f"There are {len(row.fields)} others."
         raise DataError(
-            f'{row.origin}: no column "{column}". {nearest(column, row.fields)} '
-            "Name the right column in the recipe."
+            f'{row.origin}: no column "{column}". {hint} Name the right column in the recipe; '
+            "in a table the first line names them."
         )
     return row.fields[column]
 
 
 def text_of(row: Row, column: str, *, empty: bool = False) -> str:
     """The text of a cell; blank text is refused unless ``empty`` is allowed."""
-    value = _cell(row, column)
+    value = cell_of(row, column)
     if not isinstance(value, str):
-        held = "nothing" if value is None else f"{value!r}, which is not text"
+        held = "nothing" if value is None else "a number, true or false"
         raise DataError(f'{row.origin}: column "{column}" holds {held}. Write text there.')
     if not empty and not value.strip():
         raise DataError(f'{row.origin}: column "{column}" is empty. Fill it in, or remove the row.')
@@ -41,7 +50,7 @@ def text_of(row: Row, column: str, *, empty: bool = False) -> str:
 
 def label_of(row: Row, column: str) -> str:
     """The label as text: 1, 1.0 and "1" are one label, as tables write it in each way."""
-    value = _cell(row, column)
+    value = cell_of(row, column)
     if value is None or value == "":
         raise DataError(f'{row.origin}: no label in column "{column}". Fill it in.')
     if isinstance(value, float) and value.is_integer():
@@ -50,5 +59,5 @@ def label_of(row: Row, column: str) -> str:
 
 
 def is_integer(label: str) -> bool:
-    """Whether the label is a whole number, like ``-1``."""
+    """Whether the label is a whole number, like ``-1``; one of 19 digits or more is a name."""
     return _INTEGER.fullmatch(label) is not None

@@ -10,7 +10,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from flexp.data import partition
-from flexp.data.columns import label_names, label_of, text_of
+from flexp.data.columns import cell_of, label_names, label_of, text_of
 from flexp.data.examples import Shard
 from flexp.data.objectives import Objective, objective_of
 from flexp.data.shards import check
@@ -18,8 +18,11 @@ from flexp.data.sources import SPLITS, Row
 from flexp.data.tasks import CausalLM, Classification, Task
 from flexp.dice import Dice
 from flexp.errors import DataError, nearest
+from flexp.parcel import file_name
 from flexp.recipe import DataRecipe, TaskRecipe
 from flexp.recipe_clients import ClientRecipe, OwnTaskRecipe
+
+LONGEST_NAME = 200  # bytes of a client's name as that of a file; systems take 255 with an ending
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,9 @@ def divide(
     if kind == "column":
         if column is None:
             raise DataError('data.partition "column" needs data.client, the column of clients.')
-        parts = partition.by_column([_cell(row, column) for row in rows])
+        parts = partition.by_column([cell_of(row, column) for row in rows])
+        for client, held in parts.items():
+            _presentable(client, rows[held[0]], column)
         return _biggest(parts, rows, data) if data.biggest else parts
     if data.biggest:
         raise DataError('data.biggest chooses among named clients: it needs partition "column".')
@@ -182,7 +187,7 @@ def divide(
         return partition.dirichlet(names, data.clients, data.alpha, stream, minimum=data.minimum)
     if kind == "shards":
         return partition.shards(names, data.clients, data.per_client, stream)
-    groups = [str(_cell(row, data.group or "")) for row in rows]
+    groups = [str(cell_of(row, data.group or "")) for row in rows]
     each = data.rows or len(rows) // data.clients
     return partition.label_skew(names, groups, data.clients, each, data.alpha, stream)
 
@@ -200,11 +205,13 @@ def label_table(federation: Federation) -> list[tuple[str, int, int, int, dict[s
     return out
 
 
-def _cell(row: Row, column: str) -> str | int | float | bool | None:
-    if column not in row.fields:
-        known = ", ".join(row.fields)
-        raise DataError(f'{row.origin}: no column "{column}". Columns here: {known}.')
-    return row.fields[column]
+def _presentable(client: str, row: Row, column: str) -> None:
+    """Refuse a client that no file can be named after; most likely the column is another one."""
+    if not client.isprintable() or len(file_name(client)) > LONGEST_NAME:
+        raise DataError(
+            f'{row.origin}: column "{column}" holds what no client can be called: line ends, or '
+            f"more than {LONGEST_NAME} bytes as a file name. Name the column of clients."
+        )
 
 
 def _biggest(

@@ -1,12 +1,12 @@
-"""File formats: bytes on disk to numbered records, strictly; refusals name file, line and byte.
+"""File formats: bytes to numbered records, strictly; refusals name the place, never what is there.
 
-Lines, bytes and rows count from 1; a byte counts within its line, as an editor's column does.
+A file is read as a stream, so what is refused is never held, and neither records nor refusals
+depend on how many bytes are read at once. `lines` says how places are counted.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import re
@@ -16,12 +16,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, cast
 
-from flexp.errors import DataError
+from flexp.data.lines import CHUNK, LONGEST, Line, Source, lines_of, opened, place
+from flexp.errors import DataError, nearest
 
 Value = str | int | float | bool | None
 Record = tuple[int, dict[str, Value]]  # number of the line or row, fields
 
-_BOM = b"\xef\xbb\xbf"
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -33,57 +33,77 @@ class _BrokenLineError(ValueError):
         self.position = position
 
 
-def jsonl(path: Path) -> Iterator[Record]:
+class _ConstantError(ValueError):
+    """NaN or an infinity, which the json module would take."""
+
+
+def jsonl(source: Source) -> Iterator[Record]:
     """One flat JSON object a line; empty lines are skipped."""
-    text, bom = _decode(path)
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+    for line in lines_of(source):
+        text = line.text.removesuffix("\n").removesuffix("\r")
+        if _skip(text, 0) == len(text):
             continue
         try:
-            fields = _object(line)
+            fields = _object(text)
         except _BrokenLineError as broken:
-            byte = len(line[: broken.position].encode()) + 1 + (bom if number == 1 else 0)
-            raise DataError(
-                f"{path.as_posix()}, line {number}, byte {byte}: {broken}. "
-                "Correct the line, or remove it."
-            ) from None
-        yield number, fields
+            at = place(source.where, line.number, line.offset, line.byte(broken.position))
+            raise DataError(f"{at}: {broken}. Correct the line, or remove it.") from None
+        yield line.number, fields
 
 
-def lines(path: Path) -> Iterator[Record]:
+def texts(source: Source) -> Iterator[Record]:
     """Plain text: one example a line, in the column ``text``; empty lines are skipped."""
-    text, _ = _decode(path)
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, {"text": line.removesuffix("\r")}
+    for line in lines_of(source):
+        text = line.text.removesuffix("\n").removesuffix("\r")
+        if text.strip():
+            yield line.number, {"text": text}
 
 
-def commas(path: Path) -> Iterator[Record]:
+def commas(source: Source) -> Iterator[Record]:
     """A csv file with a header; every field stays text, so that ``007`` is not 7."""
-    return _table(path, ",")
+    return _table(source, ",")
 
 
-def tabs(path: Path) -> Iterator[Record]:
+def tabs(source: Source) -> Iterator[Record]:
     """A tsv file with a header, quoted like csv."""
-    return _table(path, "\t")
+    return _table(source, "\t")
 
 
-def parquet(path: Path) -> Iterator[Record]:
+def parquet(source: Source) -> Iterator[Record]:
     """A parquet file of flat columns; needs the extra ``data``."""
     with _extra("pyarrow"):
         import pyarrow as pa
         from pyarrow import parquet as written
     arrow, files = cast("Any", pa), cast("Any", written)  # without type stubs
+    where = source.where
     try:
-        with files.ParquetFile(path) as file:
-            _distinct(path.as_posix(), list(file.schema_arrow.names))
+        with files.ParquetFile(source.file) as file:
+            _distinct(where, list(file.schema_arrow.names))
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             for number, fields in enumerate(rows, start=1):
-                yield number, flat(f"{path.as_posix()}, row {number}", fields)
-    except (OSError, arrow.ArrowException) as broken:
+                yield number, flat(f"{where}, row {number}", fields)
+    except (OSError, ValueError, arrow.ArrowException) as broken:
         raise DataError(
-            f"{path.as_posix()}: not a parquet file that can be read ({broken}). Write it again."
+            f"{where}: not a parquet file that can be read ({type(broken).__name__}). "
+            "Write it again."
         ) from broken
+
+
+READERS: Mapping[str, Callable[[Source], Iterator[Record]]] = MappingProxyType(
+    {".jsonl": jsonl, ".csv": commas, ".tsv": tabs, ".parquet": parquet, ".txt": texts}
+)
+
+
+def records(path: Path, *, chunk: int = CHUNK) -> Iterator[Record]:
+    """The records of a file by the end of its name; DataError for a file that is not sound."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f'{path.as_posix()}: "{path.suffix}" is not a data format. '
+            f"{nearest(path.suffix, READERS)} Convert the file, or move it elsewhere."
+        )
+    with opened(path, chunk) as source:
+        yield from reader(source)
 
 
 def is_saved(folder: Path) -> bool:
@@ -100,7 +120,7 @@ def saved(folder: Path) -> Iterator[tuple[str | None, Record]]:
         opened = library.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as broken:
         raise DataError(
-            f"{folder.as_posix()}: not a data set that can be opened ({broken}). "
+            f"{folder.as_posix()}: not a data set that can be opened ({type(broken).__name__}). "
             "Save it again with save_to_disk."
         ) from broken
     splits: dict[str | None, Any] = (
@@ -110,11 +130,6 @@ def saved(folder: Path) -> Iterator[tuple[str | None, Record]]:
         where = folder.as_posix() if split is None else f"{folder.as_posix()}/{split}"
         for number, fields in enumerate(rows.with_format(None), start=1):
             yield split, (number, flat(f"{where}, row {number}", fields))
-
-
-READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = MappingProxyType(
-    {".jsonl": jsonl, ".csv": commas, ".tsv": tabs, ".parquet": parquet, ".txt": lines}
-)
 
 
 def flat(where: str, fields: Mapping[str, object]) -> dict[str, Value]:
@@ -128,57 +143,66 @@ def flat(where: str, fields: Mapping[str, object]) -> dict[str, Value]:
     return cast("dict[str, Value]", dict(fields))
 
 
-def _decode(path: Path) -> tuple[str, int]:
-    """Text of a UTF-8 file without its byte order mark, and the length of that mark."""
-    try:
-        data = path.read_bytes()
-    except OSError as broken:
-        reason = broken.strerror or str(broken)
-        raise DataError(f"{path.as_posix()}: cannot be read ({reason}).") from broken
-    bom = len(_BOM) if data.startswith(_BOM) else 0
-    try:
-        return data[bom:].decode(), bom
-    except UnicodeDecodeError as broken:
-        at = broken.start + bom
-        line, byte = data.count(b"\n", 0, at) + 1, at - data.rfind(b"\n", 0, at)
-        raise DataError(
-            f"{path.as_posix()}, line {line}, byte {byte}: not UTF-8. Save the file as UTF-8."
-        ) from broken
+class _Feed:
+    """Lines for the csv module, and the one at which the record began that it is reading."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self._lines = source, lines_of(source)
+        self.first: Line | None = None  # of the record; None between two records
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._lines:
+            self.first = self.first or line
+            if line.offset - self.first.offset > LONGEST:
+                raise DataError(
+                    f"{self.place()}: a record of more than {LONGEST} bytes. "
+                    "Check the quotes of this record, or split it."
+                )
+            yield line.text
+
+    def place(self) -> str:
+        """The line at which the record began."""
+        first = self.first or Line(1, 0, "")
+        return place(self._source.where, first.number, first.offset)
 
 
-def _table(path: Path, delimiter: str) -> Iterator[Record]:
-    text, _ = _decode(path)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _table(source: Source, delimiter: str) -> Iterator[Record]:
+    feed = _Feed(source)
+    reader = csv.reader(iter(feed), delimiter=delimiter, strict=True)
     header: list[str] | None = None
-    line = 1
     try:
         for cells in reader:
-            where = f"{path.as_posix()}, line {line}"
             if not cells:
                 pass
             elif header is None:
                 header = cells
-                _distinct(where, header)
+                _distinct(feed.place(), header)
             elif len(cells) != len(header):
                 raise DataError(
-                    f"{where}: {len(cells)} fields, but the header has {len(header)}. "
+                    f"{feed.place()}: {len(cells)} fields, but the header has {len(header)}. "
                     "Correct the line, or quote the field that holds a separator."
                 )
-            else:
-                yield line, dict(zip(header, cells, strict=True))
-            line = reader.line_num + 1
+            elif feed.first:
+                yield feed.first.number, dict(zip(header, cells, strict=True))
+            feed.first = None
     except csv.Error as broken:
-        raise DataError(
-            f"{path.as_posix()}, line {line}: {broken}. Check the quotes of this record."
-        ) from broken
+        # The module would have the file opened in another way.
+        bare = "new-line" in str(broken)
+        reason = "a carriage return that neither ends the line nor is quoted" if bare else broken
+        raise DataError(f"{feed.place()}: {reason}. Check the quotes of this record.") from broken
 
 
 def _distinct(where: str, names: list[str]) -> None:
-    """Refuse a header with an empty name, or with one name twice."""
-    for at, name in enumerate(names):
-        if not name or name in names[:at]:
-            what = f'column "{name}" is there twice' if name else f"column {at + 1} has no name"
-            raise DataError(f"{where}: {what}. Give every column a name of its own.")
+    """Refuse a header with an empty name, or one name twice; it may be a row, so none is told."""
+    first: dict[str, int] = {}
+    for at, name in enumerate(names, start=1):
+        if not name:
+            raise DataError(f"{where}: column {at} has no name. Give every column one of its own.")
+        if first.setdefault(name, at) != at:
+            raise DataError(
+                f"{where}: columns {first[name]} and {at} have the same name. Give every column "
+                "one of its own; the first line names them."
+            )
 
 
 def _object(line: str) -> dict[str, Value]:
@@ -193,7 +217,7 @@ def _object(line: str) -> dict[str, Value]:
             raise _BrokenLineError(name_at, "a field name in double quotes is missing")
         name, at = _value(line, name_at)
         if name in fields:
-            raise _BrokenLineError(name_at, f'field "{name}" is there twice')
+            raise _BrokenLineError(name_at, "this field name is there twice")
         at = _skip(line, at)
         if not line.startswith(":", at):
             raise _BrokenLineError(at, "a colon after the field name is missing")
@@ -217,8 +241,10 @@ def _value(line: str, at: int) -> tuple[Value, int]:
         value, end = _DECODER.raw_decode(line, at)
     except json.JSONDecodeError as broken:
         raise _BrokenLineError(broken.pos, broken.msg) from None
-    except ValueError as broken:
+    except _ConstantError as broken:
         raise _BrokenLineError(at, str(broken)) from None
+    except ValueError:
+        raise _BrokenLineError(at, "an integer with too many digits") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise _BrokenLineError(at, "a number too large for a float")
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
@@ -232,7 +258,7 @@ def _skip(line: str, at: int) -> int:
 
 
 def _constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON; write null for a value that is missing")
+    raise _ConstantError(f"{name} is not JSON; write null for a value that is missing")
 
 
 _DECODER = json.JSONDecoder(parse_constant=_constant)

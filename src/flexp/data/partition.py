@@ -115,7 +115,7 @@ def label_skew(  # noqa: PLR0917 - the experiment's own six quantities
         sharing, held = len(range(at, clients, len(names))), groups.count(name)
         if sharing * rows > held:
             raise DataError(
-                f'Group "{name}" has {held} rows for {sharing} clients of {rows}. '
+                f"Group {at + 1} of {len(names)} has {held} rows for {sharing} clients of {rows}. "
                 f"Set data.rows to {held // sharing} or less, or take fewer clients."
             )
     known = sorted(set(labels), key=str)

@@ -65,8 +65,9 @@ def _alike(client: str, shard: Shard, task: Task) -> list[str]:
     """A finding when a classifier would see one class only."""
     if not isinstance(task, Classification) or len(set(shard.train.labels)) != 1:
         return []
-    only = task.labels[next(label for label in shard.train.labels if isinstance(label, int))]
-    return [f'Client "{client}" has one class only in its {shard.rows} training rows: "{only}".']
+    label = next(label for label in shard.train.labels if isinstance(label, int))
+    only = f"label {label + 1} of {len(task.labels)}"  # its name is from rows, and this is logged
+    return [f'Client "{client}" has one class only in its {shard.rows} training rows: {only}.']
 
 
 def _others(count: int) -> str:

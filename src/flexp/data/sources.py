@@ -39,10 +39,18 @@ def read(path: Path) -> list[Row]:
     folder is one client and its files are named by split (adds ``client`` and ``split``); a folder
     of nothing but train.*, validation.* and test.* is one data set (adds ``split``).
     """
-    if path.is_file():
-        return _file(path, {})
+    try:
+        return _read(path)
+    except OSError as problem:  # of a folder or a name; what is within a file says more
+        reason = problem.strerror or str(problem)
+        raise DataError(f"{path.as_posix()}: {reason}. Check data.path.") from problem
+
+
+def _read(path: Path) -> list[Row]:
     if path.is_dir():
         return _saved(path, {}) if formats.is_saved(path) else _folder(path)
+    if path.exists():
+        return _file(path, {})
     folder = path.parent
     beside = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     hint = nearest(path.name, beside) if beside else "Its folder does not exist either."
@@ -74,13 +82,8 @@ def shipped(name: str, folder: Path) -> list[Row]:
 
 
 def _file(path: Path, more: Mapping[str, Value]) -> list[Row]:
-    reader = formats.READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(
-            f'{path.as_posix()}: "{path.suffix}" is not a data format. '
-            f"{nearest(path.suffix, formats.READERS)} Convert the file, or move it elsewhere."
-        )
-    rows = [_row(fields, f"{path.as_posix()}:{at}", more) for at, fields in reader(path)]
+    found = formats.records(path)
+    rows = [_row(fields, f"{path.as_posix()}:{at}", more) for at, fields in found]
     return _some(rows, path)
 
 
@@ -132,6 +135,12 @@ def _visible(folder: Path) -> list[Path]:
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     if not entries:
         raise DataError(f"{folder.as_posix()}: an empty folder. Put data there, or remove it.")
+    for entry in entries:
+        if not entry.name.isprintable():
+            raise DataError(
+                f"{folder.as_posix()}: the name {entry.name!r} has characters that cannot be "
+                "shown. Rename the file or folder."
+            )
     return entries
 
 

@@ -85,13 +85,22 @@ class Classification:
     def __post_init__(self) -> None:
         _positive(self.max_length)
         if len(set(self.labels)) < max(2, len(self.labels)):
-            raise DataError(f"Labels {self.labels}: classification needs two or more, each once.")
+            raise DataError(
+                f"{len(self.labels)} labels, {len(set(self.labels))} of them different: a "
+                "classification needs two or more, each once. Name them in task.labels."
+            )
 
     def encode(self, rows: Sequence[Row]) -> Examples:
         """Label names, or places 0 to n-1 unless the names are numbers themselves."""
         texts = [text_of(row, self.text) for row in rows]
         labels = tuple(self._index(row) for row in rows)
         ids = ids_of(self.tokenizer, texts, whole=True, max_length=self.max_length)
+        for row, held in zip(rows, ids, strict=True):
+            if not held:
+                raise DataError(
+                    f'{row.origin}: column "{self.text}" has no token that this model knows. '
+                    "Write other text, or remove the row."
+                )
         return Examples(ids, labels, tuple(row.origin for row in rows))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
@@ -118,12 +127,12 @@ class Classification:
                 return int(value)
             places = ", ".join(f"{at} {label}" for at, label in enumerate(self.labels))
             raise DataError(
-                f"{row.origin}: label out of range: {value} in column "
-                f'"{self.label}". There are {len(self.labels)} labels ({places}): correct the row.'
+                f'{row.origin}: label out of range in column "{self.label}". There are '
+                f"{len(self.labels)} labels ({places}): correct the row."
             )
         raise DataError(
-            f'{row.origin}: "{value}" in column "{self.label}" is not one of the '
-            f"{len(self.labels)} labels. {nearest(value, self.labels)} "
+            f'{row.origin}: column "{self.label}" does not hold one of the {len(self.labels)} '
+            f"labels. {nearest(value, self.labels)} "
             "Correct the row, or name the label in the recipe."
         )
 

@@ -17,7 +17,7 @@ from flexp.client.desk import Desk
 from flexp.client.speech import continue_text
 from flexp.data.examples import Examples
 from flexp.data.tasks import Classification
-from flexp.data.tokens import open_tokenizer
+from flexp.data.tokens import ids_of, open_tokenizer
 from flexp.errors import ExportError, FlexpError
 from flexp.joining.join import Joining, Say, Stay
 from flexp.joining.member import Member
@@ -44,8 +44,8 @@ class Voice:
     def label(self, text: str) -> dict[str, Any]:
         """The label of a text, and the probability of each."""
         task = cast("Classification", self.desk.task)
-        encoded = self.tokenizer([text], truncation=True, max_length=task.max_length)["input_ids"]
-        batch = task.collate(_one(encoded[0]), [0])
+        ids = ids_of(self.tokenizer, [text], whole=True, max_length=task.max_length)
+        batch = task.collate(_one(ids[0]), [0])
         with torch.no_grad():
             logits = self.desk.model.logits(batch, self.wear)[0].float()
         if self.prior is not None:

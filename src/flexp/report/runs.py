@@ -23,6 +23,7 @@ from flexp.events import (
     TurnFailed,
     read_timed,
 )
+from flexp.plain import finite
 
 EVERYBODY = "all"  # the client of a score that is the mean over clients
 LOG = "events.jsonl"
@@ -230,18 +231,9 @@ def _plain(run: Run) -> dict[str, Any]:
         "kinds": kinds(run),
         "messages": [asdict(message) for message in run.messages],
     }
-    return _finite(document)
+    return finite(document)
 
 
 def server_blocks(run: Run, seat: SeatTaken | SeatMoved) -> int | None:
     """Blocks of the model that the server holds for a seat."""
     return None if run.blocks is None else run.blocks - seat.front - seat.back
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: _finite(held) for key, held in cast("dict[str, Any]", value).items()}
-    if isinstance(value, list | tuple):
-        return [_finite(held) for held in cast("Sequence[Any]", value)]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

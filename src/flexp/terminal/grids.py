@@ -46,7 +46,7 @@ def value_of(rows: Sequence[Row], client: str, data: str, metric: str) -> float 
             f"personal/{data}/after",
             metric,
         ):
-            return float(row["value"])
+            return None if row["value"] is None else float(row["value"])
     return None
 
 
