@@ -446,6 +446,40 @@ def test_facts_are_not_deep_and_have_no_nan() -> None:
             decode(bytearray(encode(1, Answer(facts={"x": odd}))))
 
 
+def most_bytes(work: Callable[[], object]) -> int:
+    """The most that Python objects took at one time while this was refused."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(LinkError):
+            work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [[["F32", [0]]] * 100_000, [["F32", [1] * 400_000]]],
+    ids=["very many tensors", "very many dimensions"],
+)
+def test_a_header_of_many_parts_is_refused_before_they_are_read(tensors: list[Any]) -> None:
+    bomb = bytearray(put_header(lambda h: h.update(tensors=tensors)))
+    assert len(bomb) > 300_000
+    assert most_bytes(lambda: decode(bomb)) < 100_000
+
+
+def test_a_tensor_that_is_not_there_takes_no_memory() -> None:
+    huge = bytearray(put_header(lambda h: h.update(tensors=[["F32", [1 << 30]]])))
+    assert most_bytes(lambda: decode(huge)) < 100_000
+
+
+def test_a_frame_that_is_announced_takes_no_memory_before_it_comes() -> None:
+    joiner = Joiner()
+    joiner.add((1 << 30).to_bytes(8, "little") + b"x")
+    assert most_bytes(lambda: joiner.add(b"")) < 100_000
+    assert len(joiner.held) == 1
+
+
 def test_a_header_has_a_limit() -> None:
     many = Fetch(StepKey("r" * (MAX_HEADER + 1), 0, 0, 0, 1, "fetch"), "s")
     with pytest.raises(LinkError, match="bytes of names"):

@@ -38,7 +38,7 @@ from flexp.link.control import (
     Welcome,
 )
 from flexp.link.frame import Body
-from flexp.link.listen import Call, Listener
+from flexp.link.listen import Bounds, Call, Listener
 from flexp.link.messages import (
     Answer,
     Backward,
@@ -494,7 +494,7 @@ def desk() -> Desk:
 
 @pytest.fixture
 def listener(desk: Desk) -> Iterator[Listener]:
-    made = Listener(desk, "127.0.0.1:0", None, limit=1 << 20, stall=0.3)
+    made = Listener(desk, "127.0.0.1:0", None, limit=1 << 20, bounds=Bounds(stall=0.3))
     yield made
     made.stop(0)
 

@@ -49,7 +49,7 @@ def state(trunk: Trunk) -> dict[str, str]:
         out |= {f"{client} {slot}": digest(held) for slot, held in home.slots.values.items()}
         out |= {f"{client} {slot}@g": digest(held) for slot, held in home.slots.grads.items()}
         out[f"{client} rows"] = f"{home.rows} {home.stepped} {home.seen} {home.reply is None}"
-        out[f"{client} waits"] = str(sorted(trunk.pending.get(client, {})))
+        out[f"{client} waits"] = str(sorted(trunk.pending.held.get(client, {})))
     return out
 
 

@@ -25,7 +25,7 @@ from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Dot, Grad, SlotSpec, Step
 from flexp.parcel import Parcel
 from flexp.selection import ALL, FAR
-from flexp.server.trunk import MAX_PENDING
+from flexp.server.pending import MAX_PENDING
 from flexp.tensors import Term
 
 
@@ -131,7 +131,7 @@ def test_a_backward_of_another_step_is_refused(wire: Wire) -> None:
 def test_a_forward_without_gradient_leaves_nothing_waiting(wire: Wire) -> None:
     ahead = wire.forward(keep=False)
     wire.send(ahead)
-    assert not wire.trunk.pending[wire.client]
+    assert not wire.trunk.pending.held[wire.client]
     assert wire.trunk.tenants[wire.client].rows == 0
     with pytest.raises(StepError, match="no forward that waits"):
         wire.send(wire.backward(ahead, torch.ones_like(ahead.hidden)))
@@ -143,7 +143,7 @@ def test_only_so_many_forwards_may_wait(wire: Wire) -> None:
     with pytest.raises(StepError, match=f"More than {MAX_PENDING} forwards"):
         wire.send(wire.forward())
     wire.send(wire.forward(1))  # those of a step that is over are dropped
-    assert len(wire.trunk.pending[wire.client]) == 1
+    assert len(wire.trunk.pending.held[wire.client]) == 1
 
 
 def test_rows_of_a_step_count_once(wire: Wire) -> None:
@@ -184,7 +184,7 @@ def test_hidden_states_that_are_not_finite_are_refused(wire: Wire, bad: float) -
     with pytest.raises(LinkError, match="NaN or infinity"):
         wire.send(replace(ahead, ops=(DOUBLE,)))
     assert same(wire.held(), before)  # nor did its operations run
-    assert not wire.trunk.pending[wire.client]
+    assert not wire.trunk.pending.held[wire.client]
 
 
 def test_gradients_of_another_shape_are_refused(wire: Wire) -> None:
@@ -307,7 +307,7 @@ def test_a_reply_is_near_tensors_and_the_tenancys_own(wire: Wire) -> None:
 def test_leaving_drops_the_turn(wire: Wire) -> None:
     wire.send(wire.forward())
     wire.send(Leave(wire.key("leave")))
-    assert wire.client not in wire.trunk.pending
+    assert wire.client not in wire.trunk.pending.held
     assert wire.trunk.tenants[wire.client].slots.values == {}
 
 

@@ -219,7 +219,7 @@ class NetworkEngine(Host):
         return max(0, min(rows, most)) if type(rows) is int else 0
 
     def _undo(self, client: ClientId) -> None:
-        self.trunk.pending.pop(client, None)
+        self.trunk.pending.drop(client)
         self.trunk.talks.drop(client)
         self.tenants.rollback(client)
 

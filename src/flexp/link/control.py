@@ -155,10 +155,14 @@ class Problem(Part, frozen=True):
 
 
 class Refused(Part, frozen=True):
-    """The server does not go on with this stream; ``again`` is whether to come back."""
+    """The server does not go on with this stream; ``again`` is whether to come back.
+
+    ``after`` is in how many seconds at the earliest.
+    """
 
     text: str
     again: bool = False
+    after: int = 0
 
 
 class End(Part, frozen=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, cast
@@ -24,11 +24,21 @@ from flexp.link import frame
 from flexp.link.control import End, Hello, Order, Problem, Refused, Welcome
 from flexp.link.diagnosis import hopeless, outdated
 from flexp.link.frame import Body, Joiner
-from flexp.link.grpc import METHOD, Keepalive, check_plain, client_credentials, client_options
+from flexp.link.grpc import (
+    LONGEST,
+    METHOD,
+    Keepalive,
+    check_plain,
+    client_credentials,
+    client_options,
+)
 from flexp.link.messages import Answer, Message, Reply
+from flexp.link.outbox import Outbox
 from flexp.link.wire import Wire
 
-FIRST, LONGEST = 0.2, 5.0  # seconds between two attempts
+FIRST = 0.2  # seconds between the first two attempts
+LONGEST_AFTER = 300  # seconds to stay away, if a server asks for it
+MOST_TOLD = 4096  # things that a server has told and nobody has read yet
 STRANGER = 4 << 20  # bytes of a frame, until the run's own limit is known
 ANEW = "The server has begun this turn anew."
 
@@ -63,7 +73,7 @@ class GrpcLink:
         self.told: SimpleQueue[Body | FlexpError] = SimpleQueue()
         self._asked: dict[int, tuple[bytes, Future[Body]]] = {}
         self._number, self._server, self._order = 0, "", 0
-        self._out: SimpleQueue[bytes | None] | None = None
+        self._out: Outbox | None = None
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._dead: FlexpError | None = None
         self._stale = False  # whether there is a welcome that nobody has read yet
@@ -117,7 +127,7 @@ class GrpcLink:
         self._closed.set()
         with self._lock:
             if self._out is not None:
-                self._out.put(None)
+                self._out.close()
         self._thread.join(timeout=5)
 
     # ---- the thread that dials
@@ -138,25 +148,26 @@ class GrpcLink:
             if self.patience is not None and time.monotonic() - lost > self.patience:
                 self._die(LinkError(f"{self.address} cannot be reached: {self._why}."))
                 return
-            if not told:
+            if not told or self._after:
                 self.notice(f"no connection to {self.address} ({self._why}); trying again")
                 told = True
-            self._closed.wait(wait * random.uniform(0.5, 1.0))
-            wait = min(LONGEST, 2 * wait)
+            self._closed.wait(max(self._after, wait * random.uniform(0.5, 1.0)))
+            wait = min(LONGEST[self.keepalive], 2 * wait)
         self._die(LinkError("The link was closed."))
 
     _why = "no answer"
+    _after = 0  # seconds that the server has asked for
 
     def _converse(self) -> bool:
         """One stream from its beginning to its end; whether the server said welcome."""
-        out: SimpleQueue[bytes | None] = SimpleQueue()
+        out, self._after = Outbox(), 0
         out.put(frame.encode(0, self.hello(self._server, self._order)))
         channel = channel_to(self.address, self.credentials, self.keepalive)
         welcomed = False
         try:
             stream: Any = channel.stream_stream(METHOD)
             joiner = Joiner()
-            for piece in stream(pieces(out), wait_for_ready=False):
+            for piece in stream(out.pieces(), wait_for_ready=False):
                 joiner.limit = self.limit
                 data = joiner.add(piece)
                 if data is not None:
@@ -166,7 +177,7 @@ class GrpcLink:
             if found := self._hopeless():
                 raise found from problem
         finally:
-            out.put(None)
+            out.close()
             with self._lock:
                 self._out = None
             channel.close()
@@ -178,16 +189,20 @@ class GrpcLink:
             return hopeless(self.address, self.credentials)
         return None if self.credentials is None else outdated(self.credentials)
 
-    def _hear(self, heard: frame.Frame, out: SimpleQueue[bytes | None]) -> bool:
+    def _hear(self, heard: frame.Frame, out: Outbox) -> bool:
         """Takes in a frame; whether it was the welcome."""
         body = heard.body
+        if self.told.qsize() >= MOST_TOLD:
+            raise LinkError(
+                f"{self.address} tells more than anybody reads. Is it the right server?"
+            )
         if isinstance(body, Welcome):
             self._begin(body, out)
             return True
         if isinstance(body, Refused):
             if not body.again:
                 raise LinkError(body.text)
-            self._why = body.text
+            self._why, self._after = body.text, min(body.after, LONGEST_AFTER)
         elif heard.number:
             with self._lock:
                 asked = self._asked.pop(heard.number, None)
@@ -203,7 +218,7 @@ class GrpcLink:
                 self.patience = self.patience if self.patience is not None else 60.0
         return False
 
-    def _begin(self, welcome: Welcome, out: SimpleQueue[bytes | None]) -> None:
+    def _begin(self, welcome: Welcome, out: Outbox) -> None:
         """Goes on where the last stream broke off, or from the beginning."""
         if not welcome.resumed:
             self._server, self._order = welcome.server, 0
@@ -251,12 +266,6 @@ def channel_to(address: str, credentials: Credentials | None, keepalive: Keepali
     if credentials is None:
         return grpc.insecure_channel(address, options)
     return grpc.secure_channel(address, client_credentials(credentials), options)
-
-
-def pieces(out: SimpleQueue[bytes | None]) -> Iterator[bytes]:
-    """What goes out, until there is None."""
-    while (data := out.get()) is not None:
-        yield from frame.chunks(data)
 
 
 def reason(problem: grpc.RpcError) -> str:

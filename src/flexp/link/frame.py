@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Union, cast, get_args
+from typing import Annotated, Any, Union, cast, get_args
 
 import msgspec
 import torch
@@ -44,7 +44,9 @@ Body = Message | Answer | Control
 
 
 _BODIES: Any = Union[(*MIRRORS.values(), *get_args(Control))]
-_SHAPES: Any = tuple[tuple[str, tuple[int, ...]], ...]
+# Counted before any of them is read: a mebibyte of header would hold very many.
+_SHAPE: Any = Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_DIMS)]
+_SHAPES: Any = Annotated[tuple[tuple[str, _SHAPE], ...], msgspec.Meta(max_length=MAX_TENSORS)]
 # What stands before the tensors: the body that refers to them, their types and shapes.
 Header: Any = defstruct(
     "Header",
@@ -194,13 +196,11 @@ def _decode(data: bytearray) -> Frame:
 
 def _tensors(data: bytearray, at: int, header: Any) -> Iterator[Tensor]:
     """The tensors, which lie in ``data``; their sizes are checked before anything is made."""
-    if len(header.tensors) > MAX_TENSORS:
-        raise LinkError(f"A message holds at most {MAX_TENSORS} tensors.")
     at = _padded(data, at)
     for code, shape in header.tensors:
         dtype = _TYPES.get(code)
-        if dtype is None or len(shape) > MAX_DIMS or any(n < 0 for n in shape):
-            raise LinkError(f'A tensor of type "{code:.8}" and shape {shape[:9]} is not allowed.')
+        if dtype is None or any(n < 0 for n in shape):
+            raise LinkError(f'A tensor of type "{code:.8}" and shape {shape} is not allowed.')
         count = math.prod(shape)
         size = count * dtype.itemsize
         if math.prod(max(n, 1) for n in shape) > _MAX_NUMEL or at + size > len(data):

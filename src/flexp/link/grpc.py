@@ -16,8 +16,20 @@ from flexp.identity.credentials import Credentials
 
 METHOD = "/flexp.v1.Federation/Session"
 MAX_MESSAGE = 8 << 20  # of gRPC; frames come in pieces far below it
+MAX_METADATA = 8 << 10  # bytes of HTTP headers; this program sends none of its own
+STREAMS = 8  # of one connection; this program opens one
+HANDSHAKE = 3_000  # milliseconds until a connection that does not speak TLS and HTTP/2 is closed
+IDLE = (
+    10_000  # milliseconds until a connection without a stream is closed; a client opens its at once
+)
+STRIKES = 100  # pings that come too early until a connection is closed; data in between forgive all
 Keepalive = Literal["lan", "mobile"]
-_TIMES: dict[Keepalive, tuple[int, int]] = {"lan": (1_500, 1_000), "mobile": (30_000, 10_000)}
+# Milliseconds: between pings, for the answer to one, and for an attempt to connect.
+_TIMES: dict[Keepalive, tuple[int, int, int]] = {
+    "lan": (1_500, 1_000, 2_000),
+    "mobile": (30_000, 10_000, 20_000),
+}
+LONGEST: dict[Keepalive, float] = {"lan": 0.8, "mobile": 5.0}  # seconds between two attempts
 
 
 def client_credentials(of: Credentials) -> grpc.ChannelCredentials:
@@ -32,7 +44,7 @@ def server_credentials(of: Credentials) -> grpc.ServerCredentials:
 
 def options(keepalive: Keepalive) -> list[tuple[str, Any]]:
     """What both sides set: limits, and keepalive (which needs the ping's own timeout as well)."""
-    time, timeout = _TIMES[keepalive]
+    time, timeout, _ = _TIMES[keepalive]
     return [
         ("grpc.max_receive_message_length", MAX_MESSAGE),
         ("grpc.max_send_message_length", MAX_MESSAGE),
@@ -50,9 +62,15 @@ def client_options(keepalive: Keepalive) -> list[tuple[str, Any]]:
         *options(keepalive),
         ("grpc.enable_retries", 0),
         ("grpc.use_local_subchannel_pool", 1),  # one connection per link, gone when it is
+        ("grpc.min_reconnect_backoff_ms", _TIMES[keepalive][2]),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
+
+
+def connections(clients: int) -> int:
+    """How many are let in at once: a lost one of everybody may not be over yet, and some more."""
+    return 2 * clients + 16
 
 
 def server_options(keepalive: Keepalive, clients: int) -> list[tuple[str, Any]]:
@@ -61,11 +79,13 @@ def server_options(keepalive: Keepalive, clients: int) -> list[tuple[str, Any]]:
     return [
         *options(keepalive),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", least),
-        ("grpc.http2.max_ping_strikes", 0),
-        ("grpc.max_metadata_size", 8 << 10),
-        ("grpc.max_concurrent_streams", 8),
-        ("grpc.max_allowed_incoming_connections", 2 * clients + 16),
-        ("grpc.server_handshake_timeout_ms", 3_000),
+        ("grpc.http2.max_ping_strikes", STRIKES),
+        ("grpc.max_metadata_size", MAX_METADATA),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA),
+        ("grpc.max_concurrent_streams", STREAMS),
+        ("grpc.max_allowed_incoming_connections", connections(clients)),
+        ("grpc.max_connection_idle_ms", IDLE),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE),
         ("grpc.so_reuseport", 0),  # two servers on one port is a silent fault
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -13,9 +12,10 @@ from flexp.identity.credentials import Credentials
 from flexp.link import frame
 from flexp.link.control import Refused
 from flexp.link.diagnosis import hopeless
-from flexp.link.dial import FIRST, LONGEST, STRANGER, channel_to, pieces, reason
+from flexp.link.dial import FIRST, STRANGER, channel_to, reason
 from flexp.link.frame import Body, Joiner
-from flexp.link.grpc import METHOD, check_plain
+from flexp.link.grpc import LONGEST, METHOD, check_plain
+from flexp.link.outbox import Outbox
 
 
 def ask_once(address: str, credentials: Credentials | None, body: Body, patience: float) -> Body:
@@ -24,31 +24,33 @@ def ask_once(address: str, credentials: Credentials | None, body: Body, patience
     end, wait = time.monotonic() + patience, FIRST
     while True:
         try:
-            return _asked(address, credentials, body, max(1.0, end - time.monotonic()))
+            heard = _asked(address, credentials, body, max(1.0, end - time.monotonic()))
+            if not isinstance(heard, Refused):
+                return heard
+            if not heard.again or time.monotonic() + heard.after > end:
+                raise LinkError(heard.text)
+            wait = max(wait, heard.after)
         except grpc.RpcError as problem:
             if found := hopeless(address, credentials):
                 raise found from problem
             if time.monotonic() + wait > end:
                 raise LinkError(f"{address} gave no answer: {reason(problem)}.") from problem
         time.sleep(wait)
-        wait = min(LONGEST, 2 * wait)
+        wait = min(LONGEST["lan"], 2 * wait)
 
 
 def _asked(address: str, credentials: Credentials | None, body: Body, patience: float) -> Body:
-    out: SimpleQueue[bytes | None] = SimpleQueue()
+    out = Outbox()
     out.put(frame.encode(1, body))
     channel = channel_to(address, credentials, "lan")
     joiner = Joiner(STRANGER)
     try:
         stream: Any = channel.stream_stream(METHOD)
-        for piece in stream(pieces(out), timeout=patience, wait_for_ready=False):
+        for piece in stream(out.pieces(), timeout=patience, wait_for_ready=False):
             data = joiner.add(piece)
             if data is not None:
-                heard = frame.decode(data).body
-                if isinstance(heard, Refused):
-                    raise LinkError(heard.text)
-                return heard
+                return frame.decode(data).body
     finally:
-        out.put(None)
+        out.close()
         channel.close()
     raise LinkError(f"{address} gave no answer.")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TypeVar, cast
@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from flexp.errors import LinkError, StepError
+from flexp.errors import LinkError
 from flexp.link.messages import (
     Answer,
     Backward,
@@ -34,30 +34,19 @@ from flexp.model.cut import Seat
 from flexp.model.dress import Leaves, dress, dropping
 from flexp.model.meter import Meter
 from flexp.model.personal import Objective
+from flexp.model.slots import Slots
 from flexp.model.worn import Worn
 from flexp.parcel import JSON, Parcel
 from flexp.selection import select
 from flexp.server.checks import check, check_finite, refuse_odd
+from flexp.server.pending import Graph, Pending, Waiting
 from flexp.server.steps import StepTable
 from flexp.server.talks import Talks
 from flexp.server.tenants import Tenancy, Tenants
-from flexp.tensors import terms
+from flexp.tensors import slots_of, terms
 
 T = TypeVar("T")
-MAX_PENDING = 16  # forwards of one client that wait for their backward
 PARKED = 0.005  # seconds between two looks at whether the compute thread may go on
-
-
-@dataclass
-class Pending:
-    """A kept forward: its result and what its backward differentiates by."""
-
-    step: int
-    part: int
-    out: Tensor
-    hidden: Tensor
-    coefs: list[Tensor]
-    leaves: Leaves
 
 
 class Trunk:
@@ -68,7 +57,7 @@ class Trunk:
     ) -> None:
         self.backbone, self.tenants, self.task, self.dropout = backbone, tenants, task, dropout
         self.tables: dict[str, StepTable] = {}
-        self.pending: dict[str, dict[int, Pending]] = {}
+        self.pending = Waiting()
         self.talks = Talks(backbone)
         self.flops: dict[str, int] | None = None  # of each client's messages, if they are counted
         self.beside: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -176,7 +165,7 @@ class Trunk:
                     f"recipe has {given}. Both sides must run the same recipe."
                 )
         self.tenants.optims(home.client, message.optims)
-        self.pending[home.client] = {}
+        self.pending.begin(home.client)
         self.talks.drop(home.client)
         offered = {slot: sorted(held) for slot, held in home.offered.items()}
         loose = {f"tensor/{k}": v for k, v in home.loose.items()}
@@ -207,7 +196,7 @@ class Trunk:
         return Answer()
 
     def _leave(self, home: Tenancy) -> Answer:
-        self.pending.pop(home.client, None)
+        self.pending.drop(home.client)
         self.talks.drop(home.client)
         self.tenants.leave(home.client)
         return Answer()
@@ -219,6 +208,18 @@ class Trunk:
         self.tenants.do(home.client, m.ops)
         home.seen = self.tenants.steps
         self.tenants.wear_shared(home)
+        worn = {slot: home.slots[slot] for slot in slots_of(m.wear)}
+        again = partial(self._graph, home.seat, replace(home.slots, values=worn, grads={}), m)
+        if not m.keep:
+            return Answer({m.until: again().out.detach()})
+        shape = (home.seat.cut, m.until, tuple(m.hidden.shape), m.hidden.dtype, len(worn))
+        graph, size = self.pending.measured(shape, again)
+        pending = Pending(m.key.step, m.part, again, graph, size, self.pending.clock())
+        self.pending.keep(home.client, m.key.call, pending)
+        return Answer({m.until: graph.out.detach()})
+
+    def _graph(self, seat: Seat, slots: Slots, m: Forward) -> Graph:
+        """A forward over slots that no later step moves: called again, it gives the same bits."""
         given = iter(m.coefs)
         with torch.set_grad_enabled(m.keep):
             coefs = [
@@ -229,15 +230,10 @@ class Trunk:
             ]
             leaves = Leaves()
             hidden = m.hidden.detach().requires_grad_(m.keep)
-            worn = dress(home.slots, m.wear, coefs, m.train, leaves)
+            worn = dress(slots, m.wear, coefs, m.train, leaves)
             worn = dropping(worn, self.dropout, m.dropout)
-            out = self._through(home.seat, m, worn, hidden)
-        if m.keep:
-            kept = [c for c in coefs if c is not None]
-            self._keep(
-                home.client, m.key.call, Pending(m.key.step, m.part, out, hidden, kept, leaves)
-            )
-        return Answer({m.until: out.detach()})
+            out = self._through(seat, m, worn, hidden)
+        return Graph(out, hidden, [c for c in coefs if c is not None], leaves)
 
     def _count(self, home: Tenancy, part: tuple[int, int], rows: int) -> None:
         """Rows of a step's part: those of the largest forward that was differentiated in it."""
@@ -253,36 +249,27 @@ class Trunk:
         out = self.backbone.run(blanks, worn, first=seat.cut.front, last=last, feed=hidden)
         return out if m.labels is None or m.until != "loss" else self.task.loss(out, m.labels)
 
-    def _keep(self, client: str, call: int, pending: Pending) -> None:
-        held = self.pending.setdefault(client, {})
-        for old in [c for c, p in held.items() if p.step < pending.step]:
-            del held[old]
-        if len(held) >= MAX_PENDING:
-            raise StepError(f"More than {MAX_PENDING} forwards wait for their backward.")
-        held[call] = pending
-
     def _backward(self, home: Tenancy, m: Backward) -> Answer:
-        pending = self.pending.get(home.client, {}).get(m.key.call)
-        if pending is None or pending.step != m.key.step:
-            raise StepError(f"There is no forward that waits for the backward of {m.key}.")
-        if (m.grad.shape, m.grad.dtype) != (pending.out.shape, pending.out.dtype):
+        pending = self.pending.of(home.client, m.key.call, m.key.step)
+        graph = pending.whole()
+        if (m.grad.shape, m.grad.dtype) != (graph.out.shape, graph.out.dtype):
             raise LinkError(
                 f"The gradient has shape {list(m.grad.shape)} and {m.grad.dtype}, the result "
-                f"{list(pending.out.shape)} and {pending.out.dtype}."
+                f"{list(graph.out.shape)} and {graph.out.dtype}."
             )
-        del self.pending[home.client][m.key.call]
-        self._count(home, (pending.step, pending.part), int(pending.hidden.shape[0]))
-        hidden = [pending.hidden] if m.hidden else []
-        leaves = [leaf for *_, leaf in pending.leaves.held]
-        grads = iter(_grads(pending.out, [*hidden, *pending.coefs, *leaves], m.grad))
+        self.pending.done(home.client, m.key.call)
+        self._count(home, (pending.step, pending.part), int(graph.hidden.shape[0]))
+        hidden = [graph.hidden] if m.hidden else []
+        leaves = [leaf for *_, leaf in graph.leaves.held]
+        grads = iter(_grads(graph.out, [*hidden, *graph.coefs, *leaves], m.grad))
         out: dict[str, Tensor] = {}
         of_hidden = next(grads) if m.hidden else None
         if of_hidden is not None:
             out["grad"] = of_hidden
-        for n, coef in enumerate(pending.coefs):
+        for n, coef in enumerate(graph.coefs):
             g = next(grads)
             out[f"coef/{n}"] = torch.zeros_like(coef) if g is None else g
-        for slot, held in pending.leaves.grads(list(grads)).items():
+        for slot, held in graph.leaves.grads(list(grads)).items():
             home.slots.gather(slot, held)
         return Answer(out)
 

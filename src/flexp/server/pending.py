@@ -1,0 +1,139 @@
+"""Forwards that wait for their backward: few, within a budget of bytes, and not for long.
+
+A graph that has to go is not lost: what the forward was called with stays, and the backward runs it
+once more. Everything that it depends on is kept or drawn by counter, so the bits are the same.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from flexp.errors import StepError
+from flexp.model.dress import Leaves
+from flexp.model.meter import Meter
+
+MAX_PENDING = 16  # forwards of one client that wait for their backward
+SIZES = 4096  # shapes of which the bytes are known
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A forward that can be differentiated: its result, and by what."""
+
+    out: Tensor
+    hidden: Tensor
+    coefs: list[Tensor]
+    leaves: Leaves
+
+
+@dataclass(eq=False)
+class Pending:
+    """A kept forward; ``again`` computes its graph, to the last bit the one that it has now."""
+
+    step: int
+    part: int
+    again: Callable[[], Graph]
+    graph: Graph | None
+    bytes: int
+    at: float
+
+    def whole(self) -> Graph:
+        """Its graph, computed once more if it had to go."""
+        return self.graph or self.again()
+
+
+@dataclass
+class Waiting:
+    """All clients' forwards that wait; graphs beyond ``budget`` bytes go, the oldest first.
+
+    So do those that are older than ``patience`` seconds when ``sweep`` is called: of a client that
+    is gone, or whose way is slow. Without either, all stay. Any thread may call any method.
+    """
+
+    budget: int | None = None
+    patience: float | None = None
+    clock: Callable[[], float] = time.monotonic
+    held: dict[str, dict[int, Pending]] = field(default_factory=dict[str, dict[int, Pending]])
+    sizes: dict[Hashable, int] = field(default_factory=dict[Hashable, int])
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def keep(self, client: str, call: int, pending: Pending) -> None:
+        """Keeps a forward, and forgets those of the client's earlier steps."""
+        with self.lock:
+            mine = self.held.setdefault(client, {})
+            for old in [c for c, p in mine.items() if p.step < pending.step]:
+                del mine[old]
+            if len(mine) >= MAX_PENDING:
+                raise StepError(f"More than {MAX_PENDING} forwards wait for their backward.")
+            mine[call] = pending
+            if self.budget is not None:
+                self._fit(self.budget)
+
+    def measured(self, shape: Hashable, again: Callable[[], Graph]) -> tuple[Graph, int]:
+        """A graph and its bytes, which are measured at the first one of its shape."""
+        if self.budget is None:
+            return again(), 0
+        if shape in self.sizes:
+            return again(), self.sizes[shape]
+        with Meter() as meter:
+            graph = again()
+        if len(self.sizes) >= SIZES:
+            self.sizes.clear()
+        self.sizes[shape] = meter.live
+        return graph, meter.live
+
+    def of(self, client: str, call: int, step: int) -> Pending:
+        """The forward of that call; StepError if there is none."""
+        with self.lock:
+            found = self.held.get(client, {}).get(call)
+        if found is None or found.step != step:
+            raise StepError(f"There is no forward that waits for the backward of call {call}.")
+        return found
+
+    def done(self, client: str, call: int) -> None:
+        """Its backward has come."""
+        with self.lock:
+            del self.held[client][call]
+
+    def begin(self, client: str) -> None:
+        """Nothing waits at the beginning of a turn."""
+        with self.lock:
+            self.held[client] = {}
+
+    def drop(self, client: str) -> None:
+        """Nothing waits at the end of one."""
+        with self.lock:
+            self.held.pop(client, None)
+
+    def sweep(self) -> int:
+        """Lets graphs go that are too old; how many."""
+        with self.lock:
+            if self.patience is None:
+                return 0
+            end = self.clock() - self.patience
+            old = [p for p in self._graphs() if p.at < end]
+            for pending in old:
+                pending.graph = None
+            return len(old)
+
+    def bytes(self) -> int:
+        """Bytes of the graphs that are there."""
+        with self.lock:
+            return sum(p.bytes for p in self._graphs())
+
+    def _fit(self, budget: int) -> None:
+        graphs = sorted(self._graphs(), key=lambda p: p.at)
+        over = sum(p.bytes for p in graphs) - budget
+        for pending in graphs:
+            if over <= 0:
+                return
+            over -= pending.bytes
+            pending.graph = None
+
+    def _graphs(self) -> list[Pending]:
+        return [p for mine in self.held.values() for p in mine.values() if p.graph is not None]
