@@ -7,7 +7,7 @@ the server, so an expression means the same on both sides of a cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,13 @@ def terms(wear: Wear) -> Mix:
     if isinstance(wear, PerRow):
         return tuple(Term(s) for s in wear.slots)
     return wear
+
+
+def plain(mix: Mix) -> Mix:
+    """The mix with learned coefficients as the numbers that they are now."""
+    return tuple(
+        replace(t, coef=float(t.coef.detach())) if isinstance(t.coef, Tensor) else t for t in mix
+    )
 
 
 def slots_of(wear: Wear) -> tuple[str, ...]:

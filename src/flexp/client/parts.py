@@ -36,7 +36,7 @@ class Part:
         if self.share is not None:
             value = value * self.share
         if lane is not None:
-            lane.descends = True
+            lane.value = value.detach()
         if value.requires_grad:
             value.backward()  # pyright: ignore[reportUnknownMemberType]
         return value.detach()
