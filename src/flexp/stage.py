@@ -224,7 +224,8 @@ def training(recipe: Recipe) -> Training:
     """The recipe's training as the engine takes it."""
     t = recipe.train
     optim = Optim(t.optimizer, t.lr, t.head_lr, weight_decay=t.weight_decay, momentum=t.momentum)
-    return Training(optim, t.batch, t.steps, t.epochs, t.clip_norm, t.label_prior, t.still)
+    more = t.clip_norm, t.label_prior, t.still, recipe.link.ahead
+    return Training(optim, t.batch, t.steps, t.epochs, *more)
 
 
 def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Fleet:
@@ -232,6 +233,7 @@ def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Fleet:
 
     Raises StrategyError if the method cannot run with this task, adapter, cut, rank or fleet.
     """
+    check_ahead(strategy, recipe)
     depth, given = found.bones.depth, replace(found.fleet, solo=strategy.alone)
     if strategy.kind == "centralised":
         reason = "one place has the whole model and all rows"
@@ -248,6 +250,15 @@ def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Fleet:
         if refusal:
             raise StrategyError(f'Method "{strategy.name}" cannot run here: {refusal}')
     return given
+
+
+def check_ahead(strategy: Strategy[Any], recipe: Recipe) -> None:
+    """StrategyError for ``link.ahead`` with a method whose messages go one by one."""
+    if recipe.link.ahead and not strategy.barrier:
+        raise StrategyError(
+            f'Method "{strategy.name}" has no barrier here, so its messages go one by one and each '
+            "step by itself: a front that lacks a step would gain nothing. Switch link.ahead off."
+        )
 
 
 def setting_of(found: Survey, recipe: Recipe, seats: Mapping[ClientId, Seat]) -> Setting:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,13 @@ def terms(wear: Wear) -> Mix:
     if isinstance(wear, PerRow):
         return tuple(Term(s) for s in wear.slots)
     return wear
+
+
+def plain(mix: Mix) -> Mix:
+    """The mix with learned coefficients as the numbers that they are now."""
+    return tuple(
+        replace(t, coef=float(t.coef.detach())) if isinstance(t.coef, Tensor) else t for t in mix
+    )
 
 
 def slots_of(wear: Wear) -> tuple[str, ...]:

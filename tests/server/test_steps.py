@@ -72,6 +72,27 @@ def test_answers_of_earlier_steps_are_dropped() -> None:
     assert [(k.step, k.call) for k in table.rows] == [(4, 1), (4, 2)]
 
 
+def test_a_forward_may_come_behind_backwards_that_are_not_answered() -> None:
+    """Then both are asked again; of two steps ago nothing is needed any more."""
+    table, work = StepTable(), Count()
+    for step in range(3):
+        table.once(key(step, call=2 * step, phase="forward"), "digest", work)
+        back = key(step, call=2 * step, phase="backward")
+        answer = table.once(back, "digest", work)
+        fore = key(step + 1, call=2 * step + 2, phase="forward")
+        after = table.once(fore, "digest", work)
+        ran = work.ran
+        assert table.once(back, "digest", work) is answer
+        assert table.once(fore, "digest", work) is after
+        assert work.ran == ran
+        with pytest.raises(StepError, match="is over"):
+            table.once(key(step, call=2 * step, phase="forward"), "digest", work)
+        with pytest.raises(StepError, match="is over"):
+            table.once(key(step, call=2 * step + 1, phase="backward"), "digest", work)
+    assert [k.phase for k in table.rows] == ["backward", "forward"]
+    assert list(table.kept) == list(table.rows)
+
+
 def test_a_message_that_failed_may_come_again() -> None:
     def fails() -> Answer:
         raise StepError("not now")

@@ -1,10 +1,8 @@
-"""What a client has while it works, and ``fit``, the only training loop."""
+"""What a client has while it works, and its verbs: the same on both sides of the cut."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Literal
@@ -12,16 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flexp.client.lanes import side_by_side
+from flexp.client.fit import Fit
 from flexp.client.memory import Memory
-from flexp.client.parts import LossFn, Part, rows_of
+from flexp.client.parts import LossFn
 from flexp.client.session import Session
 from flexp.data.examples import Batch, Shard, Split
 from flexp.data.tasks import Task
 from flexp.dice import Dice
 from flexp.errors import AdapterError
 from flexp.model.cut import Seat
-from flexp.model.ops import Assign, Dot, Grad, Op, Optim, Pull, SlotSpec, Step
+from flexp.model.ops import Assign, Dot, Grad, Op, Optim, SlotSpec, Step
 from flexp.model.personal import PersonalModel
 from flexp.parcel import JSON, Facts, Parcel
 from flexp.selection import ALL, Where, select
@@ -29,11 +27,10 @@ from flexp.tensors import (
     BlockScalars,
     Mix,
     Tensors,
-    Term,
     Wear,
     add_blocks,
+    plain,
     slots_of,
-    total,
 )
 
 
@@ -48,6 +45,7 @@ class Training:
     clip_norm: float | None = None
     label_prior: bool = False
     still: Literal["refuse", "allow"] = "refuse"
+    ahead: bool = False  # the front of a batch lacks the last step, and need not wait for it
 
     def specs(self, slots: Mapping[str, SlotSpec]) -> dict[str, SlotSpec]:
         """A strategy's slots, with this optimizer where they name none."""
@@ -127,82 +125,17 @@ class Desk:
 
         ``train`` names slots and what of each moves; a bare ``Where`` means every slot of the
         wear. The clip is by the global norm over near and far. A step whose loss, clipped norm or
-        gradient at the cut is not finite is skipped and counted. Returns loss (mean, nats), steps,
-        skipped and rows.
+        gradient at the cut is not finite is skipped on both sides and counted. Returns loss (mean,
+        nats), steps, skipped and rows.
+
+        With ``Training.ahead`` the front of each batch but the first wears what trains as it was
+        before the last step, in all forwards of its loss; tail and trunk wear it as it is. There a
+        step is decided without its near gradient, and a clip is a StrategyError.
         """
         chosen = dict.fromkeys(slots_of(wear), train) if isinstance(train, Where) else dict(train)
         clip = self.training.clip_norm if clip_norm is None else clip_norm
-        losses, skipped, rows = list[float](), 0, 0
-        # Threads are made when the first part asks for one.
-        with ThreadPoolExecutor(self.session.window, thread_name_prefix="flexp-part") as crew:
-            for batch in batches if batches is not None else self.batches(steps=steps):
-                losses.append(self._descend(batch, loss, wear, chosen, crew))
-                rows += batch.rows
-                self._bend(chosen, add, pull)
-                skipped += not self._move(chosen, losses[-1], clip)
-        good = [x for x in losses if math.isfinite(x)]
-        mean = sum(good) / len(good) if good else None
-        return {"loss": mean, "steps": len(losses), "skipped": skipped, "rows": rows}
-
-    def _descend(
-        self,
-        batch: Batch,
-        loss: LossFn | None,
-        wear: Wear,
-        chosen: Mapping[str, Where],
-        crew: ThreadPoolExecutor,
-    ) -> float:
-        """The loss of a batch; its gradient goes into the slots "<name>@g".
-
-        Of a batch in parts each part counts by what its mean is over, so that the sum is the
-        batch's own. A loss of the caller's counts as a mean over the same.
-        """
-        self.counter += 1
-        parts = batch.parts(self.seat.accumulate) if self.seat.accumulate > 1 else [batch]
-        works: list[Part] = []
-        total, row = 0.0, 0
-        with self.model.training(chosen, self.dice("dropout", step=self.counter)):
-            for n, part in enumerate(parts):
-                model = self.model.twin(n) if parts[1:] else self.model
-                share = part.counted / batch.counted if parts[1:] else None
-                works.append(Part(model, part, rows_of(wear, row, part.rows), loss, share))
-                row += part.rows
-            together = bool(parts[1:]) and self.session.window > 1 and self.model.far is not None
-            descend, apart = [work.descend for work in works], (work.descend() for work in works)
-            done = side_by_side(self.session, descend, crew) if together else apart
-            for work, value in zip(works, done, strict=True):
-                self._collect(work.model)
-                total += float(value)
-                if not together or work is works[-1]:  # what is under way together is one step
-                    self.session.next_step()
-        self._gathered(list(chosen), [f"{slot}@g" for slot in chosen])
-        return total
-
-    def _bend(self, chosen: Mapping[str, Where], add: Mix, pull: Sequence[Drag]) -> None:
-        for slot, where in chosen.items():
-            grad = f"{slot}@g"
-            if add:
-                self.assign(grad, (Term(grad), *add), where=where)
-            for drag in pull:
-                if drag.weight:
-                    both = where & drag.where
-                    self._apply(Pull(slot, drag.to, drag.weight, grad, both, drag.form))
-
-    def _move(self, chosen: Mapping[str, Where], loss: float, clip: float | None) -> bool:
-        """One step of each slot; False, and no step, if the loss or the norm is not finite."""
-        norm = self._norm(chosen) if clip is not None else 0.0
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            return False
-        scale = min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0
-        for slot, where in chosen.items():
-            self.step(slot, scale=scale, where=where)
-        if any(self.specs[slot].eager for slot in chosen if slot in self.specs):
-            self.session.flush()
-        return True
-
-    def _norm(self, chosen: Mapping[str, Where]) -> float:
-        dots = [self.dot(f"{s}@g", f"{s}@g", where=w) for s, w in chosen.items()]
-        return math.sqrt(sum(total(d) for d in dots))
+        fit = Fit(self, loss, wear, chosen, add, pull, clip)
+        return fit.run(batches if batches is not None else self.batches(steps=steps))
 
     # ---- verbs: the same on both sides of the cut
 
@@ -215,10 +148,10 @@ class Desk:
         """Adds the gradient of a loss to what is gathered, and counts its rows on both sides."""
         if loss.requires_grad:
             loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        self._collect(self.model)
+        self.collect(self.model)
         self.session.next_step()
 
-    def _collect(self, model: PersonalModel) -> None:
+    def collect(self, model: PersonalModel) -> None:
         """Adds what a graph's leaves hold to what is gathered."""
         self.rows, model.rows = self.rows + model.rows, 0
         for slot, held in model.leaves.grads().items():
@@ -226,13 +159,13 @@ class Desk:
         model.leaves = type(model.leaves)()
 
     def _gathered(self, of: Sequence[str], into: Sequence[str]) -> None:
-        self._apply(Grad(tuple(of), tuple(into)))
+        self.apply(Grad(tuple(of), tuple(into)))
 
     def step(
         self, slot: str, *, grad: str | None = None, scale: float = 1.0, where: Where = ALL
     ) -> None:
         """One optimizer step of a slot along a gradient slot."""
-        self._apply(Step(slot, grad or f"{slot}@g", scale, where))
+        self.apply(Step(slot, grad or f"{slot}@g", scale, where))
 
     def assign(
         self,
@@ -243,11 +176,7 @@ class Desk:
         clip: tuple[float, float] | None = None,
     ) -> None:
         """``slot := mix`` where selected."""
-        plain = tuple(
-            Term(t.slot, float(t.coef.detach()) if isinstance(t.coef, Tensor) else t.coef, t.times)
-            for t in mix
-        )
-        self._apply(Assign(slot, plain, where, clip))
+        self.apply(Assign(slot, plain(mix), where, clip))
 
     def dot(self, a: str, b: str, *, where: Where = ALL) -> BlockScalars:
         """The inner product of two slots per block; ``tensors.total`` sums it."""
@@ -255,10 +184,12 @@ class Desk:
         near = self.model.near.do([op])[0]
         return near if self.model.far is None else add_blocks(near, self.session.do([op])[-1])
 
-    def _apply(self, op: Op) -> None:
-        self.model.near.do([op])
-        if self.model.far is not None:
-            self.session.queue(op)
+    def apply(self, *ops: Op) -> None:
+        """Does operations on both sides: near ones now, far ones with the next forward."""
+        for op in ops:
+            self.model.near.do([op])
+            if self.model.far is not None:
+                self.session.queue(op)
 
     def score(self, wear: Wear = "personal", split: Split = "val") -> Facts:
         """The task's metrics of a wear on a split of the client's own data."""

@@ -42,12 +42,14 @@ class Part:
         if self.share is not None:
             value = value * self.share
         if lane is not None:
-            lane.descends = True
+            lane.value = value.detach()
         try:
             if value.requires_grad:
                 value.backward()  # pyright: ignore[reportUnknownMemberType]
         except GradientError:
-            return torch.full_like(value.detach(), math.nan)
+            value = torch.full_like(value.detach(), math.nan)
+            if lane is not None:
+                lane.value = value
         return value.detach()
 
 

@@ -37,7 +37,8 @@ class Session:
     """One turn over a link. Operations wait and ride on the next forward, or go alone.
 
     ``window`` is how many parts of a batch may be under way at a time; more than one need a link
-    that can post.
+    that can post. ``posts``: the link can, and a forward may go out before the answers to the
+    backwards in front of it are there.
     """
 
     link: Link
@@ -46,6 +47,7 @@ class Session:
     round: int
     wave: int
     window: int = 1
+    posts: bool = False
     step: int = 0
     call: int = 0
     talks: int = 0
@@ -139,9 +141,9 @@ class Session:
         message = Continue(self._key("continue"), talk, wear, hidden, before)
         return self._send(message).tensors["logits" if logits else "hidden"]
 
-    def queue(self, op: Op) -> None:
-        """Lets an operation ride on the next forward."""
-        self.waiting.append(op)
+    def queue(self, *ops: Op) -> None:
+        """Lets operations ride on the next forward."""
+        self.waiting += ops
 
     def do(self, ops: Sequence[Op]) -> tuple[BlockScalars, ...]:
         """Runs waiting operations and these now, and returns the answers of their dots."""
@@ -154,7 +156,7 @@ class Session:
             self.do(())
 
     def next_step(self) -> None:
-        """Begins the next step: answers of the steps before are no longer needed."""
+        """Begins the next step: of the steps before, only answers to backwards are needed."""
         self.step += 1
 
     def submit(self, reply: Parcel) -> None:

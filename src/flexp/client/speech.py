@@ -21,7 +21,7 @@ from flexp.client.desk import Desk
 from flexp.errors import CutError, DataError, LinkError, ModelError
 from flexp.model.cached import Cached
 from flexp.model.dress import Leaves, dress
-from flexp.tensors import PerRow, Stacked, Wear, terms
+from flexp.tensors import PerRow, Stacked, Wear, plain, terms
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,5 @@ def _numbers(wear: Wear) -> Wear:
     """The wear with learned coefficients as the numbers that they are now."""
     if isinstance(wear, str | PerRow):
         return wear
-    mix = tuple(
-        replace(t, coef=float(t.coef.detach())) if isinstance(t.coef, Tensor) else t
-        for t in terms(wear)
-    )
+    mix = plain(terms(wear))
     return Stacked(mix) if isinstance(wear, Stacked) else mix

@@ -69,18 +69,19 @@ class Client:
         wave: int,
         before: int = 0,
         window: int = 1,
+        posts: bool = False,
     ) -> tuple[Desk, Parcel]:
         """Takes the seat: the desk, and the loose tensors and facts of the offer.
 
         Offered slots lie on the desk; their near parts cross the link on first use. Randomness
         does not depend on the wave, only on the client's turns ``before`` in this round. Over a
-        link that can post, up to ``window`` parts of a batch are under way at a time.
+        link that ``posts``, up to ``window`` parts of a batch are under way at a time.
         """
         near = self._near(seat, specs)
         moving = {s: far for s, v in near.values.items() if (far := select(v, FAR, near.place))}
         moved = frozenset(f"slot/{s}/{k}" for s, held in moving.items() for k in held)
         egress = Egress(leaves, seat.labels, self.profile, near.place, moved)
-        session = Session(link, egress, run, round, wave, window)
+        session = Session(link, egress, run, round, wave, window, posts)
         answer = session.join(seat, {s: spec.optim or Optim() for s, spec in specs.items()})
         facts = cast("dict[str, Any]", answer.facts)
         begun = partial(self._begun, near, seat, specs)

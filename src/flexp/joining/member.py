@@ -212,6 +212,7 @@ class Member:
             before=order.before,
             # Without a barrier the order of messages is recorded, and replayed part after part.
             window=recipe.link.window if self.strategy.barrier else 1,
+            posts=True,
         )
 
     def _initial(self, spec: SlotSpec, rank: int | None = None) -> Tensors:

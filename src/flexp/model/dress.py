@@ -26,15 +26,16 @@ class Leaves:
     held: list[tuple[str, str, Tensor, Tensor]] = field(
         default_factory=list[tuple[str, str, Tensor, Tensor]]
     )
-    index: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    # The tensors are held, so no other one gets the same id.
+    index: dict[tuple[str, str, int], int] = field(default_factory=dict[tuple[str, str, int], int])
 
     def leaf(self, slot: str, name: str, value: Tensor) -> Tensor:
-        """The leaf that stands for a slot's tensor; the same one while the tensor is the same."""
-        at = self.index.get((slot, name))
-        if at is not None and self.held[at][2] is value:
+        """The leaf that stands for a slot's tensor; the same one for the same tensor."""
+        at = self.index.get((slot, name, id(value)))
+        if at is not None:
             return self.held[at][3]
         leaf = value.detach().requires_grad_()
-        self.index[slot, name] = len(self.held)
+        self.index[slot, name, id(value)] = len(self.held)
         self.held.append((slot, name, value, leaf))
         return leaf
 

@@ -114,6 +114,7 @@ class PersonalModel:
         dropout: float = 0.0,
     ) -> None:
         self.backbone, self.seat, self.near = backbone, seat, near
+        self.past: Slots | None = None  # what the front wears instead, if it lacks a step
         self.task, self.far, self.layout = task, far, tuple(layout)
         self.leaves = Leaves()
         self.train: Train = None
@@ -134,11 +135,15 @@ class PersonalModel:
         finally:
             self.train, self.dropout = before
 
-    def twin(self, part: int) -> PersonalModel:
-        """The same model for a part of a batch: with a graph and dropout dice of its own."""
+    def twin(self, part: int | None = None, *, past: Slots | None = None) -> PersonalModel:
+        """The same model with a graph of its own; for a part of a batch, with its own dropout dice.
+
+        ``past`` are the near slots that its front wears (None: those that there are).
+        """
         twin = copy.copy(self)
-        twin.leaves, twin.calls, twin.rows = Leaves(), 0, 0
-        twin.dropout = None if self.dropout is None else self.dropout("part", n=part)
+        twin.leaves, twin.calls, twin.rows, twin.past = Leaves(), 0, 0, past
+        if twin.dropout is not None and part is not None:
+            twin.dropout = twin.dropout("part", n=part)
         return twin
 
     def logits(
@@ -177,13 +182,23 @@ class PersonalModel:
         coefs: list[Tensor | None] = [
             spread(t.coef, depth) if isinstance(t.coef, Tensor) else None for t in terms(wear)
         ]
-        worn = dress(self.near, wear, coefs, self.train, self.leaves, over=near)
         dice = None
         if self.dropout is not None and self.dropout_rate:
             dice = self.dropout("call", n=self.calls)
             self.calls += 1
-        worn = dropping(worn, self.dropout_rate, dice)
+        worn = self._worn(self.past or self.near, wear, coefs, near, dice)
         return worn, self.worn_inputs(batch.inputs, worn), coefs, dice
+
+    def _worn(
+        self,
+        slots: Slots,
+        wear: Wear,
+        coefs: Sequence[Tensor | None],
+        near: Tensors | None,
+        dice: Dice | None,
+    ) -> Worn:
+        worn = dress(slots, wear, coefs, self.train, self.leaves, over=near)
+        return dropping(worn, self.dropout_rate, dice)
 
     def worn_inputs(self, inputs: Mapping[str, Tensor], worn: Worn) -> dict[str, Tensor]:
         """The inputs of a forward: behind the prompt that is worn, if one is."""
@@ -225,6 +240,8 @@ class PersonalModel:
             out = self._cross(ask, front, [c for c in coefs if c is not None])
             if not ends_far:
                 first = depth - cut.back
+                if self.past is not None:
+                    worn = self._worn(self.near, wear, coefs, near, dice)
                 out = self._near(inputs, worn, first=first, last=stop, feed=out, tap=tap)
         if worn.prompt is not None and until in ("logits", "tap") and out.dim() == 3:
             out = out[:, len(worn.prompt) :]

@@ -18,7 +18,7 @@ from flexp.errors import AdapterError
 from flexp.model.ops import Assign, Dot, Grad, Op, Optim, Pull, SlotSpec, Step
 from flexp.products import gram_gradient, lora_pairs
 from flexp.selection import Place, Where
-from flexp.tensors import BlockScalars, Mix, Tensors, block_dots, mixed
+from flexp.tensors import BlockScalars, Tensors, block_dots, mixed, plain
 
 SOON = 3  # steps; the first one moves only one factor of a LoRA pair
 MOVED = -1  # instead of a number of steps
@@ -89,12 +89,9 @@ class Slots:
             }
 
     def _assign(self, op: Assign) -> None:
-        plain: Mix = tuple(
-            replace(t, coef=float(t.coef.detach()) if isinstance(t.coef, Tensor) else t.coef)
-            for t in op.mix
-        )
-        sources = self.read(s for t in plain for s in (t.slot, t.times) if s is not None)
-        value = mixed(plain, sources, self.place)
+        terms = plain(op.mix)
+        sources = self.read(s for t in terms for s in (t.slot, t.times) if s is not None)
+        value = mixed(terms, sources, self.place)
         old = self.values.get(op.slot)
         out: Tensors = {}
         for k, v in value.items():

@@ -40,7 +40,7 @@ class StepTable:
             if answer is None:
                 raise StepError(f"The answer to {key} is gone: newer ones were asked for since.")
             return answer
-        at = (key.round, key.wave, key.step)
+        at = _place(key)
         if at < self.latest or at <= self.committed:
             raise StepError(
                 f"Step {at} (round, wave, step) is over: the client is at {self.latest}. "
@@ -50,8 +50,7 @@ class StepTable:
             raise StepError(f"More than {MAX_ROWS} messages in step {at}. Begin a new step.")
         answer = run()
         if at > self.latest:
-            # The client has seen every answer of the steps before, or it would not be here.
-            self.rows, self.kept, self.latest = {}, deque(), at
+            self._begin(at)
         self.rows[key] = (digest, answer)
         self.kept.append(key)
         if len(self.kept) > KEPT:
@@ -59,6 +58,19 @@ class StepTable:
             self.rows[old] = (self.rows[old][0], None)
         return answer
 
+    def _begin(self, at: tuple[int, int, int]) -> None:
+        """The client has seen every answer of the steps before, or it would not be here.
+
+        But a forward may have come right behind the backwards of the step before, unanswered.
+        """
+        seen = {k for k in self.rows if k.phase != "backward" or _place(k) < self.latest}
+        self.rows = {k: row for k, row in self.rows.items() if k not in seen}
+        self.kept, self.latest = deque(k for k in self.kept if k not in seen), at
+
     def commit(self) -> None:
         """Drops all rows: both sides have everything up to here on disk."""
         self.rows, self.kept, self.committed = {}, deque(), self.latest
+
+
+def _place(key: StepKey) -> tuple[int, int, int]:
+    return key.round, key.wave, key.step

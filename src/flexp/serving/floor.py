@@ -28,7 +28,7 @@ from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
 from flexp.seating import Placed, adapter_kind, costs, dtype_of, work
 from flexp.serving.roster import Entry, Roster, planned
-from flexp.stage import Say, Stage, Survey, seats_for, training
+from flexp.stage import Say, Stage, Survey, check_ahead, seats_for, training
 from flexp.strategies import build
 from flexp.strategies.base import ClientId, Strategy
 
@@ -126,6 +126,7 @@ class Floor:
 def floor_of(recipe: Recipe, cache: assets.Cache, say: Say) -> Floor:
     """Reads the model's config; raises a FlexpError for what cannot run over a network."""
     strategy = build(recipe.strategy.name, recipe.strategy.options)
+    check_ahead(strategy, recipe)
     if strategy.kind == "centralised":
         raise StrategyError(
             f'Method "{strategy.name}" puts all rows in one place, so it does not run over a '
