@@ -431,9 +431,16 @@ def sizes(bench: Bench) -> dict[str, Any]:
 
 
 def far_away(bench: Bench, case: Case, repeats: int) -> dict[str, Any]:
-    """Steps over 100 Mbit/s and 40 ms, one part at a time and two, against wire and compute."""
+    """Steps over 100 Mbit/s and 40 ms, one part at a time and two, each also with the next batch's
+    front sent ahead, against wire and compute."""
     runs: dict[str, list[Run]] = {}
-    cases = {w: replace(case, link={"window": w}) for w in (1, 2)}
+    cases = {
+        f"{window}{', ahead' if ahead else ''}": replace(
+            case, link={"window": window, "ahead": ahead}
+        )
+        for ahead in (False, True)
+        for window in (1, 2)
+    }
     for _ in range(repeats):
         for window, each in cases.items():
             runs.setdefault(f"near {window}", []).append(bench.served(each, tls=True))
@@ -442,19 +449,22 @@ def far_away(bench: Bench, case: Case, repeats: int) -> dict[str, Any]:
     out: dict[str, Any] = {"case": asdict(case), "road": asdict(CABLE)}
     out["each"] = {way: [run.median() / case.steps for run in held] for way, held in runs.items()}
     for name, pick in PICKS.items():
-        held = {str(w): _against(runs, w, case.steps, pick) for w in cases}
+        held = {w: _against(runs, w, case.steps, pick) for w in cases}
         one, two = held["1"], held["2"]
         sum_of_one = one["step_seconds"] / one["over_the_sum"]
         out[name] = {
             "window": held,
             "window_2_against_1": two["step_seconds"] / one["step_seconds"],
             "window_2_against_the_sum_of_1": two["step_seconds"] / sum_of_one,
+            "ahead_against_not": {
+                w: held[f"{w}, ahead"]["step_seconds"] / held[w]["step_seconds"] for w in ("1", "2")
+            },
         }
     return out
 
 
 def _against(
-    runs: Mapping[str, list[Run]], window: int, steps: int, pick: Pick
+    runs: Mapping[str, list[Run]], window: str, steps: int, pick: Pick
 ) -> dict[str, float]:
     """A step over the link against the same without it, its bytes at the rate, and its trips."""
     near, far = runs[f"near {window}"], runs[f"far {window}"]

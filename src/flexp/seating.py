@@ -147,7 +147,7 @@ def packed(sized: BlockCosts, recipe: Recipe, wire: Wire) -> BlockCosts:
     """The same costs with messages that travel under a wire."""
     shape = sized.batch, sized.length, sized.width
     size = packed_bytes(shape, dtype_of(recipe), wire)
-    return replace(sized, packed_bytes=size, window=recipe.link.window)
+    return replace(sized, packed_bytes=size, window=recipe.link.window, ahead=recipe.link.ahead)
 
 
 def work(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockWork:

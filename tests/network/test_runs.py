@@ -56,6 +56,11 @@ def play(cluster: Cluster, recipe: Path, mine: Path, *argv: str) -> None:
             {"strategy": {"name": "fedavg"}, "link": {"window": 2}, "train__clip_norm": 0.5},
             id="two parts at once",
         ),
+        pytest.param({"link": {"ahead": True}, "train__steps": 3}, id="ahead"),
+        pytest.param(
+            {"strategy": {"name": "fedavg"}, "link": {"ahead": True, "window": 2}},
+            id="ahead, two parts at once",
+        ),
     ],
 )
 def test_real_processes_end_with_the_adapters_of_one(

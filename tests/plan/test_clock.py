@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from flexp.plan.clock import Load, Work, finish_times, run_seconds, seconds_of
+from flexp.plan.clock import Load, Work, finish_times, run_seconds, seconds_of, step_load
+from flexp.plan.costs import BlockCosts
 from flexp.plan.devices import Device
+from flexp.plan.work import BlockWork
 
 # 1 GFLOP/s; 1 MB/s up, 2 MB/s down; 0.1 s there and back.
 PHONE = Device("phone", 10**9, 1e9, 1e6, 2e6, 0.1)
@@ -48,6 +50,19 @@ def test_the_server_answers_the_messages_of_a_wave_one_by_one() -> None:
     # Nine keep the server busy from the first message on: 36 times 1.25 s.
     crowd = [replace(TURN, client=str(n), load=heavy(5e10)) for n in range(9)]
     assert run_seconds(crowd, dict.fromkeys("012345678", PHONE), SERVER) == pytest.approx(1.6 + 45)
+
+
+@pytest.mark.parametrize(("window", "parts", "waits"), [(1, 1, 2), (1, 4, 8), (2, 2, 2), (2, 4, 4)])
+def test_a_forward_that_goes_ahead_waits_with_the_backward_before_it(
+    window: int, parts: int, waits: int
+) -> None:
+    work = BlockWork(0, (1,) * 4, (1,) * 4, 0, 0, 0)
+    sizes = BlockCosts(4, 2, 0, (0,) * 4, 0, (0,) * 4, 0, 8, 2, 4, window=window)
+    here = step_load(sizes, work, (1, 1), accumulate=parts)
+    late = step_load(replace(sizes, ahead=True), work, (1, 1), accumulate=parts)
+    assert here.messages == waits
+    assert late == replace(here, messages=waits // 2)  # and nothing else is less
+    assert step_load(replace(sizes, ahead=True), work, (2, 2), accumulate=parts).messages == 0
 
 
 @pytest.mark.parametrize("lost", ["flops", "uplink", "downlink"])

@@ -104,6 +104,19 @@ def test_a_batch_in_parts_holds_the_rows_of_one() -> None:
     assert activations(six, 1, 0, accumulate=2, head_near=False) == 1300 + 250
 
 
+def test_a_front_that_is_computed_ahead_has_another_one_beside_it() -> None:
+    ahead = replace(COSTS, ahead=True)
+    plain, more = near_bytes(COSTS, 2, 0, head_near=False), near_bytes(ahead, 2, 0, head_near=False)
+    # Two fronts and their inputs, the work of block 1 on one of them, and a message less.
+    assert more["activations"] == 2 * (120 + 900 + 1100) + 190 - 120
+    assert more["adapters"] == plain["adapters"] + 1 + 2
+    assert more["link"] == 2 * plain["link"]
+    # With a large tail the other front is gone before that begins.
+    large = replace(ahead, full=replace(FULL, end=Held(9000, 300)), single=None)
+    assert activations(large, 1, 1) == 900 + 1200 + 9300
+    assert near_bytes(ahead, 2, 1) == near_bytes(COSTS, 2, 1)  # nothing to wait for
+
+
 def test_only_a_whole_model_near_needs_no_link() -> None:
     assert near_bytes(COSTS, 2, 1)["link"] == 0
     assert near_bytes(COSTS, 3, 0, head_near=False)["link"] == 240

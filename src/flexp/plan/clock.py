@@ -50,7 +50,9 @@ def step_load(
     """What one training step of one batch takes at a cut: a forward and a backward message a part.
 
     Parts change how much is held at a time, and how many messages go, and nothing else. Parts that
-    are under way together wait for their messages together, so they count once.
+    are under way together wait for their messages together, so they count once. With
+    ``costs.ahead`` a backward and the next forward wait together as well; that a turn's first
+    forward has none to wait with, and that anything is computed meanwhile, is not counted.
     """
     front, back = cut
     head_near = form == "u"
@@ -62,7 +64,7 @@ def step_load(
     sent = hidden + {"u": hidden, "logits": costs.logits_bytes, "loss": costs.label_bytes}[form]
     both = step_bytes(costs, form, front_trains=work.first < front)
     waits = -(-max(accumulate, costs.window) // costs.window)
-    return Load(near, far, sent, both - sent, 2 * waits)
+    return Load(near, far, sent, both - sent, waits if costs.ahead else 2 * waits)
 
 
 def seconds_of(load: Load, device: Device, server: float | None) -> float | None:

@@ -23,7 +23,8 @@ class BlockCosts:
     step tried at ``batch`` rows and ``single`` at one; without them activations count as nothing.
     ``moments`` are kept by the optimizer per number; ``file_itemsize`` is that of the checkpoint
     where it is another (None: the same). ``packed_bytes`` is one hidden state as it
-    crosses the link (None: as it is held). ``window`` parts of a batch are under way at a time.
+    crosses the link (None: as it is held). ``window`` parts of a batch are under way at a time;
+    with ``ahead`` the fronts of as many more are there while these wait for their gradients.
     """
 
     blocks: int
@@ -44,6 +45,7 @@ class BlockCosts:
     process_bytes: int = 0
     packed_bytes: int | None = None
     window: int = 1
+    ahead: bool = False
     full: Trial | None = None
     single: Trial | None = None
 
@@ -70,9 +72,10 @@ def near_bytes(
     Weights are the embeddings, the near blocks and the head if it is near. Adapters are there as
     they begin, as they are, as gradient and as moments of the optimizer. Activations are the most
     that opening, training or stepping needs beside those. The link holds one message on its way
-    out and one in. Parts under way together have activations and a gradient each; that they do not
-    work at the same moment is not counted. The process is what no tensor holds: code, buffers of
-    libraries, the allocator.
+    out and one in, and as many again if the next forward goes ahead. Parts under way together have
+    activations and a gradient each; that they do not work at the same moment is not counted. A
+    front that lacks a step keeps the adapters from before it. The process is what no tensor holds:
+    code, buffers of libraries, the allocator.
     """
     _check(costs, cut_front, cut_back, head_near)
     near = [*range(cut_front), *range(costs.blocks - cut_back, costs.blocks)]
@@ -81,16 +84,16 @@ def near_bytes(
     weights += costs.head_bytes if head_near else 0
     adapter = sum(costs.adapter_block_bytes[i] for i in near)
     adapter += costs.adapter_head_bytes if head_near else 0
-    window = 1 if whole else costs.window
+    window, ahead = (1, False) if whole else (costs.window, costs.ahead)
     rows = min(costs.batch, window * -(-costs.batch // accumulate))
     file = 0 if costs.file_itemsize is None else weights * costs.file_itemsize // costs.itemsize
-    training = _training(_Rows(costs, rows, recompute), cut_front, cut_back, head_near)
+    training = _training(_Rows(costs, rows, recompute), (cut_front, cut_back), head_near, ahead)
     # A step copies what it moves: the tensors, the scaled gradient and the moments.
     parts = {
         "weights": weights,
-        "adapters": (2 + window + costs.moments) * adapter,
+        "adapters": (2 + ahead + window + costs.moments) * adapter,
         "activations": max(training, (2 + costs.moments) * adapter, file),
-        "link": 0 if whole else 2 * message_bytes(costs) * rows // costs.batch,
+        "link": 0 if whole else (2 + 2 * ahead) * message_bytes(costs) * rows // costs.batch,
         "process": costs.process_bytes,
     }
     if not head_near:  # logits that come back, their softmax and their gradient
@@ -145,17 +148,20 @@ class _Rows:
         return Held(self.at(lambda t: of(t).kept), self.at(lambda t: of(t).work))
 
 
-def _training(held: _Rows, cut_front: int, cut_back: int, head_near: bool) -> int:
+def _training(held: _Rows, cut: tuple[int, int], head_near: bool, ahead: bool) -> int:
     """The most bytes of activations: in the end, in the tail, or in the front with the tail done.
 
-    What a block keeps is there until its backward pass, which comes in the opposite order.
+    What a block keeps is there until its backward pass, which comes in the opposite order. A front
+    that is computed ahead has the one before beside it, whose tail is done; its own tail is not
+    begun before that one is gone.
     """
-    costs = held.costs
+    (cut_front, cut_back), costs = cut, held.costs
     before = [any(costs.adapter_block_bytes[:i]) for i in range(costs.blocks)]
     front = [held.block(i, before[i]) for i in range(cut_front)]
     tail = [held.block(i, before[i]) for i in range(costs.blocks - cut_back, costs.blocks)]
     kept = held.message + sum(one.kept for one in front)  # the embeddings' output feeds block 0
-    crossing, most = kept, kept + max((one.work for one in front), default=0)
+    crossing, work = kept, max((one.work for one in front), default=0)
+    most = kept + work + (kept if ahead else 0)
     kept += sum(one.kept for one in tail)
     if head_near:
         most = max(most, kept + held.at(lambda t: t.end.kept + t.end.work))

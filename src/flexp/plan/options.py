@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexp.errors import PlanError
 from flexp.plan.clock import Load, step_load
@@ -115,6 +115,7 @@ def option(
 
 def tenant_bytes(costs: BlockCosts, limits: Limits, cut: Cut, accumulate: int) -> int:
     """Bytes at the server for one client: adapters, moments and activations of what is far."""
+    costs = replace(costs, ahead=False)  # the server has no batch beside another
     whole = near_bytes(costs, costs.blocks, 0, accumulate=accumulate)
     near = near_bytes(costs, *cut, head_near=limits.head_near, accumulate=accumulate)
     return sum(max(0, whole[part] - near[part]) for part in ("adapters", "activations"))
