@@ -157,7 +157,7 @@ WORST: dict[str, tuple[str, Callable[[], bytes], type[Exception] | None]] = {
     "commas": (".csv", lambda: b"," * ROOM, DataError),
     "columns": (".csv", lambda: b",".join(b"%x" % n for n in range(ROOM // 7)) + b"\na", DataError),
     "open quote": (".csv", lambda: b'text\n"' + b"a\n" * MIB, DataError),
-    "quotes": (".csv", lambda: b'text\n"' + b'a\n","' * MIB, DataError),
+    "quotes": (".csv", lambda: b'text\n"' + (b"a" * 20 + b'\n","') * (MIB // 8), DataError),
     "values": (".yaml", lambda: b"a: [" + b"x," * (ROOM // 2) + b"]", RecipeError),
     "aliases": (".yaml", lambda: hostile.ALIASES, RecipeError),
 }
