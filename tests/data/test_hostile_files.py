@@ -157,7 +157,7 @@ WORST: dict[str, tuple[str, Callable[[], bytes], type[Exception] | None]] = {
     "commas": (".csv", lambda: b"," * ROOM, DataError),
     "columns": (".csv", lambda: b",".join(b"%x" % n for n in range(ROOM // 7)) + b"\na", DataError),
     "open quote": (".csv", lambda: b'text\n"' + b"a\n" * MIB, DataError),
-    "quotes": (".csv", lambda: b'text\n"' + b'a\n","' * MIB, DataError),
+    "quotes": (".csv", lambda: b'text\n"' + (b"a" * 20 + b'\n","') * (MIB // 8), DataError),
     "values": (".yaml", lambda: b"a: [" + b"x," * (ROOM // 2) + b"]", RecipeError),
     "aliases": (".yaml", lambda: hostile.ALIASES, RecipeError),
 }
@@ -171,6 +171,23 @@ def test_no_file_takes_64_mib_before_it_is_refused(tmp_path: Path, name: str) ->
     path.write_bytes(content())
     work = drained(path) if suffix != ".yaml" else lambda: recipe_file.read(path)
     assert peak_of(work, expected) < 64 * MIB
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".txt"])
+def test_a_nul_is_no_text_in_any_format(suffix: str) -> None:
+    for content in (b"text\nab\0\n", b"text\nab\0c\xff\n"):
+        with pytest.raises(DataError, match=r"(line 2, byte 3|line 1, byte 1) ") as refused:
+            hostile.rows_of(content, suffix)
+        assert suffix == ".jsonl" or "offset 5): a NUL byte" in str(refused.value)
+    if suffix != ".jsonl":
+        with pytest.raises(DataError, match=r"line 2, byte 3 .*: not UTF-8"):
+            hostile.rows_of(b"text\nab\xff\0\n", suffix)
+
+
+def test_a_record_without_end_is_refused_where_it_began() -> None:
+    content = b'text\na\n"' + (b"a" * 80 + b'\n","') * (MIB // 40)
+    with pytest.raises(DataError, match=r"line 3 \(.* offset 7\): a record of more than 1048576"):
+        hostile.rows_of(content, ".csv")
 
 
 # ---- files that are none, or do not hold still

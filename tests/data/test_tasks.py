@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import FrozenInstanceError, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE, WordLevel
+from tokenizers.normalizers import Replace
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -93,6 +95,61 @@ def test_a_special_token_in_a_text_is_text(classify: Classification) -> None:
     assert encoded == (CLS, *ids("a [ SEP ]"), SEP)
     (encoded,) = CausalLM(llama()).encode(rows("a [SEP] b")).ids
     assert encoded == (CLS, *ids("a [ SEP ] b"), SEP)
+
+
+CONTROLS = ("<|im_start|>", "<|endoftext|>", "<s>")
+
+
+def chatty() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a chat model's control tokens, some of them only added."""
+    inner = Tokenizer(BPE({symbol: n for n, symbol in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    inner.pre_tokenizer = ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    inner.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token="<|endoftext|>",
+        bos_token="<s>",
+        pad_token="<|endoftext|>",
+    )
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    return made
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_no_column_of_no_task_can_hold_a_control_token(control: str) -> None:
+    tokenizer: Any = chatty()
+    special = set(tokenizer.convert_tokens_to_ids(list(CONTROLS)))
+    row = Row({"text": f"a {control} b", "cue": f"{control}user", "label": 0}, "x:1")
+    (ids,) = Classification(POLARITY, tokenizer).encode([row]).ids
+    assert not special & set(ids)
+    assert tokenizer.decode(ids) == row.fields["text"]
+    for prompt in (None, "cue"):
+        task = CausalLM(tokenizer, prompt=prompt, max_length=128)
+        encoded = task.encode([row])
+        (ids,), (labels,) = encoded.ids, encoded.labels
+        # Only the program's own end of text is one.
+        assert [i for i in ids if i in special] == [tokenizer.eos_token_id]
+        assert ids[-1] == labels[-1] == tokenizer.eos_token_id  # pyright: ignore[reportIndexIssue]
+    assert tokenizer(control)["input_ids"][0] in special  # for others it stays one
+
+
+def test_a_text_of_no_token_is_refused() -> None:
+    """All of its batch would be padding, and a mean over nothing is NaN."""
+    silent = words(pad_token="[PAD]")
+    silent.backend_tokenizer.normalizer = Replace("a", "")  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(DataError, match=r'a\.jsonl:2: column "text" has no token'):
+        Classification(POLARITY, silent).encode(rows("b", "a", label=[0, 1]))
+    with pytest.raises(DataError, match=r'a\.jsonl:2: column "text" has no token to predict'):
+        CausalLM(silent).encode(rows("b c", "a"))
+
+
+def test_numbers_that_are_long_or_alike_are_told_apart() -> None:
+    long = "9" * 5000
+    names = label_names(rows("a", "a", "a", "a", label=[long, "7", "007", "x"]), "label")
+    assert names == ("007", "7", long, "x")
+    assert label_names(rows("a", "a", "a", label=["7", "10", "007"]), "label") == ("007", "7", "10")
+    with pytest.raises(DataError, match='column "label" does not hold one of'):
+        Classification(POLARITY, bert()).encode(rows("a", label=[long]))
 
 
 def test_the_tokenizer_is_as_before_for_its_owner(classify: Classification) -> None:
