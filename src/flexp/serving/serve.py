@@ -25,8 +25,10 @@ from flexp.seating import frame_limit
 from flexp.serving.epilogue import Epilogue
 from flexp.serving.floor import floor_of, open_stage
 from flexp.serving.gate import Gate
+from flexp.serving.log import Log
 from flexp.serving.reception import Reception
 from flexp.serving.roster import Roster
+from flexp.serving.watch import GRAPHS, Watch
 from flexp.stage import Say, Stage
 
 
@@ -72,7 +74,8 @@ def serve(
         )
     running.fresh(out, resume=True)
     authority = None if asked.authority is None else Authority.open(asked.authority)
-    gate = Gate(recipe.mode == "exact", say, authority)
+    log = Log(say)
+    gate = Gate(recipe.mode == "exact", log, authority)
     reception = Reception(floor, roster, say, gate)
     reception.manifest  # noqa: B018 every tensor is read now, not while a client waits
     listener = Listener(
@@ -83,6 +86,8 @@ def serve(
         keepalive=asked.keepalive,
         limit=frame_limit(recipe, floor.bones, len(floor.strategy.specs())),
     )
+    watch = Watch(reception, out, log)
+    watch.start()
     try:
         host = split_address(asked.listen)[0]
         say(f"listening on {host}:{listener.port}")
@@ -95,6 +100,8 @@ def serve(
             reception.open(stage)
 
         stage = open_stage(floor, roster, opened, patience=asked.patience, say=say)
+        waiting = stage.engine.trunk.pending
+        waiting.budget, waiting.patience = roster.server["memory"] // 2, GRAPHS
         reception.open(stage)
         if done := _finished(out, stage):
             Epilogue(reception, stage, done, say).play(asked.stay)
@@ -105,14 +112,16 @@ def serve(
             Epilogue(reception, result.stage, result, say).play(asked.stay)
 
         return commands.carry_out(
-            stage, sinks, out=out, resume=True, adapters=True, after=after, say=say
-        )
+            stage, [*sinks, log], out=out, resume=True, adapters=True, after=after, say=say,
+            stream=log.stream,
+        )  # fmt: skip
     except OSError as problem:
         raise CheckpointError(
             f"{problem.filename or out} cannot be written: {problem.strerror or problem}. Make "
             "room, and start the same command again: it goes on from the last checkpoint."
         ) from problem
     finally:
+        watch.stop()
         listener.stop()
 
 
