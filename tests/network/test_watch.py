@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,6 +24,7 @@ from flexp.link.listen import Call
 from flexp.link.rate import Buckets, Rate
 from flexp.model.cut import Cut, Seat
 from flexp.serving.log import Log
+from flexp.serving.sieve import Sieve
 from flexp.serving.watch import LOW, Watch
 
 FAR = Seat(Cut(1, 1))
@@ -98,6 +101,28 @@ def test_a_warning_after_the_run_has_broken_off_is_a_line(log: Log, said: list[s
     log.stream.write(RoundStarted(0, ("anna",)))
     log.alert("a", "what happened")
     assert said == ["what happened"]
+
+
+# ---- what gRPC writes by itself
+
+
+def test_lines_of_grpc_are_sieved_and_all_else_passes(
+    log: Log, said: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    raw = b"I1126 20:17:10.6 12202 ssl_transport_security.cc:25] Handshake failed with error X\n"
+    with Sieve(log):
+        os.write(2, b"an ordinary line\n")
+        for _ in range(5000):
+            os.write(2, raw)
+        os.write(2, b"F1126 20:17:10.6 1 a.cc:1] fatal\n")
+        print("of Python", file=sys.stderr)
+    os.write(2, raw)
+    assert said == ["Handshake failed with error X"] * 3
+    assert log.left == {"grpc": 4997}
+    lines = capfd.readouterr().err.splitlines()
+    assert sorted(lines) == sorted(
+        ["an ordinary line", "of Python", "F1126 20:17:10.6 1 a.cc:1] fatal", raw.decode().strip()]
+    )
 
 
 # ---- the watch

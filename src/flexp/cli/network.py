@@ -58,8 +58,10 @@ def serve(
     console = begin(as_json, found.mode)
     from flexp import live, terminal
     from flexp.identity import credentials
+    from flexp.serving.log import Log
     from flexp.serving.serve import Serving
     from flexp.serving.serve import serve as served
+    from flexp.serving.sieve import Sieve
 
     asked = Serving(
         listen,
@@ -71,7 +73,7 @@ def serve(
         keepalive=keepalive_of(keepalive),
         stay=stay,
     )
-    with live.Live(console) as shown:
+    with live.Live(console) as shown, Sieve(Log(shown.say)):
         bar = shown.begin(found.strategy.name, found.rounds)
         document = served(found, asked, cache(), [bar], shown.say)
     if as_json:
