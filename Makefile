@@ -42,7 +42,7 @@ demo: $(STAMP)  ## A first run: a few clients fine-tune one model together
 	$(BIN)/flexp demo
 
 test: $(STAMP)  ## The fast tests, with the coverage gate
-	$(PYTEST) --timeout 120 -m "not slow and not families" --durations 10 --durations-min 5 --cov --cov-report term
+	$(PYTEST) --timeout 120 -m "not slow and not families and not faults" --durations 10 --durations-min 5 --cov --cov-report term
 
 test-slow: $(STAMP)  ## The long tests: real models, every family that speaks, more faults
 	$(PYTEST) --timeout 900 -m slow

@@ -112,9 +112,14 @@ class Cluster:
     ca: Path | None = None  # of a cluster over TLS
 
     def start(
-        self, name: str, *argv: str, env: Mapping[str, str] = {}, address_space: int = 0
+        self,
+        name: str,
+        *argv: str,
+        env: Mapping[str, str] = {},
+        address_space: int = 0,
+        netns: str = "",
     ) -> Program:
-        """Starts a command; its output goes to ``name.log``."""
+        """Starts a command, in a network namespace if one is named; it writes to ``name.log``."""
         log = self.folder / f"{name}.log"
         answer = self.nursery.ask(
             argv=list(argv),
@@ -122,6 +127,7 @@ class Cluster:
             log=str(log),
             env=dict(env),
             address_space=address_space,
+            netns=netns,
         )
         self.programs.append(Program(self.nursery, answer["pid"], log))
         return self.programs[-1]
