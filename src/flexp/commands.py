@@ -74,16 +74,18 @@ def carry_out(
     orders: running.Orders | None = None,
     after: Callable[[running.Result], None] = lambda result: None,
     say: Say = lambda text: None,
+    stream: Stream | None = None,
 ) -> dict[str, Any]:
     """Runs what has been prepared, in its folder; the result is written last.
 
-    ``after`` is what still needs the engine when all is written.
+    ``after`` is what still needs the engine when all is written. Who has a ``stream`` of its own
+    can write events into it meanwhile.
     """
     recipe = stage.recipe
     for client, placed in stage.placed.items():
         cut = placed.seat.cut
         say(f"{client} on {placed.device}: {cut.front} | {cut.back} blocks ({placed.reason})")
-    stream = Stream()
+    stream = stream or Stream()
     with Recorder(out / "events.jsonl", time.time) as recorder:
         _rewind(out, recipe, recorder, say)
         write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False).encode())

@@ -119,8 +119,12 @@ class Cluster:
         env: Mapping[str, str] = {},
         address_space: int = 0,
         crash: Point | None = None,
+        netns: str = "",
     ) -> Program:
-        """Starts a command; its output goes to ``name.log``. ``crash`` is where it dies."""
+        """Starts a command; its output goes to ``name.log``.
+
+        ``crash`` is where it dies, ``netns`` the network namespace that it runs in.
+        """
         log = self.folder / f"{name}.log"
         answer = self.nursery.ask(
             argv=list(argv),
@@ -129,6 +133,7 @@ class Cluster:
             env=dict(env),
             address_space=address_space,
             crash=None if crash is None else asdict(crash),
+            netns=netns,
         )
         self.programs.append(Program(self.nursery, answer["pid"], log))
         return self.programs[-1]

@@ -21,6 +21,8 @@ from flexp.link.dial import GrpcLink
 from flexp.link.frame import Body
 from flexp.link.listen import Bounds, Call, Listener
 
+LIMIT = 1 << 20  # bytes of a frame
+
 
 class Lobby:
     """A reception: knows whoever it has seen before; a goodbye makes it fail."""
@@ -48,13 +50,18 @@ class Lobby:
         self.lost.append((call.name, time.monotonic()))
 
 
-@contextmanager
-def lobby(
-    credentials: Credentials | None = None, *, limit: int = 1 << 20, **how: Any
-) -> Generator[tuple[Lobby, Listener]]:
+def listening(
+    desk: Lobby, port: int = 0, shown: Credentials | None = None, *, limit: int = LIMIT, **how: Any
+) -> Listener:
     """A server on a port of loopback."""
+    return Listener(desk, f"127.0.0.1:{port}", shown, limit=limit, **how)
+
+
+@contextmanager
+def lobby(credentials: Credentials | None = None, **how: Any) -> Generator[tuple[Lobby, Listener]]:
+    """The same for as long as a test needs it."""
     desk = Lobby()
-    made = Listener(desk, "127.0.0.1:0", credentials, limit=limit, **how)
+    made = listening(desk, 0, credentials, **how)
     try:
         yield desk, made
     finally:

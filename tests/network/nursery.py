@@ -6,6 +6,7 @@ program itself, in a session of its own, with its own log; no gRPC object exists
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -37,6 +38,8 @@ def child(request: dict[str, Any]) -> int:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if request.get("crash"):
         arm(Point(**request["crash"]))
+    if request.get("netns"):
+        enter(request["netns"])
     sys.argv = ["flexp", *request["argv"]]
     from flexp.cli import main
 
@@ -48,6 +51,14 @@ def child(request: dict[str, Any]) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def enter(namespace: str) -> None:
+    """From now on this process has the network of that namespace and no other."""
+    libc, new_network = ctypes.CDLL(None, use_errno=True), 0x40000000  # CLONE_NEWNET
+    with Path("/run/netns", namespace).open("rb") as file:
+        if libc.setns(file.fileno(), new_network):
+            raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
 
 
 def serve() -> None:

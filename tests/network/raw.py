@@ -33,7 +33,7 @@ def request(stream: int, path: str) -> bytes:
         return bytes([len(value)]) + value.encode()
 
     fields = b"\x83\x86\x04" + text(path) + b"\x01" + text("x")
-    fields += b"\x0f\x10" + text("application/grpc") + b"\x00" + text("te") + text("trailers")
+    fields += b"\x0f\x10" + text("application/grpc") + b"\x00\x02\x74\x65" + text("trailers")
     return h2(HEADERS, END_HEADERS, stream, fields)
 
 

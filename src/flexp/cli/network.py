@@ -66,8 +66,10 @@ def serve(
     from flexp import live, terminal
     from flexp.engine.guests import Policy
     from flexp.identity import credentials
+    from flexp.serving.log import Log
     from flexp.serving.serve import Serving
     from flexp.serving.serve import serve as served
+    from flexp.serving.sieve import Sieve
 
     asked = Serving(
         listen,
@@ -79,7 +81,7 @@ def serve(
         keepalive=keepalive_of(keepalive),
         stay=stay,
     )
-    with live.Live(console) as shown:
+    with live.Live(console) as shown, Sieve(Log(shown.say)):
         bar = shown.begin(found.strategy.name, found.rounds)
         document = served(found, asked, cache(), [bar], shown.say)
     if as_json:

@@ -140,8 +140,9 @@ class Listener:
         self.calls: dict[Call, Any] = {}  # with gRPC's context
         self._over = threading.Event()
         streams = 2 * clients + 16
+        self._pool = ThreadPoolExecutor(streams, thread_name_prefix="flexp-call")
         self.server = grpc.server(  # pyright: ignore[reportUnknownMemberType]
-            ThreadPoolExecutor(streams, thread_name_prefix="flexp-call"),
+            self._pool,
             options=server_options(keepalive, clients),
             maximum_concurrent_rpcs=streams,
         )
@@ -167,6 +168,7 @@ class Listener:
         """Ends all calls."""
         self._over.set()
         self.server.stop(grace).wait()
+        self._pool.shutdown(wait=False)
         self._watcher.join()
 
     def _session(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:

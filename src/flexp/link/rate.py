@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ class Buckets:
     rate: Rate
     clock: Callable[[], float] = time.monotonic
     held: dict[str, _Bucket] = field(default_factory=dict[str, _Bucket])
+    forgot: float = -math.inf
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, peer: str, count: float = 1.0) -> float:
@@ -58,11 +60,17 @@ class Buckets:
     def _filled(self, peer: str) -> _Bucket:
         now = self.clock()
         if peer not in self.held and len(self.held) >= PEERS:
-            self.held = {p: b for p, b in self.held.items() if self._level(b, now) < self.rate.most}
+            self._forget(now)
             peer = peer if len(self.held) < PEERS else REST
         bucket = self.held.setdefault(peer, _Bucket(self.rate.most, now))
         bucket.level, bucket.at = self._level(bucket, now), now
         return bucket
+
+    def _forget(self, now: float) -> None:
+        """Drops buckets that are full, which are as good as new; at most once a second."""
+        if now - self.forgot >= 1.0:
+            held, self.forgot = self.held, now
+            self.held = {p: b for p, b in held.items() if self._level(b, now) < self.rate.most}
 
     def _level(self, bucket: _Bucket, now: float) -> float:
         return min(self.rate.most, bucket.level + (now - bucket.at) * self.rate.per_second)

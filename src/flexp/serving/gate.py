@@ -13,7 +13,7 @@ from flexp.identity.peer import who
 from flexp.link.control import PROTOCOL, Data, Enroll, Hello
 from flexp.link.frame import Body
 from flexp.link.listen import Call
-from flexp.stage import Say
+from flexp.serving.log import Log
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Gate:
     """
 
     exact: bool
-    say: Say
+    log: Log
     authority: Authority | None = None
 
     def check(self, hello: Hello) -> None:
@@ -60,12 +60,13 @@ class Gate:
         return name
 
     def enroll(self, call: Call, asked: Enroll) -> Body:
+        """A certificate for who shows a kit's; IdentityError for anybody else."""
         if self.authority is None or call.certificate is None:
             raise IdentityError(
                 "Nobody can enrol at this server: it was started without --ca FOLDER."
             )
         made = self.authority.admit(asked.csr, call.certificate)
-        self.say(f"{who(made).name} has enrolled")
+        self.log.say(f"{who(made).name} has enrolled")
         return Data(made)
 
 

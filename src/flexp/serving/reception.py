@@ -141,7 +141,7 @@ class Reception:
         """Something that a client said was refused: whoever runs the server reads why."""
         who_asked = f"{call.name} ({call.address})" if call.name else call.address
         shown = "".join(c if c.isprintable() else "?" for c in f"{who_asked}: {text}")
-        self.say(f"refused {shown:.1000}")
+        self.gate.log.alert(call.name or call.peer, f"refused {shown:.1000}")
 
     def gone(self, call: Call) -> None:
         """A call has ended."""
@@ -154,7 +154,7 @@ class Reception:
                     self.say(f"{call.name} has gone before the beginning")
             self.changed.notify_all()
         if self.stage is not None and self.stage.engine.guests.gone(call) and self.over is None:
-            self.say(f"{call.name} has lost its connection")
+            self.gate.log.note(call.name, f"{call.name} has lost its connection")
 
     def _ask(self, call: Call, body: Body, digest: str) -> Body:
         if isinstance(body, STEPS):
@@ -194,7 +194,7 @@ class Reception:
         guests = None if self.stage is None else self.stage.engine.guests
         if guests is not None and guests.resumes(call, knows_server=hello.server == self.server):
             guests.go_on(call, hello.order)
-            self.say(f"{name} is connected again")
+            self.gate.log.note(name, f"{name} is connected again")
             return Welcome(self.server, resumed=True)
         self.asking.add(call)
         return Welcome(

@@ -27,8 +27,10 @@ from flexp.seating import frame_limit
 from flexp.serving.epilogue import Epilogue
 from flexp.serving.floor import Floor, floor_of, open_stage
 from flexp.serving.gate import Gate
+from flexp.serving.log import Log
 from flexp.serving.reception import Reception
 from flexp.serving.roster import Roster
+from flexp.serving.watch import GRAPHS, Watch
 from flexp.stage import Say, Stage
 
 
@@ -87,7 +89,8 @@ def _serve(
             "out=FOLDER, or another name with name=NAME."
         )
     authority = None if asked.authority is None else Authority.open(asked.authority)
-    gate = Gate(recipe.mode == "exact", say, authority)
+    log = Log(say)
+    gate = Gate(recipe.mode == "exact", log, authority)
     reception = Reception(floor, roster, say, gate)
     reception.manifest  # noqa: B018 every tensor is read now, not while a client waits
     listener = Listener(
@@ -98,6 +101,8 @@ def _serve(
         keepalive=asked.keepalive,
         limit=frame_limit(recipe, floor.bones, len(floor.strategy.specs())),
     )
+    watch = Watch(reception, out, log)
+    watch.start()
     try:
         host = split_address(asked.listen)[0]
         say(f"listening on {host}:{listener.port}")
@@ -107,6 +112,7 @@ def _serve(
         reception.dismiss()
         return document
     finally:
+        watch.stop()
         listener.stop()
 
 
@@ -122,6 +128,8 @@ def _play(
         reception.open(stage)
 
     stage = open_stage(floor, roster, opened, policy=asked.policy, say=say)
+    waiting = stage.engine.trunk.pending
+    waiting.budget, waiting.patience = roster.server["memory"] // 2, GRAPHS
     reception.open(stage)
     if done := _finished(out, stage):
         Epilogue(reception, stage, done, say).play(asked.stay)
@@ -131,8 +139,16 @@ def _play(
     def after(result: running.Result) -> None:
         Epilogue(reception, result.stage, result, say).play(asked.stay)
 
+    log = reception.gate.log
     return commands.carry_out(
-        stage, sinks, out=out, resume=True, adapters=True, after=after, say=say
+        stage,
+        [*sinks, log],
+        out=out,
+        resume=True,
+        adapters=True,
+        after=after,
+        say=say,
+        stream=log.stream,
     )
 
 

@@ -1,0 +1,56 @@
+"""What an operator reads of clients, and what whoever calls cannot fill a disk with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flexp.events import Event, Noted, RoundStarted, RunEnded, Stream
+from flexp.link.rate import Buckets, Rate
+from flexp.stage import Say
+
+LINES = Rate(60, 1)  # of one peer
+
+
+@dataclass
+class Log:
+    """Lines about peers: of each a few, then one a second; those left out are counted.
+
+    Warnings are events of the run as well, while it goes on; as its sink the log knows when.
+    """
+
+    say: Say
+    stream: Stream = field(default_factory=Stream)
+    lines: Buckets = field(default_factory=lambda: Buckets(LINES))
+    left: dict[str, int] = field(default_factory=dict[str, int])
+    going: bool = False
+
+    def __call__(self, event: Event) -> None:
+        """Follows the run."""
+        if isinstance(event, RoundStarted | RunEnded):
+            self.going = isinstance(event, RoundStarted)
+
+    def note(self, peer: str, text: str) -> None:
+        """A line about a peer."""
+        self._sparing(peer, text, self.say)
+
+    def alert(self, peer: str, text: str) -> None:
+        """A line about a peer that whoever runs the server should act on."""
+        self._sparing(peer, text, self._warned)
+
+    def _warned(self, text: str) -> None:
+        if not self.going:
+            self.say(text)
+            return
+        try:
+            self.stream.write(Noted("warning", text))
+        except ValueError:  # the run has broken off, and its events are closed
+            self.say(text)
+
+    def _sparing(self, peer: str, text: str, say: Callable[[str], None]) -> None:
+        if self.lines.ask(peer):
+            if peer in self.left or len(self.left) < 1024:
+                self.left[peer] = self.left.get(peer, 0) + 1
+            return
+        left = self.left.pop(peer, 0)
+        say(f"{text} ({left} lines before it were left out)" if left else text)
