@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, cast
 
 from flexp.data import partition
 from flexp.data.columns import label_names, label_of, text_of
@@ -20,6 +18,9 @@ from flexp.dice import Dice
 from flexp.errors import DataError, nearest
 from flexp.recipe import DataRecipe, TaskRecipe
 from flexp.recipe_clients import ClientRecipe, OwnTaskRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

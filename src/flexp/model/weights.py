@@ -11,7 +11,7 @@ from torch import nn
 from flexp.dice import Dice
 from flexp.errors import ModelError
 from flexp.model.hollow import Part
-from flexp.model.skeleton import AUTO, TaskKind
+from flexp.model.skeleton import TaskKind, auto
 
 
 def load(
@@ -27,7 +27,7 @@ def load(
 
     Only the tensors of a ``part`` are read. Raises ModelError.
     """
-    loader = AUTO[task] if part is None else part.loader()
+    loader = auto(task) if part is None else part.loader()
     try:
         model, info = loader.from_pretrained(
             source,
