@@ -34,7 +34,7 @@ from flexp.events import (
     Stream,
     WentAlone,
 )
-from flexp.parcel import file_name
+from flexp.parcel import file_name, sweep
 from flexp.recipe import Recipe
 from flexp.rounds import flow_of, waves_of
 from flexp.seating import adapter_kind
@@ -269,6 +269,7 @@ def fresh(out: Path, resume: bool) -> None:
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
         probe = out / ".writable"
         probe.write_bytes(b"")
         probe.unlink()
