@@ -30,10 +30,10 @@ PATIENCE = 100.0  # seconds until a test that waits has failed
 class Nursery:
     """Where processes come from."""
 
-    def __init__(self) -> None:
+    def __init__(self, script: Path = NURSERY) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(NURSERY)],
+            [sys.executable, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=env,
@@ -162,16 +162,27 @@ class Cluster:
         return self.folder / "devices" / f"{name}'s identity"
 
     def serve(
-        self, recipe: Path, *argv: str, name: str = "server", host: str = "127.0.0.1"
+        self,
+        recipe: Path,
+        *argv: str,
+        name: str = "server",
+        host: str = "127.0.0.1",
+        env: Mapping[str, str] = {},
     ) -> Program:
         """`flexp serve` on a free port, or on the one that it had before."""
         here = f"{host}:{self.port}"
         if self.ca is not None and "--identity" not in argv:
             argv = ("--identity", str(self.folder / "host"), "--ca", str(self.ca), *argv)
-        program = self.start(name, "serve", str(recipe), "--listen", here, *argv)
-        before = program.text().count("listening on")
-        found = until(lambda: _port(program, before), "the port", PATIENCE, program.text)
-        self.port = found
+        log = self.folder / f"{name}.log"
+        before = len(_ports(log.read_text("utf-8"))) if log.exists() else 0
+        program = self.start(name, "serve", str(recipe), "--listen", here, *argv, env=env)
+
+        def listens() -> bool:
+            return len(_ports(program.text())) > before or program.over()
+
+        until(listens, "the port", PATIENCE, program.text)
+        assert not program.over(), program.text()
+        self.port = _ports(program.text())[-1]
         return program
 
     def join(
@@ -223,9 +234,8 @@ def same(cluster: Cluster, adapters: Path, clients: tuple[str, ...] = CLIENTS) -
             assert torch.equal(value, other[name]), (client, name)
 
 
-def _port(program: Program, before: int) -> int:
-    found = re.findall(r"listening on [\w.]+:(\d+)", program.text())
-    return int(found[-1]) if found else 0
+def _ports(text: str) -> list[int]:
+    return [int(port) for port in re.findall(r"listening on [\w.]+:(\d+)", text)]
 
 
 def until(

@@ -28,12 +28,14 @@ STALLED = "A message began and did not go on. Join again when the way is better.
 class Call:
     """One stream as the server has it; ``certificate`` (PEM) is None on plain text.
 
-    ``name`` is the client's, once it is known; ``speaks`` if it came to talk, not to train.
+    ``name`` is the client's, once it is known, and ``process`` what it calls its process;
+    ``speaks`` if it came to talk, not to train.
     """
 
     certificate: bytes | None
     address: str
     name: str = ""
+    process: str = ""
     speaks: bool = False
     wire: Wire = "fp32"
     alive: bool = True
