@@ -51,8 +51,8 @@ test-slow: $(STAMP)  ## The long tests: real models, every family that speaks, m
 test-families: $(STAMP)  ## Split against whole, for every model family and every cut
 	$(PYTEST) --timeout 1800 -m families --result tests/families.json
 
-faults: $(STAMP)  ## Kills and broken connections by the hundred (40 minutes)
-	$(TESTENV) $(BIN)/python -m pytest -q --timeout 900 -m faults --suite faults
+faults: $(STAMP)  ## Kills and broken connections by the hundred (up to 40 minutes)
+	$(TESTENV) $(BIN)/python -m pytest -q --timeout 1800 -m faults --suite faults
 
 soak: $(STAMP)  ## Clients that come and go for a long time: make soak FOR=20m
 	$(TESTENV) $(BIN)/python -m pytest -q --timeout 0 -m soak --suite soak --for $(FOR)
