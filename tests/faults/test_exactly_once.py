@@ -11,7 +11,10 @@ import suites
 from faults import league
 from faults.league import CLIENTS, Digests, League
 from network.cluster import Cluster, Nursery
+from network.fake import Fake, hello
 from network.proxy import Proxy, Touch
+
+from flexp.link.control import Order, Welcome
 
 LOSSES = "reset", "drop"
 
@@ -42,7 +45,7 @@ def played(
     recipe = league.recipe(cluster.folder, rounds=rounds, steps=steps)
     env = {"LIGHT_COUNT": str(counts), "LIGHT_KEEP": "1"}
     made = League(cluster, recipe, env=env)
-    made.start("server")
+    made.start("server", "--stay", "1")  # who has lost its way hears the end
     with Proxy(("127.0.0.1", cluster.port), seed=seed) as proxy:
         made.at = f"127.0.0.1:{proxy.port}"
         for client in CLIENTS:
@@ -106,22 +109,25 @@ def test_a_few_hundred_steps_count_once_each(
     storm(cluster, clean_of, rounds=3, steps=25, seed=5)
 
 
-def test_a_connection_that_breaks_in_the_first_round_costs_no_turn(cluster: Cluster) -> None:
-    """The server knows the process that waited for the beginning, and lets it go on."""
-    made = League(cluster, league.recipe(cluster.folder, rounds=1, steps=80))
+def test_who_lost_its_way_goes_on_only_if_it_has_heard_an_order(cluster: Cluster) -> None:
+    """What the server tells unasked may be lost with a connection: the seat, and the first order.
+
+    The process that was there at the beginning is known at once, not only after a first break.
+    """
+    made = League(cluster, league.recipe(cluster.folder, rounds=1, steps=2), ("anna", "ben"))
     made.start("server")
-    with Proxy(("127.0.0.1", cluster.port)) as proxy:
-        made.at = f"127.0.0.1:{proxy.port}"
-        for client in CLIENTS:
-            made.start(client)
-        for client in CLIENTS:
-            made.programs[client].wait_for("blocks run here")
-        proxy.reset()
-        made.ended()
-        assert proxy.connections == 2 * len(CLIENTS)
-    for client in CLIENTS:
-        assert "has begun this turn anew" not in made.programs[client].text(), client
-        assert f"{client} is connected again" in made.programs["server"].text()
+    with Fake(cluster.port) as first:
+        server = first.come_in("anna").server
+        made.start("ben")
+        order = first.told(Order)
+    with Fake(cluster.port) as again:
+        said = again.ask(hello("anna", server=server, order=order.number))
+        assert isinstance(said, Welcome)
+        assert said.resumed
+    with Fake(cluster.port) as deaf:
+        said = deaf.ask(hello("anna", server=server, order=0))
+        assert isinstance(said, Welcome)
+        assert not said.resumed
 
 
 @pytest.mark.faults

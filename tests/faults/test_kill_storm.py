@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import pytest
@@ -12,6 +13,8 @@ import suites
 from faults import league
 from faults.league import CLIENTS, Digests, League
 from network.cluster import Cluster, Nursery
+
+from flexp import checkpoint
 
 KILLS, STEPS = 20, 6
 SPACING, TAIL = 2, 4  # rounds between two kills, and after the last
@@ -110,6 +113,34 @@ def test_three_kills_change_nothing(
 ) -> None:
     """The server and two clients, wherever they are."""
     assert len(storm(cluster, clean_of, seed=4, kills=3).killed) == 3
+
+
+def test_damaged_checkpoints_are_passed_over(
+    cluster: Cluster, clean_of: Callable[[int], tuple[Digests, Digests]]
+) -> None:
+    """All but the oldest that is there: both sides still have what it takes to go on from that."""
+    rounds = rounds_for(3)
+    clean, adapters = clean_of(rounds)
+    played = League(cluster, league.recipe(cluster.folder, rounds=rounds, steps=STEPS))
+    played.begin()
+    played.wait_for_round(rounds // 2)
+    played.programs["server"].kill()
+    oldest, *newer = sorted(p.parent for p in played.checkpoints.glob("[0-9]*/checkpoint.json"))
+    for path in newer:
+        damage(path / "state.parcel")
+    played.start("server")
+    played.ended()
+    assert len(newer) >= checkpoint.KEEP - 1
+    assert f"resuming after round {int(oldest.name)} of" in played.programs["server"].text()
+    league.same(played.committed(), clean)
+    assert played.adapters() == adapters
+
+
+def damage(path: Path) -> None:
+    """One bit, somewhere in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.mark.faults

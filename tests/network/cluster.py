@@ -31,6 +31,7 @@ class Nursery:
     """Where processes come from."""
 
     def __init__(self, script: Path = NURSERY) -> None:
+        self.number = 0
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [sys.executable, str(script)],
@@ -44,9 +45,13 @@ class Nursery:
         """One request and its answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
+        self.number += 1
+        self.process.stdin.write(json.dumps({**request, "number": self.number}) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        while True:  # a test that was stopped in mid-question has left its answer here
+            answer = json.loads(self.process.stdout.readline())
+            if answer["number"] == self.number:
+                return answer
 
     def close(self) -> None:
         """Ends all that it started."""

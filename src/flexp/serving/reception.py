@@ -182,17 +182,19 @@ class Reception:
             )
         call.name, call.process, call.speaks = name, hello.process, speaks
         call.wire = self.floor.recipe.link.of(call.name)
-        resumed = False
         if self.stage is not None:
-            known, guest = hello.server == self.server, self.stage.engine.guests[call.name]
+            guests = self.stage.engine.guests
+            # Who has heard no order may not have heard its seat either.
+            known, guest = hello.server == self.server and hello.order > 0, guests[call.name]
             if guest.call is not None and guest.process != hello.process:
                 self.say(f"{call.name}: another process takes its place")
-            resumed = self.stage.engine.guests.attach(call, hello.process, knows_server=known)
+            resumed = guests.attach(call, hello.process, knows_server=known)
             if resumed:
-                self.stage.engine.guests.go_on(call, hello.order)
-        if resumed:
-            self.say(f"{name} is connected again")
-            return Welcome(self.server, resumed=True)
+                guests.go_on(call, hello.order)
+                if self.over is not None and guest.job is None:
+                    call.tell(self.over)
+                self.say(f"{name} is connected again")
+                return Welcome(self.server, resumed=True)
         recipe = self.floor.recipe
         return Welcome(
             self.server,
