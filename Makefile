@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 TORCH  ?= torch==2.13.0
 UV     ?= uv==0.13.9
 JOBS   ?= 2
-FOR    ?= 10m
+FOR    ?= 20m
 
 # One thread per process: the tests run $(JOBS) processes, and exact sums need a fixed order.
 TESTENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -16,8 +16,8 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-families check format bench bench-memory \
-  bench-network bench-protocol fuzz docs lock wheels-arm clean
+.PHONY: help install demo test test-slow test-families faults soak fuzz check format bench bench-memory \
+  bench-network bench-protocol docs lock wheels-arm clean
 
 help:  ## Print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,13 +43,19 @@ demo: $(STAMP)  ## A first run: a few clients fine-tune one model together
 	$(BIN)/flexp demo
 
 test: $(STAMP)  ## The fast tests, with the coverage gate
-	$(PYTEST) --timeout 120 -m "not slow and not families and not faults" --durations 10 --durations-min 5 --cov --cov-report term
+	$(PYTEST) --timeout 120 -m "not slow and not families and not faults and not soak" --durations 10 --durations-min 5 --cov --cov-report term
 
 test-slow: $(STAMP)  ## The long tests: real models, every family that speaks, more faults
 	$(PYTEST) --timeout 900 -m slow
 
 test-families: $(STAMP)  ## Split against whole, for every model family and every cut
 	$(PYTEST) --timeout 1800 -m families --result tests/families.json
+
+faults: $(STAMP)  ## Kills and broken connections by the hundred (up to 40 minutes)
+	$(TESTENV) $(BIN)/python -m pytest -q --timeout 1800 -m faults --suite faults
+
+soak: $(STAMP)  ## Clients that come and go for a long time: make soak FOR=20m
+	$(TESTENV) $(BIN)/python -m pytest -q --timeout 0 -m soak --suite soak --for $(FOR)
 
 check: $(STAMP)  ## Format, lint, types, layers, dependencies, spelling, then `make test`
 	$(BIN)/ruff format --check .

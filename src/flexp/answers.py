@@ -13,7 +13,7 @@ from flexp import assets, export, voices
 from flexp.data.tokens import open_tokenizer
 from flexp.dice import Dice
 from flexp.errors import ExportError
-from flexp.model.skeleton import AUTO
+from flexp.model.skeleton import auto
 from flexp.model.weights import fill
 
 Chat = Callable[[str], dict[str, str]]
@@ -43,7 +43,7 @@ def _labelled(
 ) -> list[dict[str, Any]]:
     source = assets.resolve(card.base, cache, revision=card.revision)
     tokenizer = open_tokenizer(source)
-    model, info = AUTO["classification"].from_pretrained(
+    model, info = auto("classification").from_pretrained(
         source, num_labels=len(card.labels), use_safetensors=True, output_loading_info=True
     )
     fill(model, set(info["missing_keys"]), Dice(0))

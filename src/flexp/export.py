@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import peft
 import torch
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from flexp import headers
+from flexp import headers, libraries
 from flexp.client.desk import Desk
 from flexp.data.tokens import open_tokenizer
 from flexp.errors import ExportError, ParcelError
 from flexp.model.adapter import Kind, Prompt, peft_config
 from flexp.model.backbone import Backbone
-from flexp.model.skeleton import AUTO, PEFT_TASK, bare
+from flexp.model.skeleton import PEFT_TASK, auto, bare
 from flexp.parcel import write_atomic
 from flexp.tensors import Tensors
 
@@ -129,10 +128,11 @@ def open_with_peft(model: nn.Module, folder: Path, *, name: str = "default") -> 
     with torch.no_grad(), warnings.catch_warnings():
         # PEFT asks for a property that transformers renamed; both versions are what we pin.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        if isinstance(model, peft.PeftModel):
+        worn = libraries.peft().PeftModel
+        if isinstance(model, worn):
             cast("Any", model).load_adapter(str(folder), name)
             return model.eval()
-        return peft.PeftModel.from_pretrained(model, str(folder), name).eval()  # pyright: ignore[reportUnknownMemberType]
+        return worn.from_pretrained(model, str(folder), name).eval()
 
 
 def merge(adapter: Path, source: Path, out: Path, *, labels: int | None = None) -> None:
@@ -146,7 +146,7 @@ def merge(adapter: Path, source: Path, out: Path, *, labels: int | None = None) 
     card = card_of(adapter)
     more = {} if labels is None else {"num_labels": labels}
     kind: Any = card.task
-    plain = AUTO[kind].from_pretrained(source, use_safetensors=True, dtype=torch.float32, **more)
+    plain = auto(kind).from_pretrained(source, use_safetensors=True, dtype=torch.float32, **more)
     worn: Any = open_with_peft(plain, adapter)
     merged = worn.merge_and_unload()
     if card.labels:

@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from flexp.errors import FlexpError
+from flexp.parcel import sweep
 
 LOCK = ".lock"
 
@@ -29,6 +30,7 @@ def hold(out: Path, *, resume: bool) -> Generator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        sweep(out)
     except Timeout:
         raise FlexpError(
             f"{out} is in use by another process of this program. Wait for it or stop it, or "

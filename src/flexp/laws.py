@@ -13,9 +13,9 @@ from types import SimpleNamespace
 from typing import Any, cast, get_args
 
 import torch
-import transformers
 from torch import Tensor
 
+from flexp import libraries
 from flexp.checkpoint import decode_state, encode_state
 from flexp.client.desk import Training
 from flexp.client.memory import Memory
@@ -242,10 +242,11 @@ def _engine(strategy: Strategy[Any], clients: Sequence[ClientId]) -> LocalEngine
 
 @functools.cache
 def _body() -> Backbone:
+    transformers = libraries.transformers()
     config = transformers.BertConfig(
         vocab_size=WORDS, hidden_size=24, num_hidden_layers=DEPTH, id2label=dict(enumerate(LABELS))
     )
-    model: Any = cast("Any", transformers.BertForSequenceClassification)(config)
+    model: Any = transformers.BertForSequenceClassification(config)
     fill(model, {name for name, _ in model.named_parameters()}, Dice(0)("model"))
     return Backbone(model, task="classification")
 

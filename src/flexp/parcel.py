@@ -149,6 +149,13 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         ) from error
 
 
+def sweep(folder: Path) -> None:
+    """Removes what writes that a kill cut short have left in a folder; for its only writer."""
+    for left in folder.glob(".*.tmp"):
+        if left.is_file():
+            left.unlink()
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes; the order of the names does not matter.
 

@@ -14,7 +14,7 @@ from flexp import assets, export
 from flexp.client.speech import VARIED
 from flexp.data.tokens import open_tokenizer
 from flexp.errors import ExportError
-from flexp.model.skeleton import AUTO
+from flexp.model.skeleton import auto
 
 BASE = "base"
 
@@ -76,7 +76,7 @@ def open_voices(folders: Sequence[Path], cache: assets.Cache) -> Voices:
     if len(set(names)) < len(names):
         raise ExportError("Two of these folders have the same name. Open them apart.")
     source = assets.resolve(first.base, cache, revision=first.revision)
-    plain = AUTO["causal-lm"].from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+    plain = auto("causal-lm").from_pretrained(source, use_safetensors=True, dtype=torch.float32)
     plain.generation_config.max_length = None  # what is asked for counts, not the model's default
     worn = cast("Any", export.open_with_peft(plain, folders[0], name=names[0]))
     for folder, name in zip(folders[1:], names[1:], strict=True):

@@ -1,5 +1,34 @@
-"""A nursery per test process, and a cluster per test, as the tests of the network have them."""
+"""Light processes for the storms, and the whole program; all are gone when a test ends."""
 
-from network.conftest import cluster, nursery
+from __future__ import annotations
 
-__all__ = ["cluster", "nursery"]
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from network.cluster import Cluster, Nursery
+from network.conftest import nursery
+
+__all__ = ["nursery"]
+
+
+@pytest.fixture(scope="session")
+def light() -> Iterator[Nursery]:
+    made = Nursery(Path(__file__).with_name("light.py"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def cluster(light: Nursery, tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(light, tmp_path)
+    yield made
+    made.reap()
+
+
+@pytest.fixture
+def whole(nursery: Nursery, tmp_path: Path) -> Iterator[Cluster]:
+    """A cluster of the program as people install it."""
+    made = Cluster(nursery, tmp_path)
+    yield made
+    made.reap()

@@ -107,7 +107,7 @@ def points() -> list[Any]:
 
 @pytest.mark.parametrize(("victim", "point"), points())
 def test_who_dies_at_a_point_is_not_missed(
-    cluster: Cluster,
+    whole: Cluster,
     recipe_of: Recipe,
     mine: Path,
     tmp_path: Path,
@@ -116,12 +116,12 @@ def test_who_dies_at_a_point_is_not_missed(
     point: Point,
 ) -> None:
     if not clean.left:
-        whole = Cluster(cluster.nursery, tmp_path / "clean")
-        whole.folder.mkdir()
-        play(whole, recipe_of(out=str(tmp_path / "clean" / "out"), **PLAN), mine, "", None)
-        clean.left = left(whole, tmp_path / "clean" / "out")
+        first = Cluster(whole.nursery, tmp_path / "clean")
+        first.folder.mkdir()
+        play(first, recipe_of(out=str(tmp_path / "clean" / "out"), **PLAN), mine, "", None)
+        clean.left = left(first, tmp_path / "clean" / "out")
     recipe = recipe_of(out=str(tmp_path / "served"), **PLAN)
-    play(cluster, recipe, mine, victim, point)
-    found = left(cluster, tmp_path / "served")
+    play(whole, recipe, mine, victim, point)
+    found = left(whole, tmp_path / "served")
     assert {k for k, v in clean.left.items() if found[k] != v} == set()
     assert [str(p) for p in tmp_path.rglob("*.tmp")] == []

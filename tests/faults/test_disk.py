@@ -37,7 +37,7 @@ def small(tmp_path: Path) -> Iterator[tuple[Path, Disk]]:
 
 @pytest.mark.parametrize("room", ["12k", "48k", "80k", "120k"])
 def test_a_server_whose_disk_is_full_goes_on_when_there_is_room(
-    cluster: Cluster,
+    whole: Cluster,
     recipe_of: Recipe,
     mine: Path,
     tmp_path: Path,
@@ -47,22 +47,22 @@ def test_a_server_whose_disk_is_full_goes_on_when_there_is_room(
     folder, size = small
     recipe = recipe_of(out=str(folder / "out"), plan__cut=None, plan__cuts=CUTS, rounds=4)
     size(room)
-    server = cluster.serve(recipe, "--clients", ",".join(CLIENTS))
-    joined = [cluster.join(c, mine / f"{c}.jsonl") for c in CLIENTS]
+    server = whole.serve(recipe, "--clients", ",".join(CLIENTS))
+    joined = [whole.join(c, mine / f"{c}.jsonl") for c in CLIENTS]
     assert server.wait() == 2, server.text()
     assert "No space left on device" in server.text()
     assert "Make room" in server.text() or "free space" in server.text()
     assert "Traceback" not in server.text()
     size("64M")
-    server = cluster.serve(recipe, "--clients", ",".join(CLIENTS))
+    server = whole.serve(recipe, "--clients", ",".join(CLIENTS))
     ended(*joined, server)
     assert list(folder.rglob("*.tmp")) == []
-    same(cluster, alone(recipe, tmp_path / "alone"))
+    same(whole, alone(recipe, tmp_path / "alone"))
 
 
 @pytest.mark.parametrize("room", ["40k", "200k", "320k"])
 def test_a_client_whose_disk_is_full_goes_on_when_there_is_room(
-    cluster: Cluster,
+    whole: Cluster,
     recipe_of: Recipe,
     mine: Path,
     tmp_path: Path,
@@ -73,16 +73,16 @@ def test_a_client_whose_disk_is_full_goes_on_when_there_is_room(
     folder, size = small
     changes = {"plan__cut": None, "plan__cuts": CUTS, "rounds": 4}
     recipe = recipe_of(out=str(tmp_path / "served"), **changes)
-    server = cluster.serve(recipe, "--clients", ",".join(CLIENTS))
+    server = whole.serve(recipe, "--clients", ",".join(CLIENTS))
     size(room)
-    joined = [cluster.join(c, mine / f"{c}.jsonl") for c in CLIENTS[:2]]
+    joined = [whole.join(c, mine / f"{c}.jsonl") for c in CLIENTS[:2]]
     mine_is = ("--folder", str(folder / "carl dee"))
-    carl = cluster.join(CLIENTS[2], mine / f"{CLIENTS[2]}.jsonl", *mine_is)
+    carl = whole.join(CLIENTS[2], mine / f"{CLIENTS[2]}.jsonl", *mine_is)
     assert carl.wait() == 2, carl.text()
     assert "No space left on device" in carl.text()
     assert "Traceback" not in carl.text()
     size("64M")
-    back = cluster.join(CLIENTS[2], mine / f"{CLIENTS[2]}.jsonl", *mine_is)
+    back = whole.join(CLIENTS[2], mine / f"{CLIENTS[2]}.jsonl", *mine_is)
     ended(*joined, back, server)
     assert (folder / "carl dee" / "adapter" / "adapter_model.safetensors").is_file()
     assert list(folder.rglob("*.tmp")) == []

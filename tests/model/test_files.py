@@ -41,7 +41,7 @@ def split(folder: Path, out: Path, names: list[str]) -> Path:
         shutil.copy(folder / name, out / name)
     for name in names:
         piece = whole.pieces[name]
-        data = read_part(folder, [piece.file], piece.file, piece.begin, piece.end - piece.begin)
+        data = read_part(folder, whole, piece.file, piece.begin, piece.end - piece.begin)
         (out / file_of(name)).write_bytes(head_of(name, piece) + data)
     write_index(out, names)
     return out
@@ -90,7 +90,7 @@ def test_only_a_models_own_files_are_given(tiny_model: Path, tmp_path: Path) -> 
     assert not {"diary.txt", "rows.json"} & set(found.small)
     for odd in ("diary.txt", "../copy/config.json", "/etc/hostname"):
         with pytest.raises(ModelError, match="no file"):
-            read_part(copy, found.small, odd, 0, 10)
+            read_part(copy, found, odd, 0, 10)
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,11 @@ PATIENCE = 100.0  # seconds until a test that waits has failed
 class Nursery:
     """Where processes come from."""
 
-    def __init__(self) -> None:
+    def __init__(self, script: Path = NURSERY) -> None:
+        self.number = 0
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(NURSERY)],
+            [sys.executable, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=env,
@@ -45,9 +46,13 @@ class Nursery:
         """One request and its answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
+        self.number += 1
+        self.process.stdin.write(json.dumps({**request, "number": self.number}) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        while True:  # a test that was stopped in mid-question has left its answer here
+            answer = json.loads(self.process.stdout.readline())
+            if answer["number"] == self.number:
+                return answer
 
     def close(self) -> None:
         """Ends all that it started."""
@@ -180,10 +185,16 @@ class Cluster:
         here = f"{host}:{self.port}"
         if self.ca is not None and "--identity" not in argv:
             argv = ("--identity", str(self.folder / "host"), "--ca", str(self.ca), *argv)
+        log = self.folder / f"{name}.log"
+        before = len(_ports(log.read_text("utf-8"))) if log.exists() else 0
         program = self.start(name, "serve", str(recipe), "--listen", here, *argv, **how)
-        before = program.text().count("listening on")
-        found = until(lambda: _port(program, before), "the port", PATIENCE, program.text)
-        self.port = found
+
+        def listens() -> bool:
+            return len(_ports(program.text())) > before or program.over()
+
+        until(listens, "the port", PATIENCE, program.text)
+        assert not program.over(), program.text()
+        self.port = _ports(program.text())[-1]
         return program
 
     def join(
@@ -235,9 +246,8 @@ def same(cluster: Cluster, adapters: Path, clients: tuple[str, ...] = CLIENTS) -
             assert torch.equal(value, other[name]), (client, name)
 
 
-def _port(program: Program, before: int) -> int:
-    found = re.findall(r"listening on [\w.]+:(\d+)", program.text())
-    return int(found[-1]) if found else 0
+def _ports(text: str) -> list[int]:
+    return [int(port) for port in re.findall(r"listening on [\w.]+:(\d+)", text)]
 
 
 def until(

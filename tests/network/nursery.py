@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,24 @@ from typing import Any
 from crash import Point, arm
 
 
-def child(request: dict[str, Any]) -> int:
-    """The program with these arguments; its exit code."""
+def program() -> None:
+    """A command, as the shell runs it."""
+    from flexp.cli import main
+
+    main()
+
+
+def end_with_parent() -> None:
+    """Has the kernel kill this process when the nursery is gone, however that came about."""
+    if sys.platform == "linux":
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
+def child(request: dict[str, Any], main: Callable[[], None]) -> int:
+    """``main`` with these arguments; its exit code."""
     os.setsid()
+    end_with_parent()
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -41,8 +57,6 @@ def child(request: dict[str, Any]) -> int:
     if request.get("netns"):
         enter(request["netns"])
     sys.argv = ["flexp", *request["argv"]]
-    from flexp.cli import main
-
     try:
         main()
     except SystemExit as end:
@@ -61,10 +75,11 @@ def enter(namespace: str) -> None:
             raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
 
 
-def serve() -> None:
+def serve(main: Callable[[], None] = program) -> None:
     """Answers requests until its standard input ends; then nothing that it started is left."""
     for name in ("cli", "live", "terminal", "joining.talk", "serving.serve"):
         importlib.import_module(f"flexp.{name}")
+    importlib.import_module("torch._dynamo")  # by the first model without memory; it takes seconds
 
     ended: dict[int, int] = {}
     alive: set[int] = set()
@@ -81,13 +96,13 @@ def serve() -> None:
 
     for line in sys.stdin:
         request = json.loads(line)
-        answer: dict[str, Any] = {}
+        answer: dict[str, Any] = {"number": request["number"]}
         if "argv" in request:
             pid = os.fork()
             if pid == 0:
                 code = 1
                 try:
-                    code = child(request)
+                    code = child(request, main)
                 finally:
                     sys.stdout.flush()
                     sys.stderr.flush()
@@ -105,6 +120,20 @@ def serve() -> None:
     reap(0)
 
 
+def warm() -> None:
+    """Imports what the program would only import later, so that no child has to."""
+    from flexp import libraries
+
+    libraries.peft()
+    for name in ("AutoConfig", "AutoTokenizer", "DynamicCache", "LogitsProcessorList", "Conv1D"):
+        getattr(libraries.transformers(), name)
+    from flexp.model.skeleton import auto
+
+    for task in ("classification", "causal-lm", "images"):
+        auto(task)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+    warm()
     serve()

@@ -4,6 +4,10 @@
         ...  # connect to ("127.0.0.1", link.port)
         link.cut(5)
 
+What can happen to it: a delay and its jitter, a rate, slices (``pieces``), a pause (``cut(5)``), a
+black hole (``cut()``), or one in one direction (``drop``), a reset now or at byte n, a share of
+packets that something is done to (``touch``), and a connection that comes once more (``replay``).
+
 It knows bytes and connections, nothing of what they say. A link carries all connections of a proxy:
 they share its rate. The clock of the link is worked out for every slice (when it leaves the
 bottleneck, when it arrives), so that late wake-ups do not add up. Not emulated: slow start, loss of
@@ -26,6 +30,7 @@ import struct
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +48,37 @@ BUFFER = 4 << 20  # bytes on their way, beside what the rate and the delay keep 
 TICK = 0.0005  # half of the event loop's millisecond: wake-ups are early as often as late
 
 
+@dataclass(frozen=True)
+class Touch:
+    """What is done to a share of all packets: one of ``odds``, drawn from the seed of the link.
+
+    "delay" and "split" let it through, later or in pieces. "reset" lets a part of it through and
+    then ends the connection; "drop" lets nothing more through this way, and ends it a little later.
+    Times are in seconds, at most.
+    """
+
+    share: float = 1 / 3
+    odds: Mapping[str, float] = field(
+        default_factory=lambda: {"delay": 9.0, "split": 9.0, "reset": 1.0, "drop": 1.0}
+    )
+    delay: float = 0.004
+    dark: float = 0.03
+
+    def draw(self, dice: random.Random) -> str:
+        """What is done to the next packet; nothing for most."""
+        if dice.random() >= self.share:
+            return ""
+        return dice.choices(list(self.odds), list(self.odds.values()))[0]
+
+
+@dataclass
+class Recording:
+    """The bytes that passed on one connection."""
+
+    up: bytearray = field(default_factory=bytearray)
+    down: bytearray = field(default_factory=bytearray)
+
+
 @dataclass
 class Way:
     """One direction of the link. ``None`` as rate is no limit; times are in seconds."""
@@ -51,8 +87,11 @@ class Way:
     delay: float = 0.0
     jitter: float = 0.0
     pieces: int | None = None
+    touch: Touch = field(default_factory=lambda: Touch(0.0))
     free: float = 0.0  # when the bottleneck has passed on all that came before
     passed: int = 0
+    packets: int = 0
+    touched: Counter[str] = field(default_factory=Counter[str])
     reset_at: int | None = None
     open: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -81,6 +120,8 @@ class Pipe:
     sink: socket.socket
     way: Way
     dice: random.Random
+    odds: random.Random  # of what is done to packets
+    kept: bytearray | None = None
     queue: asyncio.Queue[tuple[float, bytes]] = field(default_factory=asyncio.Queue)
     waiting: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -116,16 +157,35 @@ class Pipe:
                 return
             left = math.inf if way.reset_at is None else way.reset_at - way.passed
             part = chunk if left >= len(chunk) else chunk[: int(left)]
-            way.passed += len(part)
             if left <= len(chunk):
                 way.reset_at = None
-            await loop.sock_sendall(self.sink, part)
+            await self.send(part)
             if left <= len(chunk):
                 while unread(self.sink):
                     await asyncio.sleep(0.001)
                 raise ConnectionResetError("reset_after")
             self.waiting -= len(chunk)
             self.changed.set()
+
+    async def send(self, part: bytes) -> None:
+        """Passes bytes on, or does to them what is drawn."""
+        way, dice, loop = self.way, self.odds, asyncio.get_running_loop()
+        what = way.touch.draw(dice)
+        way.packets += 1
+        way.touched[what] += bool(what)
+        if what == "drop":
+            await asyncio.sleep(dice.uniform(0.0, way.touch.dark))
+            raise ConnectionResetError("dropped")
+        if what == "delay":
+            await asyncio.sleep(dice.uniform(0.0, way.touch.delay))
+        at = dice.randrange(len(part)) if what in ("split", "reset") else len(part)
+        for piece in (part[:at],) if what != "split" else (part[:at], part[at:]):
+            way.passed += len(piece)
+            if self.kept is not None:
+                self.kept += piece
+            await loop.sock_sendall(self.sink, piece)
+        if what == "reset":
+            raise ConnectionResetError("reset")
 
 
 def bound(port: int = 0) -> socket.socket:
@@ -163,7 +223,9 @@ class Proxy:
     ``rate`` is in bytes per second, or a pair (up, down). ``delay`` is one way; setting up a
     connection costs a round trip. ``jitter`` adds up to so much to every slice, ``pieces`` makes
     pieces of 1 to so many bytes; both are drawn from ``seed``, the number of the connection and the
-    direction. Methods can be called from any thread and return when what they say is so.
+    direction, as is what ``touch`` does. With ``record`` the bytes of every connection
+    are kept in ``recordings``, by its number. Methods can be called from any thread and return when
+    what they say is so.
     """
 
     def __init__(
@@ -174,10 +236,13 @@ class Proxy:
         delay: float = 0.0,
         jitter: float = 0.0,
         pieces: int | None = None,
+        record: bool = False,
         seed: int = 0,
     ) -> None:
         rates = rate if isinstance(rate, tuple) else (rate, rate)
         self.up, self.down = (Way(r, delay, jitter, pieces) for r in rates)
+        self.recordings: dict[int, Recording] = {}
+        self._record = record
         self.connections = 0  # all that were accepted so far
         self._target = target
         self._seed = seed
@@ -238,6 +303,22 @@ class Proxy:
         Its receiver has them all, in its kernel at least; one that never reads delays the RST.
         """
         self._do(self._reset_after(count, direction))
+
+    def touch(self, touch: Touch) -> None:
+        """From now on this is done to a share of all packets."""
+        self.up.touch = self.down.touch = touch
+
+    def replay(self, number: int, patience: float = 10.0) -> bytes:
+        """Sends the target what a connection has sent it, on a new one; what it says to that."""
+        assert self._target is not None
+        said = bytearray()
+        with contextlib.suppress(OSError), socket.create_connection(self._target) as again:
+            again.settimeout(patience)
+            again.sendall(self.recordings[number].up)
+            again.shutdown(socket.SHUT_WR)
+            while data := again.recv(65536):
+                said += data
+        return bytes(said)
 
     # ---- in the thread of the link
 
@@ -323,13 +404,17 @@ class Proxy:
             await asyncio.sleep(self.up.delay)
             await self.up.open.wait()
             await self._reach(near, far)
+            kept = Recording()
+            if self._record:
+                self.recordings[number] = kept
             async with asyncio.TaskGroup() as group:
-                for name, way, source, sink, wait in (
-                    ("up", self.up, near, far, self.down.delay),
-                    ("down", self.down, far, near, 0.0),
+                for name, way, source, sink, wait, tape in (
+                    ("up", self.up, near, far, self.down.delay, kept.up),
+                    ("down", self.down, far, near, 0.0, kept.down),
                 ):
-                    dice = random.Random(f"{self._seed}/{number}/{name}")
-                    pipe = Pipe(source, sink, way, dice)
+                    seed = f"{self._seed}/{number}/{name}"
+                    dice, odds = random.Random(seed), random.Random(f"{seed}/touch")
+                    pipe = Pipe(source, sink, way, dice, odds, tape if self._record else None)
                     group.create_task(pipe.read(wait))
                     group.create_task(pipe.write())
             end = socket.socket.close

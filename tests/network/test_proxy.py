@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from network.proxy import ConnectProxy, Proxy, Way, bound
+from network.proxy import ConnectProxy, Proxy, Touch, Way, bound
 
 PAYLOAD = random.Random(7).randbytes(300_000)
 PATIENCE = 20.0  # seconds until a test that hangs fails
@@ -295,6 +295,59 @@ def test_the_seed_alone_draws_pieces_and_jitter() -> None:
         return [way.due(0.0, way.size(dice), dice) for _ in range(20)]
 
     assert drawn("1/1/up") == drawn("1/1/up") != drawn("1/1/down")
+
+
+def test_what_is_done_to_packets_is_drawn_from_the_seed_alone() -> None:
+    touch = Touch(1 / 3)
+
+    def drawn(seed: str) -> list[str]:
+        dice = random.Random(seed)
+        return [touch.draw(dice) for _ in range(3000)]
+
+    assert drawn("a") == drawn("a") != drawn("b")
+    share = sum(map(bool, drawn("a"))) / 3000
+    assert 0.3 < share < 0.37
+    assert set(drawn("a")) == {"", *touch.odds}
+
+
+@pytest.mark.parametrize("what", ["delay", "split"])
+def test_packets_that_are_held_up_or_split_all_arrive(echo: Echo, what: str) -> None:
+    touch = Touch(odds={what: 1.0}, delay=0.002)
+    with Proxy(echo.address, pieces=4000) as proxy, connect(proxy) as sock:
+        proxy.touch(touch)
+        assert talk(sock, PAYLOAD) == PAYLOAD
+        packets = proxy.up.packets + proxy.down.packets
+        touched = proxy.up.touched + proxy.down.touched
+        assert set(touched) == {what}
+        assert 0.2 < touched[what] / packets < 0.5
+    assert echo.received == [PAYLOAD]
+
+
+@pytest.mark.parametrize("what", ["reset", "drop"])
+def test_a_packet_that_is_lost_ends_its_connection(echo: Echo, what: str) -> None:
+    """Whatever has arrived is a beginning of what was sent."""
+    touch = Touch(0.1, odds={what: 1.0})
+    with Proxy(echo.address, pieces=4000) as proxy:
+        proxy.touch(touch)
+        for _ in range(3):
+            with connect(proxy) as sock, pytest.raises(OSError, match=r"."):
+                insist(sock)
+        until(lambda: len(echo.ends) == 3)
+        assert sum((proxy.up.touched + proxy.down.touched).values()) >= 3
+    for got in echo.received:
+        assert len(got) < len(PAYLOAD)
+        assert got == PAYLOAD[: len(got)]
+
+
+def test_a_connection_is_recorded_and_comes_once_more(echo: Echo) -> None:
+    with Proxy(echo.address, record=True) as proxy:
+        with connect(proxy) as sock:
+            assert talk(sock, PAYLOAD) == PAYLOAD
+        until(lambda: echo.ends == ["closed"])
+        assert proxy.recordings[1].up == proxy.recordings[1].down == PAYLOAD
+        assert proxy.replay(1) == PAYLOAD
+        assert proxy.connections == 1
+    assert echo.received == [PAYLOAD, PAYLOAD]
 
 
 def test_bytes_arrive_after_all_that_came_before_and_the_delay() -> None:

@@ -17,7 +17,7 @@ from msgspec import structs
 from network.cluster import CLIENTS, Cluster, Recipe, until
 from network.fake import Fake
 
-from flexp.engine.guests import Guests, Job
+from flexp.engine.guests import Guests, Job, Policy
 from flexp.events import Event, Noted, RoundStarted, RunEnded
 from flexp.link.control import Begin, Order
 from flexp.link.listen import Call
@@ -132,7 +132,7 @@ class Room:
     """A reception with one client at work, whose graphs are swept how often is counted."""
 
     def __init__(self, clock: Clock) -> None:
-        self.guests, self.swept = Guests(60.0, clock), 0
+        self.guests, self.swept = Guests(Policy(), clock), 0
         pending = SimpleNamespace(sweep=self.sweep)
         self.stage = SimpleNamespace(
             engine=SimpleNamespace(
@@ -142,9 +142,9 @@ class Room:
             )
         )
         self.call = Call(None, "ipv4:127.0.0.1:5")
-        self.call.name, self.call.heard = "anna", 0.0
+        self.call.name, self.call.process, self.call.heard = "anna", "p", 0.0
         self.order = Order(1, "train", FAR)
-        self.guests.attach(self.call, "p", knows_server=False)
+        self.guests.attach(self.call)
         self.guests.seated(self.call)
         self.guests.give(self.job(self.order))
 
@@ -208,7 +208,7 @@ def test_who_has_nothing_to_do_or_is_not_there_does_not_stand_still(
     clock.now = 1e6
     room.guests.gone(room.call)
     watch.look()
-    room.guests.attach(room.call, "p", knows_server=True)
+    assert room.guests.resumes(room.call, knows_server=True)
     room.guests.end(room.guests["anna"].job or room.job(room.order))
     watch.look()
     assert not said

@@ -67,10 +67,10 @@ def _stopped_by(*signals: signal.Signals) -> Generator[None]:
 def begin(as_json: bool, mode: str = "fast") -> Console:
     """Quiets libraries, sets threads, and gives people's console (not where the JSON goes)."""
     import torch
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    # Read by Hugging Face's libraries when they are imported, if they are.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # One thread in exact mode: sums then have one order.
     torch.set_num_threads(1 if mode == "exact" else os.cpu_count() or 1)
     return Console(stderr=as_json)

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-)
 
+from flexp import libraries
 from flexp.client.desk import Desk
 from flexp.errors import CutError, DataError, LinkError, ModelError
 from flexp.model.cached import Cached
 from flexp.model.dress import Leaves, dress
 from flexp.tensors import PerRow, Stacked, Wear, plain, terms
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessorList
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,12 @@ class Manner:
 
     def processors(self) -> LogitsProcessorList:
         """The library's own, in its own order."""
-        out: Any = LogitsProcessorList()
+        library = libraries.transformers()
+        out = library.LogitsProcessorList()
         if self.repetition_penalty != 1.0:
-            out.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+            out.append(library.RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         if self.no_repeat_ngram_size:
-            out.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
+            out.append(library.NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
         return out
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flexp.client.memory import Memory
 from flexp.errors import CheckpointError
-from flexp.parcel import Parcel, load, save
+from flexp.parcel import Parcel, load, save, sweep
 
 _TURN = re.compile(r"(0\d{5}|[1-9]\d{5,17})\.parcel", re.ASCII)
 
@@ -23,8 +23,7 @@ class StoredMemory(Memory):
         super().__init__()
         self.folder, self.turns = folder, 0
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.tmp"):  # of a write that a kill cut short
-            left.unlink()
+        sweep(folder)
 
     def held(self) -> tuple[int, ...]:
         """The turns that can be gone on from, besides the beginning."""

@@ -18,9 +18,8 @@ from queue import Empty
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
-from flexp import assets, commands, recipe_file
+from flexp import assets, commands, libraries, recipe_file
 from flexp.comparison.table import Ground, of_run, summary
 from flexp.errors import FlexpError, StrategyError
 from flexp.parcel import file_name, write_atomic
@@ -196,6 +195,7 @@ def carry_out(whole: Comparison, todo: Sequence[RunId], jobs: int, root: Path, s
 
 def quiet() -> None:
     """Keeps a library's notes of a process of ours off the terminal."""
+    logging = libraries.transformers().logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, cast
 
 from flexp.data import partition
 from flexp.data.columns import cell_of, label_names, label_of, text_of
@@ -21,6 +19,9 @@ from flexp.errors import DataError, nearest
 from flexp.parcel import file_name
 from flexp.recipe import DataRecipe, TaskRecipe
 from flexp.recipe_clients import ClientRecipe, OwnTaskRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LONGEST_NAME = 200  # bytes of a client's name as that of a file; systems take 255 with an ending
 

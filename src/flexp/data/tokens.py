@@ -6,19 +6,20 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
+from flexp import libraries
 from flexp.data.examples import Example
 from flexp.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; DataError if it has none."""
-    made = cast("Any", AutoTokenizer)
     try:
-        return made.from_pretrained(source)
+        return libraries.transformers().AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as problem:
         first = str(problem).strip().splitlines()[0]
         raise DataError(f'"{source}" has no tokenizer that can be opened: {first}') from problem

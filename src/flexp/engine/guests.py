@@ -146,11 +146,15 @@ class Guests:
         with self.lock:
             guest = self[call.name]
             old, guest.call = guest.call, call
-            guest.process, guest.ready = call.process, False
+            again, guest.process = guest.process == call.process, call.process
+            guest.ready = False
         if old is None or old is call:
             return False
-        replaced(old)
-        return True
+        if again:
+            old.close()
+        else:
+            replaced(old)
+        return not again
 
     def go_on(self, call: Call, order: int) -> None:
         """Tells who just goes on its order, if it has not heard of it."""

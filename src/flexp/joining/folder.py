@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flexp.errors import LinkError
-from flexp.parcel import write_atomic
+from flexp.parcel import sweep, write_atomic
 
 OWNER = "client"  # the file that says it
 
@@ -24,6 +24,8 @@ def take(folder: Path, name: str) -> None:
             f'{folder} is the folder of "{owner}", and this is "{name}". Give each client a folder '
             "of its own with --folder."
         )
+    for place in (folder, folder / "model", folder / "adapter"):
+        sweep(place)
     if not owner:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / OWNER, name.encode())

@@ -12,12 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import peft
 import torch
-from peft.utils import constants
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from flexp import libraries
 from flexp.dice import Dice
 from flexp.errors import AdapterError, nearest
 from flexp.model.skeleton import modules
@@ -26,10 +24,6 @@ from flexp.tensors import Tensors
 
 Layout = Mapping[str, tuple[int, ...]]
 _Table = Mapping[str, list[str] | str]  # by type of model; a string is a pattern, which we leave
-
-_LORA_TABLE = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-_IA3_TABLE = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-_IA3_FEEDFORWARD = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 
 
 @dataclass(frozen=True)
@@ -110,6 +104,7 @@ def peft_config(
     ``task`` is PEFT's task type, ``blocks`` the path of the block list, ``head`` module paths.
     Raises AdapterError if a target is not in the blocks.
     """
+    peft = libraries.peft()
     saved = _wholes(net, head) if getattr(kind, "head", True) and head else None
     if isinstance(kind, Prompt):
         return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=kind.tokens)
@@ -118,12 +113,12 @@ def peft_config(
         # PEFT has no method for modules alone: this is a LoRA that by its own word targets nothing.
         return peft.LoraConfig(
             task_type=task,
-            target_modules=constants.DUMMY_TARGET_MODULES,
+            target_modules=peft.utils.constants.DUMMY_TARGET_MODULES,
             modules_to_save=_outermost([*paths, *(saved or ())]),
         )
-    table = _LORA_TABLE if isinstance(kind, Lora) else _IA3_TABLE
+    table = _table("LORA_TARGET" if isinstance(kind, Lora) else "IA3_TARGET")
     targets, transposed = _targets(net, blocks, kind.targets, table)
-    config: Any = peft.LoraConfig if isinstance(kind, Lora) else peft.IA3Config
+    config = peft.LoraConfig if isinstance(kind, Lora) else peft.IA3Config
     return config(
         task_type=task,
         target_modules=targets,
@@ -160,8 +155,14 @@ def _outermost(paths: list[str]) -> list[str]:
 
 
 def _maps(net: nn.Module) -> dict[str, nn.Module]:
-    """The linear maps of a model, by path."""
-    return {p: m for p, m in modules(net).items() if isinstance(m, nn.Linear | Conv1D)}
+    """The linear maps of a model, by path; the weight of GPT-2's own class is transposed."""
+    linear = nn.Linear, libraries.transformers().Conv1D
+    return {p: m for p, m in modules(net).items() if isinstance(m, linear)}
+
+
+def _table(what: str) -> _Table:
+    name = f"TRANSFORMERS_MODELS_TO_{what}_MODULES_MAPPING"
+    return getattr(libraries.peft().utils.constants, name)
 
 
 def _ending(paths: Iterable[str], name: str) -> list[str]:
@@ -201,7 +202,7 @@ def _options(kind: Lora | Ia3, type_of: str, rank: int | None) -> dict[str, Any]
             "lora_dropout": kind.dropout,
             "use_dora": kind.dora,
         }
-    table = [] if kind.targets else _IA3_FEEDFORWARD.get(type_of, [])
+    table = [] if kind.targets else _table("IA3_FEEDFORWARD").get(type_of, [])
     return {"feedforward_modules": sorted(kind.feedforward or table)}
 
 
@@ -227,7 +228,7 @@ def _targets(
         if wanted and not set(paths) & set(inside):
             raise _unknown(name, inside)
     used = [p for paths in hits.values() for p in paths]
-    transposed = any(isinstance(maps[p], Conv1D) for p in used)
+    transposed = any(not isinstance(maps[p], nn.Linear) for p in used)
     if set(used) <= set(inside):
         return sorted(names), transposed
     choice = "|".join(re.escape(n) for n in sorted(names))
@@ -255,7 +256,7 @@ def layout(
         out["prompt_embeddings"] = (kind.tokens, int(weight.shape[1]))
     elif isinstance(kind, Lora | Ia3):
         config = peft_config(kind, "FEATURE_EXTRACTION", net, blocks, (), rank=rank)
-        peft.inject_adapter_in_model(config, net)
+        libraries.peft().inject_adapter_in_model(config, net)
         for name, value in net.named_parameters():
             if ".lora_" in name or ".ia3_" in name:
                 plain = name.replace(".default", "").replace("_vector.weight", "_vector")

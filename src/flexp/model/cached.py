@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from flexp import libraries
 from flexp.errors import ModelError
 from flexp.model.backbone import Backbone
 from flexp.model.worn import Worn
@@ -41,7 +41,7 @@ class Cached:
         self.first, self.last, self.fed = first, last, fed
         self.stop = backbone.depth if last is None else last
         self.length = 0  # positions so far
-        self.past: Any = DynamicCache(config=backbone.config)
+        self.past: Any = libraries.transformers().DynamicCache(config=backbone.config)
 
     @classmethod
     def open(

@@ -158,9 +158,16 @@ def wanted(names: Iterable[str], absent: Iterable[str]) -> list[str]:
     return [n for n in names if not n.startswith(marks)]
 
 
-def read_part(folder: Path, names: Iterable[str], path: str, begin: int, size: int) -> bytes:
-    """Some bytes of a file, if it is one of ``names``; ModelError otherwise."""
-    if path not in set(names):
+def read_part(folder: Path, listed: Manifest, path: str, begin: int, size: int) -> bytes:
+    """Some bytes of a file that is listed, or without a path of the list itself, after its length.
+
+    ModelError for any other file.
+    """
+    begin = max(0, begin)
+    if not path:
+        text = listed.to_json().encode()
+        return (len(text).to_bytes(8, "little") + text)[begin : begin + size]
+    if path not in {*listed.small, *(piece.file for piece in listed.pieces.values())}:
         raise ModelError(f'There is no file "{path}" in the model.')
     with (folder / path).open("rb") as file:
         file.seek(begin)

@@ -12,23 +12,28 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import transformers
 from torch import nn
 
+from flexp import libraries
 from flexp.errors import ModelError
 
 TaskKind = Literal["classification", "causal-lm", "images"]
 
-AUTO: Mapping[TaskKind, Any] = {
-    "classification": transformers.AutoModelForSequenceClassification,
-    "causal-lm": transformers.AutoModelForCausalLM,
-    "images": transformers.AutoModelForImageClassification,
+_AUTO: Mapping[TaskKind, str] = {
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "images": "AutoModelForImageClassification",
 }
 PEFT_TASK: Mapping[TaskKind, str] = {
     "classification": "SEQ_CLS",
     "causal-lm": "CAUSAL_LM",
     "images": "FEATURE_EXTRACTION",
 }
+
+
+def auto(task: TaskKind) -> Any:
+    """The class that makes and loads models for a task, whatever their family."""
+    return getattr(libraries.transformers(), _AUTO[task])
 
 
 def block_list(model: nn.Module, at: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -105,7 +110,7 @@ def skeleton(source: str | Path, task: TaskKind, *, classes: int = 2, **options:
 def bare(config: Any, task: TaskKind, *, blocks_at: str | None = None) -> Skeleton:
     """The skeleton of a config."""
     with torch.device("meta"):
-        model = AUTO[task].from_config(config)
+        model = auto(task).from_config(config)
     path, blocks = block_list(model, blocks_at)
     width = int(model.get_input_embeddings().weight.shape[1]) if reads_ids(model) else 0
     return Skeleton(model, path, len(blocks), width or int(config.hidden_size), config)
@@ -115,9 +120,8 @@ def read_config(source: str | Path, task: TaskKind, classes: int, revision: str 
     """The config of a model folder or hub id; encoder-decoders are refused."""
     more = {"num_labels": classes} if task != "causal-lm" else {}
     try:
-        config = cast(Any, transformers.AutoConfig).from_pretrained(
-            source, revision=revision, **more
-        )
+        make = libraries.transformers().AutoConfig
+        config = make.from_pretrained(source, revision=revision, **more)
     except (OSError, ValueError) as problem:
         first = str(problem).strip().splitlines()[0]
         raise ModelError(

@@ -12,7 +12,7 @@ from flexp.dice import Dice
 from flexp.errors import ModelError
 from flexp.model.files import tables
 from flexp.model.hollow import Part
-from flexp.model.skeleton import AUTO, TaskKind
+from flexp.model.skeleton import TaskKind, auto
 
 
 def load(
@@ -31,7 +31,7 @@ def load(
     """
     if Path(source).is_dir():
         tables(Path(source))
-    loader = AUTO[task] if part is None else part.loader()
+    loader = auto(task) if part is None else part.loader()
     try:
         model, info = loader.from_pretrained(
             source,

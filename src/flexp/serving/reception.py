@@ -166,7 +166,8 @@ class Reception:
         if isinstance(body, Ready):
             return self._ready(call, body)
         if isinstance(body, Read):
-            return self._read(body)
+            source, size = self.floor.source, max(0, min(body.size, STEP))
+            return Data(read_part(source, self.manifest, body.path, body.begin, size))
         if isinstance(body, Echo):
             return Data(bytes(min(body.back, ECHO)))
         if isinstance(body, Bye):
@@ -192,8 +193,12 @@ class Reception:
         call.name, call.process, call.speaks = name, hello.process, speaks
         call.wire = recipe.link.of(name)
         guests = None if self.stage is None else self.stage.engine.guests
-        if guests is not None and guests.resumes(call, knows_server=hello.server == self.server):
+        # Who has heard no order may not have heard its seat either.
+        known = hello.server == self.server and hello.order > 0
+        if guests is not None and guests.resumes(call, knows_server=known):
             guests.go_on(call, hello.order)
+            if self.over is not None and guests[name].job is None:
+                call.tell(self.over)
             self.gate.log.note(name, f"{name} is connected again")
             return Welcome(self.server, resumed=True)
         self.asking.add(call)
@@ -281,15 +286,6 @@ class Reception:
             self.say(f"{name}: another process takes its place")
         known = self.roster.entries.get(name)
         stage.engine.ready(call, 0 if known is None else known.rows[0])
-
-    def _read(self, asked: Read) -> Body:
-        size = max(0, min(asked.size, STEP))
-        if not asked.path:
-            text = self.manifest.to_json().encode()
-            head = len(text).to_bytes(8, "little")
-            return Data(head + text[asked.begin : asked.begin + size])
-        names = {*self.manifest.small, *(p.file for p in self.manifest.pieces.values())}
-        return Data(read_part(self.floor.source, names, asked.path, max(0, asked.begin), size))
 
     def _stage(self) -> Stage[NetworkEngine]:
         if self.stage is None:

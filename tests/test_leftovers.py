@@ -1,0 +1,47 @@
+"""What a kill -9 in the middle of a write leaves behind is gone after the next start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexp.client.store import StoredMemory
+from flexp.holding import hold
+from flexp.joining.folder import take
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from flexp.parcel import write_atomic
+Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+write_atomic(sys.argv[1], b"new")
+"""
+
+
+def killed_while_writing(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", DIES, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in path.parent.iterdir()] != [path.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_every_folder_is_swept_by_its_owner(tmp_path: Path) -> None:
+    device, out = tmp_path / "device", tmp_path / "out"
+    files = [device / "accepted", device / "model" / "config.json", out / "roster.json"]
+    files += [device / "adapter" / "flexp.json", device / "memory" / "000001.parcel"]
+    for path in files:
+        killed_while_writing(path)
+    take(device, "anna")
+    StoredMemory(device / "memory")
+    with hold(out, resume=True):
+        assert list(out.glob("*.tmp")) == []
+    assert [p.name for p in tmp_path.rglob("*.tmp")] == []
+    assert all(path.read_bytes() == b"old" for path in files)
