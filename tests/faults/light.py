@@ -111,12 +111,12 @@ class Classifier(nn.Module):
         cls, source: Any, *, config: Config, dtype: torch.dtype, **_: Any
     ) -> tuple[Self, dict[str, Any]]:
         """The model with what is in the folder's files, and the names of what is not."""
-        from flexp.model.files import weights
+        from flexp.model.files import tables
 
         with torch.device("meta"):
             model = cls(config)
         found: dict[str, Tensor] = {}
-        for path in weights(Path(source)):
+        for path in tables(Path(source)):
             found |= load_file(path)
         model = model.to_empty(device="cpu").to(dtype)
         with torch.no_grad():
@@ -220,7 +220,7 @@ def keep_all() -> None:
     from flexp import checkpoint
     from flexp.client.store import StoredMemory
 
-    checkpoint.KEEP = 1 << 30
+    checkpoint.CHECKPOINTS = 1 << 30
     plain = StoredMemory.open
     instead(StoredMemory, open=lambda memory, turns, floor=0: plain(memory, turns, 0))
 

@@ -14,7 +14,7 @@ from faults import league
 from faults.league import CLIENTS, Digests, League
 from network.cluster import Cluster, Nursery
 
-from flexp import checkpoint
+from flexp.engine.host import CHECKPOINTS
 
 KILLS, STEPS = 20, 6
 SPACING, TAIL = 2, 4  # rounds between two kills, and after the last
@@ -130,7 +130,7 @@ def test_damaged_checkpoints_are_passed_over(
         damage(path / "state.parcel")
     played.start("server")
     played.ended()
-    assert len(newer) >= checkpoint.KEEP - 1
+    assert len(newer) >= CHECKPOINTS - 1
     assert f"resuming after round {int(oldest.name)} of" in played.programs["server"].text()
     league.same(played.committed(), clean)
     assert played.adapters() == adapters

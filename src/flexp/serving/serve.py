@@ -129,7 +129,8 @@ def _play(
 
     stage = open_stage(floor, roster, opened, policy=asked.policy, say=say)
     waiting = stage.engine.trunk.pending
-    waiting.budget, waiting.patience = roster.server["memory"] // 2, GRAPHS
+    memory = (roster.server or floor.measured())["memory"]
+    waiting.budget, waiting.patience = memory // 2, GRAPHS
     reception.open(stage)
     if done := _finished(out, stage):
         Epilogue(reception, stage, done, say).play(asked.stay)
