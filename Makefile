@@ -7,6 +7,7 @@ STAMP  := $(VENV)/.installed
 TORCH  ?= torch==2.13.0
 UV     ?= uv==0.13.9
 JOBS   ?= 2
+FOR    ?= 10m
 
 # One thread per process: the tests run $(JOBS) processes, and exact sums need a fixed order.
 TESTENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -16,7 +17,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-slow test-families check format bench bench-memory \
-  bench-network bench-protocol docs lock wheels-arm clean
+  bench-network bench-protocol fuzz docs lock wheels-arm clean
 
 help:  ## Print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +80,11 @@ bench-network: $(STAMP)  ## Training between processes: what a network adds (12 
 
 bench-memory: $(STAMP)  ## A client's memory, predicted against measured (15 minutes, 3 GB of disk)
 	$(BIN)/python benchmarks/memory.py
+
+fuzz: $(STAMP)  ## Fuzz everything that reads what others send, for FOR=10m in all
+	$(PIP) install -q -e ".[fuzz]"
+	$(BIN)/python tests/fuzz/run.py --for $(FOR)
+	$(BIN)/python benchmarks/tables.py --write
 
 docs: $(STAMP)  ## Build the documentation into build/site
 	$(PIP) install -q -e ".[docs]"

@@ -22,9 +22,12 @@ from flexp.tensors import (
     Term,
     add,
     add_blocks,
+    agreed_mean,
     block_dots,
     dot,
     finite,
+    mean,
+    mean_by_name,
     mixed,
     norm,
     scale,
@@ -256,3 +259,52 @@ def test_one_number_that_is_not_finite_is_seen(bad: float) -> None:
     assert finite(values)
     values["block2.B"][1] = bad
     assert not finite(values)
+
+
+# ---- odd numbers
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -1.0])
+def test_odd_weights_are_refused(odd: float) -> None:
+    items = [{"w": torch.ones(2)}, {"w": torch.zeros(2)}]
+    with pytest.raises(AdapterError, match="finite, at least 0 and not all 0"):
+        mean(items, [1.0, odd])
+
+
+def test_huge_and_tiny_weights_are_weights() -> None:
+    items = [{"w": torch.ones(2)}, {"w": torch.zeros(2)}]
+    for size in (5e-324, 1e-310, 1.0, 1.7e308):
+        assert mean(items, [size, size])["w"].tolist() == [0.5, 0.5]
+
+
+def test_a_tensor_that_only_clients_without_rows_have_is_left_out() -> None:
+    """Else one client that trained nothing would end the run of all."""
+    items = [{"a": torch.ones(1)}, {"a": torch.zeros(1), "b": torch.ones(1)}]
+    assert mean_by_name(items, [4.0, 0.0]) == {"a": torch.ones(1)}
+    merged = agreed_mean(items, [4.0, 0.0], {"b": torch.zeros(1)})
+    assert list(merged) == ["a"]
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-30, 1e25, 1e37])
+def test_conflicts_are_projected_out_however_small_or_large_the_numbers(size: float) -> None:
+    """The squares of such numbers are zero or infinite in float32."""
+    one, other = torch.tensor([size, size]), torch.tensor([-size, 0.0])
+    base = {"w": torch.zeros(2)}
+    found = agreed_mean([{"w": one}, {"w": other}], [1.0, 1.0], base)["w"]
+    plain = agreed_mean([{"w": one / size}, {"w": other / size}], [1.0, 1.0], base)["w"]
+    assert torch.allclose(found / size, plain, rtol=1e-4)
+
+
+def test_a_huge_change_against_a_tiny_one_does_not_divide_by_nothing() -> None:
+    for tiny in (1e-30, 2e-15):  # the square of one is nothing, the other's share a huge number
+        items = [{"w": torch.tensor([1e37, 1.0])}, {"w": torch.tensor([-tiny, 0.0])}]
+        found = agreed_mean(items, [1.0, 1.0], {"w": torch.zeros(2)})
+        assert finite(found)
+
+
+def test_finite_is_about_every_number() -> None:
+    large = torch.full((4096,), 3e38)  # their sum is not finite
+    assert finite({"w": large, "i": torch.arange(3), "e": torch.zeros(0)})
+    for odd in (float("nan"), float("inf"), -float("inf")):
+        assert not finite({"w": torch.tensor([1.0, odd])})
+    assert not finite({"w": torch.tensor([float("inf"), -float("inf")])})

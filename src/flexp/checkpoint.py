@@ -102,6 +102,8 @@ def _newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
             note = json.loads((path / "checkpoint.json").read_bytes())
             if note["version"] != VERSION:
                 raise CheckpointError(f"format {note['version']} is not {VERSION}")
+            if type(note["round"]) is not int or not isinstance(note["recipe"], dict):
+                raise CheckpointError("its round or its recipe is none")
             for name, digest in note["files"].items():
                 if _digest(path / name) != digest:
                     raise CheckpointError(f"{name} was changed or is damaged")

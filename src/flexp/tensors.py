@@ -110,9 +110,13 @@ def mean(items: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Ten
     """
     if not items or len(items) != len(weights):
         raise AdapterError(f"A mean needs one weight per adapter: {len(items)} and {len(weights)}.")
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        raise AdapterError(
+            f"Weights of a mean must be finite, at least 0 and not all 0, not {weights!r}."
+        )
     total = float(sum(weights))
-    if total <= 0 or any(w < 0 for w in weights):
-        raise AdapterError(f"Weights of a mean must be at least 0 and not all 0, not {weights!r}.")
+    if math.isinf(total):
+        return mean(items, [w / max(weights) for w in weights])
     if len(items) == 1:
         return {k: v.clone() for k, v in items[0].items()}
     out = {k: v * (weights[0] / total) for k, v in items[0].items()}
@@ -122,12 +126,17 @@ def mean(items: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Ten
 
 
 def mean_by_name(items: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensors:
-    """The weighted mean of each tensor over the items that hold it (a host set per tensor)."""
+    """The weighted mean of each tensor over the items that hold it (a host set per tensor).
+
+    A tensor of items without weight only is left out: nobody has anything to say of it.
+    """
     names = dict.fromkeys(k for item in items for k in item)
     out: Tensors = {}
     for name in names:
         held = [(item, w) for item, w in zip(items, weights, strict=True) if name in item]
-        out |= mean([{name: item[name]} for item, _ in held], [w for _, w in held])
+        shares = [w for _, w in held]
+        if any(shares):
+            out |= mean([{name: item[name]} for item, _ in held], shares)
     return out
 
 
@@ -145,11 +154,18 @@ def agreed_mean(
     for mine in kept:
         for other in changes:
             for k in mine.keys() & other.keys():
-                along = float((mine[k] * other[k]).sum())
-                if along < 0:
-                    mine[k] = mine[k] - along / float(other[k].square().sum()) * other[k]
+                mine[k] = _without(mine[k], other[k])
     agreed = {k: base[k] + v for k, v in mean_by_name(kept, weights).items()}
     return {**mean_by_name(items, weights), **agreed}
+
+
+def _without(mine: Tensor, other: Tensor) -> Tensor:
+    """A change without its part against another one."""
+    along, size = float((mine * other).sum()), float(other.square().sum())
+    sound = 1e-30 < size < math.inf and abs(along) < 1e30 * size  # false for NaN
+    if not sound and mine.dtype != torch.float64:  # squares leave the range long before numbers do
+        return _without(mine.double(), other.double()).to(mine.dtype)
+    return mine - along / size * other if along < 0 < size else mine
 
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
