@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 TORCH  ?= torch==2.13.0
 UV     ?= uv==0.13.9
 JOBS   ?= 2
-FOR    ?= 20m
+FOR    ?= 10m
 
 # One thread per process: the tests run $(JOBS) processes, and exact sums need a fixed order.
 TESTENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

@@ -194,7 +194,7 @@ def run_steps(data: bytes) -> None:
         world.kill_server,
         lambda: world.kill_server(damaged=True),
     )
-    for _ in range(120):
+    for _ in range(60):
         if not draws.more:
             break
         draws.choose(rules)()

@@ -102,9 +102,9 @@ def fuzzed(fuzzer: Any, name: str, target: Any, share: float) -> dict[str, Any]:
         os.dup2(handle, 2)
         try:
             fuzz(fuzzer, target, BUILD / "corpus" / name, options)
-        except BaseException:  # it did not even begin
+        except Exception:  # it did not even begin; a finding leaves with SystemExit
             traceback.print_exc()
-        os._exit(1)
+            os._exit(1)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     said = log.read_text("utf-8", errors="replace")
     found = sorted(set(BUILD.glob(f"{name}-*")) - before)
