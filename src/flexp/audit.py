@@ -120,11 +120,11 @@ class AuditLog:
         return len(torn)
 
 
-def verify(path: str | Path, *, head: str | None = None) -> int:
-    """How many records a log has, all of them as they were written; else AuditError names the line.
+def verify(path: str | Path, *, head: str | None = None) -> tuple[int, str]:
+    """How many records a log has, and the chain value of the last; all are as they were written.
 
-    Records that were cut off the end are missed only if ``head``, the chain value of the last one,
-    is given.
+    Else AuditError names the line. Records that were cut off the end are missed only if ``head``,
+    the chain value of the last one, is given.
     """
     count, chain = 0, ""
     for count, line in enumerate(_lines(Path(path)), 1):
@@ -138,7 +138,7 @@ def verify(path: str | Path, *, head: str | None = None) -> int:
             f'"{path}" ends after line {count}, where {chain[:12] or "nothing"} is written, and '
             f"{head[:12]} was expected: records at its end are missing or others."
         )
-    return count
+    return count, chain
 
 
 def printable(text: str, most: int) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote
@@ -94,11 +94,31 @@ def done(folder: Path) -> int:
     return 0 if found is None else int(found[0]["round"])
 
 
+def damaged(folder: Path) -> dict[Path, str]:
+    """What is wrong with each checkpoint that cannot be used; those that can are left out."""
+    return {path: problem for path, _, problem in _inspected(folder) if problem}
+
+
+def whole(folder: Path) -> list[int]:
+    """After which rounds there is a checkpoint that can be used, the newest first."""
+    return [int(note["round"]) for _, note, problem in _inspected(folder) if not problem]
+
+
 def _newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
     """What the newest whole checkpoint says of itself, and its folder."""
-    found = sorted(_complete(folder), reverse=True)
     problems: list[str] = []
-    for path in found:
+    for path, note, problem in _inspected(folder):
+        if not problem:
+            return note, path
+        problems.append(f"{path}: {problem}")
+    if problems:
+        raise CheckpointError("No checkpoint can be used:\n" + "\n".join(problems))
+    return None
+
+
+def _inspected(folder: Path) -> Iterator[tuple[Path, dict[str, Any], str]]:
+    """Checkpoints, the newest first: what each says of itself, or what is wrong with it."""
+    for path in sorted(_complete(folder), reverse=True):
         try:
             note = json.loads((path / "checkpoint.json").read_bytes())
             if note["version"] != VERSION:
@@ -109,12 +129,9 @@ def _newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
                 if _digest(path / name) != digest:
                     raise CheckpointError(f"{name} was changed or is damaged")
         except (*_DAMAGE, CheckpointError) as problem:
-            problems.append(f"{path}: {problem}")
-            continue
-        return note, path
-    if problems:
-        raise CheckpointError("No checkpoint can be used:\n" + "\n".join(problems))
-    return None
+            yield path, {}, f"{type(problem).__name__}: {problem}"
+        else:
+            yield path, note, ""
 
 
 def read(path: Path, strategy: Strategy[Any], engine: Host) -> Any:

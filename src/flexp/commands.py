@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import yaml
 
-from flexp import assets, checkpoint, planning, report
+from flexp import assets, audit, checkpoint, planning, report
 from flexp import run as running
 from flexp.data.federation import label_table
 from flexp.engine.host import Host
-from flexp.errors import AssetError, FlexpError
+from flexp.errors import AssetError, AuditError, FlexpError
 from flexp.events import Checkpointed, Interleaved, Recorder, Sink, Stream, read
 from flexp.holding import hold
 from flexp.parcel import write_atomic
@@ -128,9 +128,36 @@ def _rewind(out: Path, recipe: Recipe, recorder: Recorder, say: Say) -> None:
         recorder.clear()
         return
     done, path = found
+    for passed, problem in checkpoint.damaged(out / "checkpoint").items():
+        if passed > path:
+            say(f"{passed} cannot be used: {problem}")
     say(f"resuming after round {done} of {recipe.rounds}")
     if not recorder.rewind(done - 1):
         recorder(Checkpointed(done - 1, path.relative_to(out).as_posix()))
+
+
+def verify(out: Path) -> dict[str, Any]:
+    """Whether the folder of a run is as it was written: its checkpoints and its audit log.
+
+    FlexpError if there is nothing to verify.
+    """
+    folder, log = out / "checkpoint", out / "audit.jsonl"
+    if not folder.is_dir() and not log.is_file():
+        raise FlexpError(f"{out} has neither checkpoints nor an audit log. Name a run's folder.")
+    problems = {str(path): problem for path, problem in checkpoint.damaged(folder).items()}
+    records, head = 0, ""
+    try:
+        if log.is_file():
+            records, head = audit.verify(log)
+    except AuditError as problem:
+        problems[str(log)] = str(problem)
+    return {
+        "out": str(out),
+        "rounds": checkpoint.whole(folder),
+        "records": records,
+        "head": head,
+        "problems": problems,
+    }
 
 
 def write_report(folders: Sequence[Path], out: Path) -> dict[str, Any]:

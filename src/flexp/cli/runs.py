@@ -37,6 +37,27 @@ def demo(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run or of a server.")],
+    as_json: Json = False,
+) -> None:
+    """Looks whether a run's checkpoints and its audit log are as they were written.
+
+    Ends with 1 if something is not.
+    """
+    console = begin(as_json)
+    from flexp import commands, terminal
+
+    document = commands.verify(folder)
+    if as_json:
+        emit(document)
+    else:
+        terminal.show_verified(document, console)
+    if document["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,

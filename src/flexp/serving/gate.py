@@ -66,7 +66,7 @@ class Gate:
                 "Nobody can enrol at this server: it was started without --ca FOLDER."
             )
         made = self.authority.admit(asked.csr, call.certificate)
-        self.log.say(f"{who(made).name} has enrolled")
+        self.log.note(who(made).name, f"{who(made).name} has enrolled")
         return Data(made)
 
 

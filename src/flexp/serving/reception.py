@@ -151,7 +151,7 @@ class Reception:
                 del self.calls[call.name]
                 if self.stage is None:
                     self.here.discard(call.name)
-                    self.say(f"{call.name} has gone before the beginning")
+                    self.gate.log.note(call.name, f"{call.name} has gone before the beginning")
             self.changed.notify_all()
         if self.stage is not None and self.stage.engine.guests.gone(call) and self.over is None:
             self.gate.log.note(call.name, f"{call.name} has lost its connection")
@@ -174,7 +174,7 @@ class Reception:
             if self.stage is not None:
                 self.stage.engine.guests.left(call)
             told = f"gives up: {body.why:.80}" if body.why else "has left; it may come back"
-            self.say(f"{call.name} {told}")
+            self.gate.log.note(call.name, f"{call.name} {told}")
             return Noted()
         raise LinkError(f'A client does not say "{type(body).__name__}".')
 
@@ -251,7 +251,8 @@ class Reception:
             again = call.name in self.here
             self.here.add(call.name)
             train = ready.rows[0]
-            self.say(f"{call.name} is {'back' if again else 'here'}: {train} rows for training")
+            back = "back" if again else "here"
+            self.gate.log.note(call.name, f"{call.name} is {back}: {train} rows for training")
             if self.over is not None:
                 job = self._stage().engine.guests[call.name].job
                 if job is not None and job.order.kind != "speak":
@@ -269,7 +270,7 @@ class Reception:
                 old = self.calls.get(call.name)
                 self.calls[call.name] = call
                 if old is not None and old is not call:
-                    self.say(f"{call.name}: another process takes its place")
+                    self.gate.log.note(call.name, f"{call.name}: another process takes its place")
                     replaced(old)
             else:
                 self._seat(call.name, call)
@@ -283,7 +284,7 @@ class Reception:
         labels = labels_of(self.floor.recipe, self.roster.entries)
         call.tell(Begin(placed.seat, placed.reason, labels))
         if stage.engine.guests.attach(call):
-            self.say(f"{name}: another process takes its place")
+            self.gate.log.note(name, f"{name}: another process takes its place")
         known = self.roster.entries.get(name)
         stage.engine.ready(call, 0 if known is None else known.rows[0])
 

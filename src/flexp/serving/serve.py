@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 from flexp import assets, checkpoint, commands
 from flexp import run as running
+from flexp.audit import AuditLog
 from flexp.engine.guests import WAITS_FOR_ALL, Policy
 from flexp.engine.network import NetworkEngine
 from flexp.errors import CheckpointError, FlexpError
@@ -89,7 +91,7 @@ def _serve(
             "out=FOLDER, or another name with name=NAME."
         )
     authority = None if asked.authority is None else Authority.open(asked.authority)
-    log = Log(say)
+    log = Log(say, AuditLog(out / "audit.jsonl", time.time))
     gate = Gate(recipe.mode == "exact", log, authority)
     reception = Reception(floor, roster, say, gate)
     reception.manifest  # noqa: B018 every tensor is read now, not while a client waits

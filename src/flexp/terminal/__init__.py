@@ -12,6 +12,7 @@ from flexp.terminal.pages import (
     show_new_strategy,
     show_predictions,
     show_run,
+    show_verified,
     show_voices,
 )
 from flexp.terminal.plans import show_cuts, show_plan
@@ -35,6 +36,7 @@ __all__ = [
     "show_predictions",
     "show_run",
     "show_terms",
+    "show_verified",
     "show_voices",
     "shown",
 ]

@@ -188,3 +188,14 @@ def show_assets(document: Row, console: Console) -> None:
             console.print(f"{name}: {problem}", highlight=False)
         if not problems:
             console.print(f"{name}: every byte as pinned", highlight=False)
+
+
+def show_verified(document: Row, console: Console) -> None:
+    """What is whole in a run's folder, and what is not."""
+    rounds = ", ".join(map(str, document["rounds"])) or "none"
+    console.print(f"checkpoints that can be used, after rounds: {rounds}", highlight=False)
+    if document["records"]:
+        told = f"audit log: {document['records']} records, the last {document['head']}"
+        console.print(told, highlight=False)
+    for path, problem in document["problems"].items():
+        console.print(f"{path}: {problem}", style="red", highlight=False)
