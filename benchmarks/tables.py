@@ -1,4 +1,4 @@
-"""Renders the tables of README and docs from the committed results; ``--write`` puts them in.
+"""Renders the tables of our pages from the committed results; ``--write`` puts them in.
 
 .venv/bin/python benchmarks/tables.py --write
 """
@@ -16,7 +16,8 @@ from flexp.plan.devices import format_bytes
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-PAGES = (README, HERE.parent / "docs" / "explanation" / "network.md")
+SECURITY = HERE.parent / "SECURITY.md"
+PAGES = (README, SECURITY, HERE.parent / "docs" / "explanation" / "network.md")
 NAMES = ("quick", "spam", "shakespeare")
 PICKS = ("fastest", "median")
 
@@ -168,6 +169,25 @@ def between_processes() -> dict[str, str]:
     }
 
 
+def fuzzed() -> str:
+    """What the last long run of the fuzzer did and found, and when, as Markdown."""
+    found: dict[str, Any] = json.loads((HERE / "results" / "suite-fuzz.json").read_text("utf-8"))
+    total, load, commit = found["total"], found["load"], found["commit"][:10]
+    lines = [
+        f"The last run was on {found['date'][:10]}, of commit `{commit}`"
+        f"{' with changes' if found['changed'] else ''}, on {load['processors']} processors with a "
+        f"load of {load['before'][0]:.1f}: {total['inputs']:,.0f} inputs in "
+        f"{total['seconds']:.0f} seconds, {total['findings']:.0f} findings.",
+        "",
+        "| target | promise | inputs | per second | findings |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found["targets"].items():
+        counts = (f"{row['inputs']:,}", f"{row['per_second']:,.0f}", str(row["findings"]))
+        lines.append(f"| {' | '.join([name, row['promise'], *counts])} |")
+    return "\n".join(lines) + "\n"
+
+
 def _sent(found: dict[str, Any], method: str, what: str) -> str:
     """What clients sent in a run, the mean over seeds."""
     sizes = [row[what] for row in found["costs"] if row["method"] == method]
@@ -181,7 +201,7 @@ def _shown(value: float, accuracy: bool) -> str:
 def rendered(text: str) -> str:
     """A page with its tables made anew."""
     made = {**{name: table(name) for name in NAMES}, "verdicts": verdicts(), "splits": fleets()}
-    for name, lines in (made | between_processes()).items():
+    for name, lines in (made | between_processes() | {"fuzz": fuzzed()}).items():
         if f"<!-- {name}:begin -->" not in text:
             continue
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,24 @@ def test_the_page_on_the_network_shows_the_committed_results() -> None:
     assert tables().rendered(text) == text
     for name in ("loopback", "bytes", "far", "clock"):
         assert f"<!-- network-{name}:begin -->" in text
+
+
+def test_the_page_on_security_shows_the_last_run_of_the_fuzzer() -> None:
+    text = (ROOT / "SECURITY.md").read_text("utf-8")
+    assert tables().rendered(text) == text
+    assert "<!-- fuzz:begin -->" in text
+
+
+def test_the_fuzzer_tried_every_target_and_found_nothing() -> None:
+    from fuzz.targets import TARGETS
+
+    found = quick("suite-fuzz")
+    assert list(found["targets"]) == list(TARGETS)
+    for name, row in found["targets"].items():
+        assert row["promise"] == TARGETS[name].promise
+        assert row["inputs"] > 0
+        assert row["findings"] == 0
+    assert re.fullmatch("[0-9a-f]{40}", found["commit"])
 
 
 def test_flexp_beats_local_on_everybodys_data_at_equal_own_accuracy() -> None:

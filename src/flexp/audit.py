@@ -42,7 +42,9 @@ class AuditLog:
         """AuditError if the end of the file is not as it was written, or it cannot be opened."""
         self.path, self._clock = Path(path), clock
         self._lock = threading.Lock()
-        self.count, self.head, self._size = 0, "", 0
+        self.count: int = 0  # records so far
+        self.head: str = ""  # the chain value of the newest one
+        self._size = 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
