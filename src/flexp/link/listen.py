@@ -64,13 +64,15 @@ class Bounds:
 class Call:
     """One stream as the server has it; ``certificate`` (PEM) is None on plain text.
 
-    ``name`` is the client's, once it is known; ``speaks`` if it came to talk, not to train.
+    ``name`` is the client's, once it is known, ``process`` what it has drawn for itself; ``speaks``
+    if it came to talk, not to train.
     ``heard`` is when its last frame was whole, by the monotonic clock.
     """
 
     certificate: bytes | None
     address: str
     name: str = ""
+    process: str = ""
     speaks: bool = False
     wire: Wire = "fp32"
     alive: bool = True

@@ -180,7 +180,7 @@ class Reception:
                 f"{name} cannot talk through this server: "
                 + ("the run goes on." if self.over is None else "it has taken part in no run here.")
             )
-        call.name, call.speaks = name, speaks
+        call.name, call.process, call.speaks = name, hello.process, speaks
         call.wire = self.floor.recipe.link.of(call.name)
         resumed = False
         if self.stage is not None:
@@ -275,7 +275,7 @@ class Reception:
         call.tell(Begin(placed.seat, placed.reason, labels))
         guests = stage.engine.guests
         if guests[name].call is not call:
-            guests.attach(call, "", knows_server=False)
+            guests.attach(call, call.process, knows_server=False)
         known = self.roster.entries.get(name)
         stage.engine.ready(call, 0 if known is None else known.rows[0])
 
