@@ -60,7 +60,10 @@ def outages(
     """Medians: until the server, and the client, notices, and from the light until it is back."""
     taken: list[tuple[float, float, float]] = []
     for _ in range(TIMES):
-        lost, back = count(server, f"{name} has lost its"), count(server, f"{name} is connected")
+        lost, back = (
+            count(server, f"{name} has lost its"),
+            count(server, f"{name} is (connected|back)"),
+        )
         told, at, begin = count(client, "no connection to"), [0.0, 0.0], time.monotonic()
         dark()
 
@@ -76,7 +79,7 @@ def outages(
         begin = time.monotonic()
         light()
         until(
-            lambda back=back: count(server, f"{name} is connected") > back,
+            lambda back=back: count(server, f"{name} is (connected|back)") > back,
             "it to be back",
             PATIENCE,
             server.text,
@@ -184,11 +187,11 @@ def test_the_others_keep_their_pace_while_one_is_dark(
             time.sleep(4)
             seconds = time.monotonic() - begin
             rates[phase].append((one.up.passed + two.up.passed - before) / seconds)
-            back = count(server, f"{CLIENTS[2]} is connected")
+            back = count(server, f"{CLIENTS[2]} is (connected|back)")
             ill.heal()
             if phase == "B":
                 until(
-                    lambda back=back: count(server, f"{CLIENTS[2]} is connected") > back,
+                    lambda back=back: count(server, f"{CLIENTS[2]} is (connected|back)") > back,
                     "it to be back",
                     PATIENCE,
                 )
