@@ -168,9 +168,10 @@ def test_a_cable_that_is_pulled_changes_nothing_of_what_is_learned(
 
 
 def test_the_others_keep_their_pace_while_one_is_dark(
-    team: Cluster, endless: Path, mine: Path
+    team: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
     """A B A B, by the bytes that two healthy clients send."""
+    endless = recipe_of(out=str(tmp_path / "served"), train__steps=1_000_000)
     server = team.serve(endless, "--clients", ",".join(CLIENTS))
     target = ("127.0.0.1", team.port)
     with Proxy(target) as one, Proxy(target) as two, Proxy(target) as ill:
