@@ -84,6 +84,8 @@ def test_a_link_that_is_dark_for_a_while_costs_nothing_but_time(
         ended(*joined, server)
         assert proxy.connections > 1
     assert "trying again" in joined[2].text()
+    assert "carl dee is connected again" in server.text()
+    assert "has begun this turn anew" not in joined[2].text()
     same(cluster, alone(long, tmp_path / "alone"))
 
 
