@@ -21,6 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+BEGUN = pytest.StashKey[dict[str, Any]]()
 LIBRARIES = ("flexp-sfl", "torch", "grpcio", "numpy", "pytest")
 
 
@@ -54,11 +55,11 @@ class Case:
         return {**head, "seed": self.seed, "again": self.command, **self.counts}
 
 
-def write(name: str, rows: Iterable[Mapping[str, Any]], **more: Any) -> Path:
-    """Writes the result of a suite."""
+def write(name: str, rows: Iterable[Mapping[str, Any]], begun: Mapping[str, Any]) -> Path:
+    """Writes the result of a suite that began with these ``facts``."""
     cases = list(rows)
     totals = {kind: sum(row["outcome"] == kind for row in cases) for kind in ("passed", "failed")}
-    document = {"suite": name, **facts(), **more, **totals, "cases": cases}
+    document = {"suite": name, **begun, "load_after": load(), **totals, "cases": cases}
     path = RESULTS / f"suite-{name}.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return path
@@ -71,10 +72,15 @@ def facts() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "src", "tests")),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "load": [round(n, 2) for n in os.getloadavg()],
+        "load": load(),
         "processors": os.cpu_count(),
         "versions": {**found, "python": platform.python_version()},
     }
+
+
+def load() -> list[float]:
+    """Processes that want to run, on average over 1, 5 and 15 minutes."""
+    return [round(n, 2) for n in os.getloadavg()]
 
 
 def _git(*words: str) -> str:
@@ -91,6 +97,11 @@ def _git(*words: str) -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--suite", help="write what came of it to benchmarks/results/suite-NAME.json")
     parser.addoption("--for", default="60s", help="how long a soak lasts, as 90s, 20m or 2h")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--suite"):
+        config.stash[BEGUN] = facts()
 
 
 @pytest.fixture
@@ -118,4 +129,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             told = [Case(**held) for key, held in report.user_properties if key == "case"]
             made = told[0] if told else Case(report.nodeid)
             rows.append(made.row("failed" if kind == "error" else kind, report.duration))
-    terminalreporter.write_line(f"written: {write(name, rows)}")
+    terminalreporter.write_line(f"written: {write(name, rows, config.stash[BEGUN])}")

@@ -55,7 +55,7 @@ def played(
         before = proxy.up.packets + proxy.down.packets
         if touch is not None:
             proxy.touch(touch)
-        made.ended(patience=600)
+        made.ended(patience=100 + rounds * steps)
         packets = proxy.up.packets + proxy.down.packets - before
         done = Passed(packets, proxy.up.touched + proxy.down.touched, proxy.connections)
     found = json.loads(counts.read_text("utf-8"))
@@ -135,7 +135,21 @@ def test_ten_thousand_steps_count_once_each(
     cluster: Cluster, clean_of: Callable[[int, int], Outcome], case: suites.Case
 ) -> None:
     case.begin(seed=11)
-    found, link = storm(cluster, clean_of, rounds=10, steps=250, seed=11)
+    told(case, *storm(cluster, clean_of, rounds=10, steps=250, seed=11))
+
+
+@pytest.mark.soak
+def test_a_hundred_thousand_steps_count_once_each(
+    cluster: Cluster, clean_of: Callable[[int, int], Outcome], case: suites.Case, duration: float
+) -> None:
+    """So many from twenty minutes on; fewer in less."""
+    case.begin(seed=12, **{"for": f"{duration:.0f}s"})
+    rounds = max(1, min(100, round(duration / 12)))
+    told(case, *storm(cluster, clean_of, rounds=rounds, steps=250, seed=12))
+
+
+def told(case: suites.Case, found: Outcome, link: Passed) -> None:
+    """What was counted, for the result."""
     assert found.counts["repeated"], "no message was ever sent twice: this storm proves nothing"
     case.count(
         steps=found.counts["Backward"],

@@ -104,6 +104,7 @@ def storm(
     made.play()
     assert played.adapters() == adapters
     assert league.leftovers(cluster.folder) == []
+    assert all((p / "checkpoint.json").is_file() for p in played.checkpoints.iterdir())
     assert psutil.Process(cluster.nursery.process.pid).children(recursive=True) == []
     return made
 
@@ -112,7 +113,7 @@ def test_three_kills_change_nothing(
     cluster: Cluster, clean_of: Callable[[int], tuple[Digests, Digests]]
 ) -> None:
     """The server and two clients, wherever they are."""
-    assert len(storm(cluster, clean_of, seed=4, kills=3).killed) == 3
+    assert len(storm(cluster, clean_of, seed=5, kills=3).killed) == 3
 
 
 def test_damaged_checkpoints_are_passed_over(
