@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from flexp.plan.devices import format_bytes
@@ -17,7 +20,8 @@ from flexp.plan.devices import format_bytes
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 SECURITY = HERE.parent / "SECURITY.md"
-PAGES = (README, SECURITY, HERE.parent / "docs" / "explanation" / "network.md")
+EXPLANATION = HERE.parent / "docs" / "explanation"
+PAGES = (README, SECURITY, EXPLANATION / "network.md", EXPLANATION / "reliability.md")
 NAMES = ("quick", "spam", "shakespeare")
 PICKS = ("fastest", "median")
 
@@ -188,6 +192,64 @@ def fuzzed() -> str:
     return "\n".join(lines) + "\n"
 
 
+def matrix() -> str:
+    """What can go wrong, what happens then, and how its proof went in the last long run."""
+    ran: dict[str, list[str]] = {}
+    for case in (case for suite in _suites() for case in suite["cases"]):
+        name = case["case"].partition("[")[0].removeprefix("tests/")
+        ran.setdefault(name, []).append(case["outcome"])
+    lines = [
+        "| fault | what happens | what is guaranteed | tests | in the long suites |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for fault in catalogue().Fault:
+        case = fault.value
+        told = [outcome for proof in case.proof for outcome in ran.get(proof, ())]
+        here = sum(proof not in ran for proof in case.proof)
+        long = f"{told.count('passed')} of {len(told)} passed" if told else "–"
+        head = f"**{fault.name}** {case.what}"
+        cells = [head, case.happens, case.guaranteed, str(here or "–"), long]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def suites() -> str:
+    """When the long suites ran last, and what they counted."""
+    lines = [
+        "| suite | date | commit | load | cases | counted |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for found in _suites():
+        sums: dict[str, int] = {}
+        for case in found["cases"]:
+            for name in ("kills", "steps", "repeated", "packets", "connections", "equal"):
+                if isinstance(case.get(name), int):
+                    sums[name] = sums.get(name, 0) + case[name]
+        counted = ", ".join(f"{count:,} {name}" for name, count in sums.items())
+        commit = found["commit"][:10] + (" with changes" if found["changed"] else "")
+        passed = f"{found['passed']} passed, {found['failed']} failed"
+        cells = [found["suite"], found["date"][:10], f"`{commit}`", f"{found['load'][0]:.1f}"]
+        lines.append(f"| {' | '.join([*cells, passed, counted])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _suites() -> list[dict[str, Any]]:
+    names = ("suite-faults.json", "suite-soak.json")
+    return [json.loads((HERE / "results" / name).read_text("utf-8")) for name in names]
+
+
+def catalogue() -> ModuleType:
+    """The faults that tests know."""
+    path = HERE.parent / "tests" / "faults" / "catalogue.py"
+    spec = importlib.util.spec_from_file_location("catalogue", path)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made  # where dataclasses look for their module
+    spec.loader.exec_module(made)
+    return made
+
+
 def _sent(found: dict[str, Any], method: str, what: str) -> str:
     """What clients sent in a run, the mean over seeds."""
     sizes = [row[what] for row in found["costs"] if row["method"] == method]
@@ -201,7 +263,8 @@ def _shown(value: float, accuracy: bool) -> str:
 def rendered(text: str) -> str:
     """A page with its tables made anew."""
     made = {**{name: table(name) for name in NAMES}, "verdicts": verdicts(), "splits": fleets()}
-    for name, lines in (made | between_processes() | {"fuzz": fuzzed()}).items():
+    made |= between_processes() | {"fuzz": fuzzed(), "faults": matrix(), "suites": suites()}
+    for name, lines in made.items():
         if f"<!-- {name}:begin -->" not in text:
             continue
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
