@@ -44,6 +44,7 @@ def recipe(folder: Path, *, rounds: int, steps: int, name: str = "light", **more
         "model": {"source": str(write_model(folder / "model"))},
         "adapter": {"rank": 2, "alpha": 4.0, "dropout": 0.1},
         "train": {"steps": steps, "batch": 4, "lr": 0.01},
+        "strategy": {"name": "flexp", "trunk": "pulled"},  # so that tenancies last, too
         "plan": {"cuts": CUTS, "server": {"memory": "1GB"}},
         "out": str(folder / "served"),
         **more,
