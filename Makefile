@@ -52,10 +52,12 @@ test-families: $(STAMP)  ## Split against whole, for every model family and ever
 	$(PYTEST) --timeout 1800 -m families --result tests/families.json
 
 faults: $(STAMP)  ## Kills and broken connections by the hundred (up to 40 minutes)
-	$(TESTENV) $(BIN)/python -m pytest -q --timeout 1800 -m faults --suite faults
+	$(PYTEST) --timeout 1800 -m faults --suite faults
+	$(BIN)/python benchmarks/tables.py --write
 
 soak: $(STAMP)  ## Clients that come and go for a long time: make soak FOR=20m
 	$(TESTENV) $(BIN)/python -m pytest -q --timeout 0 -m soak --suite soak --for $(FOR)
+	$(BIN)/python benchmarks/tables.py --write
 
 check: $(STAMP)  ## Format, lint, types, layers, dependencies, spelling, then `make test`
 	$(BIN)/ruff format --check .

@@ -174,7 +174,7 @@ class Jots(FedAvg):
 
 
 class Tells(FedAvg):
-    """Facts that no encoding takes."""
+    """Facts that no server takes."""
 
     def train(self, desk: Desk, offer: Parcel) -> Parcel:
         return desk.reply("personal", facts={**desk.fit(), "best": float("nan")})
@@ -242,7 +242,7 @@ BROKEN: list[tuple[type[FedAvg], str, str]] = [
     (Relays, laws.ORDER, "ends with other"),
     (Collects, laws.DATA, "holds a set"),
     (Jots, laws.DATA, "facts.shard"),
-    (Tells, laws.DATA, "facts.best is nan"),
+    (Tells, laws.TURNS, "facts"),
     (Remembers, laws.DATA, "ends with other"),
     (Keeps, laws.OWN, "not own, but clients differ"),
     (Claims, laws.OWN, "own, but clients have the same"),

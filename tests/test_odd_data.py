@@ -165,7 +165,7 @@ def test_a_model_that_diverges_is_stopped_with_a_typed_error(
     wild = {"train__optimizer": "sgd", "train__lr": 1e38, "train__steps": 4}
     code, out, err = flexp("run", str(recipe_of(rounds=2, **wild)), "--json")
     assert (code, out) == (2, "")
-    assert "A hidden state with NaN or infinity was refused." in err
+    assert " has NaN or infinity. It was refused" in err
     for line in (recipe_of().parent / "runs" / "mine" / "events.jsonl").read_text().splitlines():
         strict(line)
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -425,3 +426,14 @@ def test_digest_sees_names_dtypes_shapes_and_values_only() -> None:
     assert len({digest(t) for t in [base, *others]}) == 1 + len(others)
     columns = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
     assert digest({"b": base["b"], "a": columns[:, 0]}) == digest(base)
+
+
+def test_reading_a_small_parcel_takes_little_memory(tmp_path: Path) -> None:
+    """The limit is far above what a small device has."""
+    save(tmp_path / "one.parcel", Parcel(tensors={"w": torch.ones(1000)}))
+    tracemalloc.start()
+    try:
+        load(tmp_path / "one.parcel")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

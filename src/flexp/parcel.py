@@ -110,7 +110,7 @@ def load(path: str | Path, *, limit: int = safe.MAX_BYTES) -> Parcel:
                 raise ParcelError(f"{size} bytes are more than the limit of {limit}.")
             headers.length(file.read(8), size, headers.PARCEL)  # before the rest is read
             file.seek(0)
-            return decode(file.read(limit + 1), limit=limit)
+            return decode(file.read(size), limit=limit)  # room is made for what is asked for
     except OSError as error:
         raise ParcelError(f'"{path}" cannot be read: {error.strerror}. Check the path.') from error
     except ParcelError as error:

@@ -310,7 +310,7 @@ class Fault(Enum):
         "one row, one class, a batch larger than the data",
         "trains, or is refused with what to do",
         "metrics that cannot be measured are null",
-        ("test_odd_data.py::test_a_batch_larger_than_all_rows_trains",),
+        ("test_odd_data.py::test_a_batch_larger_than_the_data_is_all_of_it",),
     )
     F41 = Case(
         "hostile data files",

@@ -30,13 +30,10 @@ PLAN: Mapping[str, Any] = {
 # One of each kind is tried with every change.
 ALWAYS = {
     "a message was carried out",
-    "a turn counts",
     "replies were merged",
     "a checkpoint has no name yet",
-    "adapters were handed over",
     "a backward came back",
     "memory has its name",
-    "it leaves a turn",
 }
 
 

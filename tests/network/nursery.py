@@ -18,8 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from crash import Point, arm
-
 
 def program() -> None:
     """A command, as the shell runs it."""
@@ -53,6 +51,8 @@ def child(request: dict[str, Any], main: Callable[[], None]) -> int:
         limit = request["address_space"]
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if request.get("crash"):
+        from network.crash import Point, arm
+
         arm(Point(**request["crash"]))
     if request.get("netns"):
         enter(request["netns"])
@@ -134,6 +134,7 @@ def warm() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+    here = Path(__file__).resolve()
+    sys.path[:0] = [str(here.parents[1]), str(here.parents[2] / "src")]
     warm()
     serve()
