@@ -68,7 +68,9 @@ def play(cluster: Cluster, recipe: Path, mine: Path, victim: str, point: Point |
     """A run in which the victim dies once, at the point, and is started again."""
 
     def serve(crash: Point | None = None) -> Program:
-        return cluster.serve(recipe, "--clients", ",".join(CLIENTS), crash=crash)
+        last = point is CLIENT["it hears of the end"]  # who comes back then finds nobody else
+        stay = ("--stay", "20") if last else ()
+        return cluster.serve(recipe, "--clients", ",".join(CLIENTS), *stay, crash=crash)
 
     def join(client: str, crash: Point | None = None) -> Program:
         return cluster.join(client, mine / f"{client}.jsonl", crash=crash)

@@ -45,8 +45,10 @@ def team(nest: Nursery, tmp_path: Path) -> Iterator[Cluster]:
 
 @pytest.fixture
 def endless(recipe_of: Recipe, tmp_path: Path) -> Path:
-    """A recipe whose first round does not end while a test lasts."""
-    changes = {"plan__cut": None, "plan__cuts": CUTS, "train__steps": 1_000_000}
+    """A recipe whose first round does not end while a test lasts, and in which nobody has all
+    blocks: who has them says nothing within a turn, and hears of nothing."""
+    cuts = {**CUTS, CLIENTS[2]: [1, 2]}
+    changes = {"plan__cut": None, "plan__cuts": cuts, "train__steps": 1_000_000}
     return recipe_of(out=str(tmp_path / "served"), **changes)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from queue import SimpleQueue
 
 import pytest
 import torch
 
-from flexp.errors import LinkError
+from flexp.errors import FlexpError, LinkError
 from flexp.link.control import Data, Echo, Hello, Noted, Order, Problem, Welcome
 from flexp.link.dial import GrpcLink, TurnLost
 from flexp.link.frame import Body
@@ -127,3 +128,46 @@ def test_nobody_there_for_longer_than_its_patience() -> None:
     with pytest.raises(LinkError, match="cannot be reached"):
         link.next(20)
     link.close()
+
+
+class Taken(SimpleQueue[Body | FlexpError]):
+    """A queue of which somebody else always takes the last thing, between a look and a grasp."""
+
+    def empty(self) -> bool:
+        return False
+
+
+def test_what_was_told_may_be_read_while_a_server_begins_anew() -> None:
+    """The thread that dials waits for nothing that another thread may have taken."""
+    desk = Desk("one")
+    server = listen(desk)
+    link = GrpcLink(f"127.0.0.1:{server.port}", hello)
+    assert isinstance(link.next(20), Welcome)
+    link.told = Taken()
+    desk.calls[-1].close()
+    assert isinstance(link.next(20), Welcome)
+    assert link.ask(Echo(b"", 1)) == Data(b"\0")
+    link.close()
+    server.stop()
+
+
+def test_reading_an_old_welcome_is_not_reading_the_new_one() -> None:
+    """Whoever goes on from the first one hears at its next question that there is another."""
+    desk = Desk("one")
+    server = listen(desk)
+    link = GrpcLink(f"127.0.0.1:{server.port}", hello)
+    old = link.next(20)
+    desk.calls[-1].close()
+    while not link.told.qsize():
+        pass
+    new = link.told.get()
+    for welcome in (old, new):
+        assert welcome is not None
+        link.told.put(welcome)
+    assert link.next(20) is old
+    with pytest.raises(TurnLost):
+        link.ask(Echo(b"", 1))
+    assert link.next(20) is new
+    assert link.ask(Echo(b"", 1)) == Data(b"\0")
+    link.close()
+    server.stop()

@@ -7,6 +7,7 @@ program itself, in a session of its own, with its own log; no gRPC object exists
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import importlib
 import json
 import os
@@ -56,6 +57,7 @@ def child(request: dict[str, Any], main: Callable[[], None]) -> int:
         arm(Point(**request["crash"]))
     if request.get("netns"):
         enter(request["netns"])
+    faulthandler.register(signal.SIGUSR1)  # says in the log where each thread is
     sys.argv = ["flexp", *request["argv"]]
     try:
         main()

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, cast
 
@@ -76,7 +77,7 @@ class GrpcLink:
         self._out: Outbox | None = None
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._dead: FlexpError | None = None
-        self._stale = False  # whether there is a welcome that nobody has read yet
+        self._unread: Welcome | None = None  # of a server that begins anew, and nobody knows yet
         self._thread = threading.Thread(target=self._keep_dialling, daemon=True)
         self._thread.start()
 
@@ -101,7 +102,7 @@ class GrpcLink:
         with self._lock:
             if self._dead is not None:
                 raise self._dead
-            if self._stale:
+            if self._unread is not None:
                 raise TurnLost(ANEW)
             self._number += 1
             data = frame.encode(self._number, body, self.wire)
@@ -118,8 +119,9 @@ class GrpcLink:
             return None
         if isinstance(found, FlexpError):
             raise found
-        if isinstance(found, Welcome):
-            self._stale = False
+        with self._lock:
+            if found is self._unread:
+                self._unread = None
         return found
 
     def close(self) -> None:
@@ -222,22 +224,23 @@ class GrpcLink:
         """Goes on where the last stream broke off, or from the beginning."""
         if not welcome.resumed:
             self._server, self._order = welcome.server, 0
-            self._lose()
-            while not self.told.empty():  # what the server before has told
-                self.told.get()
+            self._lose(welcome)
+            with suppress(Empty):
+                while True:  # what the server before has told; somebody else may take it, too
+                    self.told.get_nowait()
             self.told.put(welcome)
         with self._lock:
             for data, _ in self._asked.values():
                 out.put(data)
             self._out = out
 
-    def _lose(self) -> None:
+    def _lose(self, welcome: Welcome) -> None:
         """Whoever waits for an answer of a turn that is over hears of it.
 
         So does who asks anything more of it, until it has read the new welcome.
         """
         with self._lock:
-            asked, self._asked, self._stale = self._asked, {}, True
+            asked, self._asked, self._unread = self._asked, {}, welcome
         for _, future in asked.values():
             future.set_exception(TurnLost(ANEW))
 
