@@ -6,17 +6,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from network.cluster import CLIENTS, Cluster, alone, same
 from network.conftest import cluster, nursery
 from network.test_faults import ended
 
-from flexp import commands
+from flexp import assets, commands, recipe_file
+from flexp.audit import AuditLog
 from flexp.errors import FlexpError
 
 Recipe = Callable[..., Path]
+Flexp = Callable[..., tuple[int, str, str]]
 __all__ = ["cluster", "nursery"]
 
 
@@ -54,23 +55,26 @@ def test_a_copy_of_a_servers_folder_goes_on_as_the_folder_itself(
 
 
 @pytest.mark.parametrize("hurt", ["checkpoint", "audit"])
-def test_what_was_changed_is_named(
-    cluster: Cluster, recipe_of: Recipe, mine: Path, hurt: str
-) -> None:
-    _, out = served(cluster, recipe_of, mine)
-    folder = out / "mine"
-    newest = max((folder / "checkpoint").glob("[0-9]*"))
+def test_what_was_changed_is_named(flexp: Flexp, recipe_of: Recipe, hurt: str) -> None:
+    """One bit of either; the command ends with 1."""
+    recipe = recipe_file.read(recipe_of(rounds=2))
+    commands.run(recipe, assets.Cache(Path(recipe.out) / "none"), [])
+    folder = Path(recipe.out) / recipe.name
+    log = AuditLog(folder / "audit.jsonl", lambda: 1.0)
+    log.append("note", who="anna", text="anna is here")
+    log.close()
+    newest = folder / "checkpoint" / "000002"
     file = newest / "state.parcel" if hurt == "checkpoint" else folder / "audit.jsonl"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
-    program = cluster.start("verify", "verify", str(folder))
-    assert program.wait() == 1
-    found: dict[str, Any] = commands.verify(folder)
+    code, out, _ = flexp("verify", str(folder))
+    assert code == 1
+    found = commands.verify(folder)
     (where,) = found["problems"]
     assert Path(where) == (newest if hurt == "checkpoint" else file)
-    flat = "".join(program.text().split())
-    assert "".join(where.split()) in flat
+    assert found["rounds"] == ([1] if hurt == "checkpoint" else [2, 1])
+    assert "".join(where.split()) in "".join(out.split())
 
 
 def test_a_folder_without_anything_is_not_verified(tmp_path: Path) -> None:

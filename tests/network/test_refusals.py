@@ -432,7 +432,9 @@ def test_of_two_processes_with_one_name_the_newest_counts(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
     """Before the beginning and in the run; each time the old one ends, and nothing counts twice."""
-    recipe = recipe_of(out=str(tmp_path / "served"), rounds=6, adapter__dropout=0.1)
+    recipe = recipe_of(
+        out=str(tmp_path / "served"), rounds=6, adapter__dropout=0.1, train__steps=80
+    )
     server = cluster.serve(recipe, "--clients", ",".join(CLIENTS))
     text = 'Another process has joined as "anna", and the newest counts'
     first = cluster.join("anna", mine / "anna.jsonl", log="first")
