@@ -13,13 +13,15 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from network.crash import Point
 from safetensors.torch import load_file
 
 from flexp import assets, commands, recipe_file
+
+if TYPE_CHECKING:  # the benchmark has this folder on its path, and is called network itself
+    from network.crash import Point
 
 Recipe = Callable[..., Path]
 CLIENTS = ("anna", "ben", "carl dee")

@@ -21,6 +21,7 @@ from flexp.events import Sink, Stream
 from flexp.holding import hold
 from flexp.identity.authority import Authority
 from flexp.identity.credentials import Credentials
+from flexp.link.control import End
 from flexp.link.grpc import Keepalive, split_address
 from flexp.link.listen import Listener
 from flexp.parcel import write_atomic
@@ -133,8 +134,10 @@ def _play(
     waiting = stage.engine.trunk.pending
     memory = (roster.server or floor.measured())["memory"]
     waiting.budget, waiting.patience = memory // 2, GRAPHS
-    reception.open(stage)
     if done := _finished(out, stage):
+        reception.over = End(stage.recipe.rounds)  # nobody is told meanwhile that it goes on
+    reception.open(stage)
+    if done:
         Epilogue(reception, stage, done, say).play(asked.stay)
         stage.engine.close()
         return json.loads((out / "result.json").read_text("utf-8"))
