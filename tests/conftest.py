@@ -24,7 +24,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["fixtures_assets", "fixtures_command", "fixtures_models", "suites"]
+pytest_plugins = [
+    "fixtures_assets",
+    "fixtures_clock",
+    "fixtures_command",
+    "fixtures_models",
+    "suites",
+]
 
 # A slow or busy machine is no failure; a run of continuous integration repeats exactly.
 settings.register_profile(

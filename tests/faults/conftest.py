@@ -14,21 +14,18 @@ __all__ = ["nursery"]
 
 @pytest.fixture(scope="session")
 def light() -> Iterator[Nursery]:
-    made = Nursery(Path(__file__).with_name("light.py"))
-    yield made
-    made.close()
+    with Nursery(Path(__file__).with_name("light.py")) as made:
+        yield made
 
 
 @pytest.fixture
 def cluster(light: Nursery, tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(light, tmp_path)
-    yield made
-    made.reap()
+    with Cluster(light, tmp_path) as made:
+        yield made
 
 
 @pytest.fixture
 def whole(nursery: Nursery, tmp_path: Path) -> Iterator[Cluster]:
     """A cluster of the program as people install it."""
-    made = Cluster(nursery, tmp_path)
-    yield made
-    made.reap()
+    with Cluster(nursery, tmp_path) as made:
+        yield made

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import psutil
 import pytest
 from network import wire
-from network.cluster import CLIENTS, CUTS, Cluster, Nursery, Program, Recipe, alone, same, until
+from network.cluster import CLIENTS, CUTS, Cluster, Program, Recipe, alone, same, until
 from network.proxy import Proxy
 from network.test_refusals import issued
 from network.wire import Cable
@@ -27,20 +27,6 @@ pytestmark = pytest.mark.faults
 TIMES = 5
 NOTICED, HEALED = 3.0, 2.0  # seconds
 PATIENCE = 60.0
-
-
-@pytest.fixture(scope="module")
-def nest() -> Iterator[Nursery]:
-    made = Nursery()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def team(nest: Nursery, tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(nest, tmp_path)
-    yield made
-    made.reap()
 
 
 @pytest.fixture
@@ -105,44 +91,44 @@ def judge(found: tuple[float, float, float]) -> None:
     assert found[2] < 3 * HEALED
 
 
-def join(team: Cluster, client: str, mine: Path, at: str = "", **how: str) -> Program:
-    return team.join(client, mine / f"{client}.jsonl", at=at, **how)
+def join(whole: Cluster, client: str, mine: Path, at: str = "", **how: str) -> Program:
+    return whole.join(client, mine / f"{client}.jsonl", at=at, **how)
 
 
 @pytest.mark.parametrize("way", ["both", "up", "down"])
-def test_a_black_hole(team: Cluster, endless: Path, mine: Path, way: str) -> None:
+def test_a_black_hole(whole: Cluster, endless: Path, mine: Path, way: str) -> None:
     """In the middle of a round: nothing passes, or nothing one way."""
-    server = team.serve(endless, "--clients", ",".join(CLIENTS[:2]))
-    join(team, CLIENTS[1], mine)
-    with Proxy(("127.0.0.1", team.port)) as proxy:
-        client = join(team, CLIENTS[0], mine, at=f"127.0.0.1:{proxy.port}")
+    server = whole.serve(endless, "--clients", ",".join(CLIENTS[:2]))
+    join(whole, CLIENTS[1], mine)
+    with Proxy(("127.0.0.1", whole.port)) as proxy:
+        client = join(whole, CLIENTS[0], mine, at=f"127.0.0.1:{proxy.port}")
         at_work(server, proxy)
         dark = proxy.cut if way == "both" else (lambda: proxy.drop("up" if way == "up" else "down"))
         judge(outages(server, client, CLIENTS[0], dark, proxy.heal))
 
 
 def test_a_cable_that_is_pulled(
-    team: Cluster, endless: Path, mine: Path, recipe_of: Recipe, tmp_path: Path
+    whole: Cluster, endless: Path, mine: Path, recipe_of: Recipe, tmp_path: Path
 ) -> None:
     """A partition between two kernels, over TLS."""
     if why := wire.missing():
         pytest.skip(why)
     with Cable() as cable:
-        team.with_tls(wire.HERE)
-        assert team.ca is not None
+        whole.with_tls(wire.HERE)
+        assert whole.ca is not None
         for client in CLIENTS[:2]:
-            identity.store(team.identity(client), issued(Authority.open(team.ca), client))
-        server = team.serve(endless, "--clients", ",".join(CLIENTS[:2]), host=wire.HERE)
-        where = f"{wire.HERE}:{team.port}"
-        join(team, CLIENTS[1], mine, at=where)
-        client = join(team, CLIENTS[0], mine, at=where, netns=cable.name)
+            identity.store(whole.identity(client), issued(Authority.open(whole.ca), client))
+        server = whole.serve(endless, "--clients", ",".join(CLIENTS[:2]), host=wire.HERE)
+        where = f"{wire.HERE}:{whole.port}"
+        join(whole, CLIENTS[1], mine, at=where)
+        client = join(whole, CLIENTS[0], mine, at=where, netns=cable.name)
         server.wait_for(f"{CLIENTS[0]} on")
         time.sleep(2)
         judge(outages(server, client, CLIENTS[0], cable.pull, cable.plug))
 
 
 def test_a_cable_that_is_pulled_changes_nothing_of_what_is_learned(
-    team: Cluster, mine: Path, recipe_of: Recipe, tmp_path: Path
+    whole: Cluster, mine: Path, recipe_of: Recipe, tmp_path: Path
 ) -> None:
     """Long and short partitions in the middle of rounds, at moments that are not chosen."""
     if why := wire.missing():
@@ -150,14 +136,14 @@ def test_a_cable_that_is_pulled_changes_nothing_of_what_is_learned(
     changes = {"plan__cut": None, "plan__cuts": CUTS, "adapter__dropout": 0.1}
     recipe = recipe_of(out=str(tmp_path / "served"), train__steps=150, **changes)
     with Cable() as cable:
-        team.with_tls(wire.HERE)
-        assert team.ca is not None
+        whole.with_tls(wire.HERE)
+        assert whole.ca is not None
         for client in CLIENTS:
-            identity.store(team.identity(client), issued(Authority.open(team.ca), client))
-        server = team.serve(recipe, "--clients", ",".join(CLIENTS), host=wire.HERE)
-        where = f"{wire.HERE}:{team.port}"
-        joined = [join(team, c, mine, at=where) for c in CLIENTS[:2]]
-        joined.append(join(team, CLIENTS[2], mine, at=where, netns=cable.name))
+            identity.store(whole.identity(client), issued(Authority.open(whole.ca), client))
+        server = whole.serve(recipe, "--clients", ",".join(CLIENTS), host=wire.HERE)
+        where = f"{wire.HERE}:{whole.port}"
+        joined = [join(whole, c, mine, at=where) for c in CLIENTS[:2]]
+        joined.append(join(whole, CLIENTS[2], mine, at=where, netns=cable.name))
         server.wait_for(f"{CLIENTS[0]} on")
         for seconds in (0.3, 5.0, 1.0):
             cable.pull()
@@ -166,20 +152,20 @@ def test_a_cable_that_is_pulled_changes_nothing_of_what_is_learned(
             time.sleep(1.0)
         for program in (*joined, server):
             assert program.wait(300) == 0, program.text()
-    same(team, alone(recipe, tmp_path / "alone"))
+    same(whole, alone(recipe, tmp_path / "alone"))
 
 
 def test_the_others_keep_their_pace_while_one_is_dark(
-    team: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+    whole: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
     """A B A B, by the bytes that two healthy clients send."""
     endless = recipe_of(out=str(tmp_path / "served"), train__steps=1_000_000)
-    server = team.serve(endless, "--clients", ",".join(CLIENTS))
-    target = ("127.0.0.1", team.port)
+    server = whole.serve(endless, "--clients", ",".join(CLIENTS))
+    target = ("127.0.0.1", whole.port)
     with Proxy(target) as one, Proxy(target) as two, Proxy(target) as ill:
         links = (one, two, ill)
         for client, link in zip(CLIENTS, links, strict=True):
-            join(team, client, mine, at=f"127.0.0.1:{link.port}")
+            join(whole, client, mine, at=f"127.0.0.1:{link.port}")
         for link in links:
             at_work(server, link)
         rates: dict[str, list[float]] = {"A": [], "B": []}
@@ -204,17 +190,17 @@ def test_the_others_keep_their_pace_while_one_is_dark(
 
 
 def test_a_server_that_is_killed_twenty_times_has_everybody_back(
-    team: Cluster, endless: Path, mine: Path
+    whole: Cluster, endless: Path, mine: Path
 ) -> None:
-    server = team.serve(endless, "--clients", ",".join(CLIENTS))
-    joined = [join(team, c, mine) for c in CLIENTS]
+    server = whole.serve(endless, "--clients", ",".join(CLIENTS))
+    joined = [join(whole, c, mine) for c in CLIENTS]
     server.wait_for(f"{CLIENTS[2]} on")
     took: list[float] = []
     threads: list[int] = []
     for n in range(20):
         before = [count(server, f"{c} is (here|back)") for c in CLIENTS]
         server.kill()
-        server = team.serve(endless)
+        server = whole.serve(endless)
         begin = time.monotonic()
 
         def all_back(server: Program = server, before: list[int] = before) -> bool:

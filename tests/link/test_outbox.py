@@ -5,23 +5,12 @@ from __future__ import annotations
 import threading
 
 import pytest
+from fixtures_clock import Clock
 
 from flexp.link.frame import CHUNK, Joiner
 from flexp.link.outbox import Outbox
 
 SECONDS = 20.0
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

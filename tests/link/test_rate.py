@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
+from fixtures_clock import Clock
 
 from flexp.link.rate import PEERS, Buckets, Rate
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 def test_so_many_at_once_and_then_so_many_per_second(clock: Clock) -> None:

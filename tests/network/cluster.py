@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors.torch import load_file
@@ -63,6 +63,12 @@ class Nursery:
         self.process.stdin.close()
         self.process.wait(timeout=20)
         self.process.stdout.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass
@@ -229,6 +235,12 @@ class Cluster:
         for program in self.programs:
             if not program.over():
                 program.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reap()
 
 
 def alone(recipe: Path, out: Path) -> Path:

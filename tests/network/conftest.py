@@ -11,13 +11,11 @@ from network.cluster import Cluster, Nursery
 
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
-    made = Nursery()
-    yield made
-    made.close()
+    with Nursery() as made:
+        yield made
 
 
 @pytest.fixture
 def cluster(nursery: Nursery, tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(nursery, tmp_path)
-    yield made
-    made.reap()
+    with Cluster(nursery, tmp_path) as made:
+        yield made

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from fixtures_clock import Clock
 from msgspec import structs
 from network.cluster import CLIENTS, Cluster, Recipe, until
 from network.fake import Fake
@@ -28,18 +29,6 @@ from flexp.serving.sieve import Sieve
 from flexp.serving.watch import LOW, Watch
 
 FAR = Seat(Cut(1, 1))
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from math import nan
 
 import pytest
 import torch
+from fixtures_clock import Clock
 from server.test_trunk import DOUBLE, U, V, Wire, served
 from torch import Tensor
 from toys import same
@@ -22,18 +23,6 @@ from flexp.model.ops import Grad, SlotSpec
 from flexp.server.pending import Waiting
 from flexp.server.trunk import Trunk
 from flexp.tensors import Tensors, Term
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
