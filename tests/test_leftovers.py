@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,22 +13,25 @@ from flexp.client.store import StoredMemory
 from flexp.holding import hold
 from flexp.joining.folder import take
 
-DIES = """
+DIE = """
 import os, signal, sys
 from pathlib import Path
 from flexp.parcel import write_atomic
 Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-write_atomic(sys.argv[1], b"new")
+for path in sys.argv[1:]:
+    if os.fork() == 0:
+        write_atomic(path, b"new")
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL
 """
 
 
-def killed_while_writing(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"old")
-    done = subprocess.run([sys.executable, "-c", DIES, str(path)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in path.parent.iterdir()] != [path.name]
+def killed_while_writing(paths: list[Path]) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"old")
+    subprocess.run([sys.executable, "-c", DIE, *map(str, paths)], check=True)
+    assert all(path.read_bytes() == b"old" for path in paths)
+    assert all(any(path.parent.glob(f".{path.name}.*.tmp")) for path in paths)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
@@ -37,8 +39,7 @@ def test_every_folder_is_swept_by_its_owner(tmp_path: Path) -> None:
     device, out = tmp_path / "device", tmp_path / "out"
     files = [device / "accepted", device / "model" / "config.json", out / "roster.json"]
     files += [device / "adapter" / "flexp.json", device / "memory" / "000001.parcel"]
-    for path in files:
-        killed_while_writing(path)
+    killed_while_writing(files)
     take(device, "anna")
     StoredMemory(device / "memory")
     with hold(out, resume=True):

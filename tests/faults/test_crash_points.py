@@ -30,9 +30,7 @@ PLAN: Mapping[str, Any] = {
 # One of each kind is tried with every change.
 ALWAYS = {
     "a message was carried out",
-    "replies were merged",
     "a checkpoint has no name yet",
-    "a backward came back",
     "memory has its name",
 }
 

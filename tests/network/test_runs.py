@@ -60,6 +60,7 @@ def play(cluster: Cluster, recipe: Path, mine: Path, *argv: str) -> None:
         pytest.param(
             {"strategy": {"name": "fedavg"}, "link": {"ahead": True, "window": 2}},
             id="ahead, two parts at once",
+            marks=pytest.mark.slow,
         ),
     ],
 )
