@@ -2,10 +2,10 @@
 
     make bench-network
 
-Real `flexp serve` and `flexp join` processes on this machine, links emulated by a proxy in a
-process of its own (tests/network/proxy.py). What is compared runs in turn (A B A B), the first
-round of every run is left out, and medians are taken over the rest; "fastest" is the turn or round
-that other work on the machine disturbed least. Writes results/network.json;
+Real `flexp serve` and `flexp join` processes on this machine (started by stopwatch.py), links
+emulated by a proxy in a process of its own (tests/network/proxy.py). What is compared runs in turn
+(A B A B), the first round of every run is left out, and medians are taken over the rest; "fastest"
+is the turn or round that other work on the machine disturbed least. Writes results/network.json;
 tables.py renders the tables of docs/explanation/network.md from it.
 """
 
@@ -42,7 +42,6 @@ from flexp.events import Event, Merged, RoundStarted, Stream, TurnEnded, read_ti
 from flexp.identity import credentials  # noqa: E402
 from flexp.identity.authority import Authority  # noqa: E402
 from flexp.identity.credentials import Credentials  # noqa: E402
-from flexp.link.messages import Answer, Link, Message  # noqa: E402
 from flexp.link.wire import Wire  # noqa: E402
 from flexp.plan.clock import Load, Work, run_seconds, seconds_of  # noqa: E402
 from flexp.plan.devices import Device  # noqa: E402
@@ -124,7 +123,6 @@ ONE = {"anna": (2, 1)}
 MINILM = Case("minilm", 8, 32, ONE, 8, 6)
 SMOLLM = Case("smollm2-135m", 2, 32, {"anna": (2, 2)}, 3, 5, "causal-lm")
 ONES = MINILM, SMOLLM
-# Two clients and a server that all compute at once do not fit on two cores: the first fleet is one.
 FLEETS: dict[str, tuple[Case, dict[str, Road]]] = {
     "one on a local network": (Case("minilm", 8, 32, {"anna": (2, 1)}, 6, 4), {"anna": LAN}),
     "two on a local network": (
@@ -154,6 +152,12 @@ class Turn:
     sent: int
     received: int
     messages: int
+    far: float = 0.0  # of the seconds, those in which a server computed
+
+    @property
+    def near(self) -> float:
+        """All other seconds: the client's own, and what crossing takes."""
+        return self.seconds - self.far
 
 
 @dataclass(frozen=True)
@@ -169,8 +173,12 @@ class Run:
         return statistics.median(getattr(t, what) for t in self.turns if t.client == client)
 
 
-def timed(events: Path, wire: Mapping[str, tuple[int, int]] | None = None) -> Run:
-    """What a log says of the rounds after the first."""
+def timed(
+    events: Path,
+    wire: Mapping[str, tuple[int, int]] = {},
+    far: Mapping[str, Mapping[str, float]] = {},
+) -> Run:
+    """What a log says of the rounds after the first; ``far`` are a server's seconds of each."""
     turns, rounds, begun = list[Turn](), list[float](), 0.0
     for at, event in read_timed(events):
         if isinstance(event, RoundStarted):
@@ -178,10 +186,11 @@ def timed(events: Path, wire: Mapping[str, tuple[int, int]] | None = None) -> Ru
         if isinstance(event, TurnEnded) and event.round:
             count = int(str(event.measured["messages"]))
             sizes = event.sent_bytes, event.received_bytes
-            turns.append(Turn(event.client, event.round, event.seconds, *sizes, count))
+            there = far.get(event.client, {}).get(str(event.round), 0.0)
+            turns.append(Turn(event.client, event.round, event.seconds, *sizes, count, there))
         if isinstance(event, Merged) and event.round:
             rounds.append(at - begun)
-    return Run(turns, rounds, dict(wire or {}))
+    return Run(turns, rounds, dict(wire))
 
 
 @dataclass
@@ -210,55 +219,66 @@ class Bench:
 
     def served(self, case: Case, *, tls: bool, roads: Mapping[str, Road | None] = {}) -> Run:
         """`flexp serve` and a `flexp join` for each client; ``roads`` go through proxies."""
+        with ExitStack() as held:
+            return self._started(held, case, tls, roads)()
+
+    def apart(self, case: Case) -> Run:
+        """Every client with a server of its own and no road, all at a time: nobody waits."""
+        alone = [
+            replace(case, cuts={c: cut}, link={"wire": case.link.get("wires", {}).get(c, "fp32")})
+            for c, cut in case.cuts.items()
+        ]
+        with ExitStack() as held:
+            runs = [wait() for wait in [self._started(held, each, True, {}) for each in alone]]
+        return Run([t for run in runs for t in run.turns], [], {})
+
+    def _started(
+        self, held: ExitStack, case: Case, tls: bool, roads: Mapping[str, Road | None]
+    ) -> Callable[[], Run]:
         here = self.place()
         cluster, clients = Cluster(self.nursery, here), list(case.cuts)
+        held.callback(cluster.reap)
         identities = identify(here, clients) if tls else {}
-        try:
-            proof = ("--identity", str(identities[""])) if tls else ()
-            recipe = case.recipe(here)
-            server = cluster.serve(recipe, "--clients", ",".join(clients), *proof)
-            programs, passed = [server], dict[str, tuple[int, int]]()
-            with ExitStack() as proxies:
-                for client in clients:
-                    at = cluster.port
-                    if client in roads:
-                        at = proxies.enter_context(proxy(at, roads[client], passed, client))
-                    who = ("--identity", str(identities[client])) if tls else ("--name", client)
-                    programs.append(
-                        cluster.join(
-                            client,
-                            here / "mine" / f"{client}.jsonl",
-                            *("--model", case.model),
-                            *who,
-                            at=f"127.0.0.1:{at}",
-                        )
-                    )
-                for program in programs:
-                    if program.wait(300):
-                        raise RuntimeError(program.text())
-            return timed(here / "runs" / "bench" / "events.jsonl", passed)
-        finally:
-            cluster.reap()
+        proof = ("--identity", str(identities[""])) if tls else ()
+        recipe, spent = case.recipe(here), here / "spent.json"
+        asked = ("--clients", ",".join(clients), *proof)
+        server = cluster.serve(recipe, *asked, env={"FLEXP_STOPWATCH": str(spent)})
+        programs, passed = [server], dict[str, tuple[int, int]]()
+        proxies = held.enter_context(ExitStack())
+        for client in clients:
+            at = cluster.port
+            if client in roads:
+                at = proxies.enter_context(proxy(at, roads[client], passed, client))
+            who = ("--identity", str(identities[client])) if tls else ("--name", client)
+            programs.append(
+                cluster.join(
+                    client,
+                    here / "mine" / f"{client}.jsonl",
+                    *("--model", case.model),
+                    *who,
+                    at=f"127.0.0.1:{at}",
+                )
+            )
 
-    def speeds(self, case: Case) -> dict[str, Any]:
-        """Seconds near and far of each client's turn, and its load.
+        def wait() -> Run:
+            for program in programs:
+                if program.wait(300):
+                    raise RuntimeError(program.text())
+            proxies.close()
+            far = json.loads(spent.read_text("utf-8"))
+            return timed(here / "runs" / "bench" / "events.jsonl", passed, far)
 
-        Each has a process of its own with both sides, all at a time: as many compute as clients.
-        """
-        under_way: list[subprocess.Popen[str]] = []
-        for client, cut in case.cuts.items():
-            wire = case.link.get("wires", {}).get(client, "fp32")
-            alone = replace(case, cuts={client: cut}, link={"wire": wire})
-            command = [sys.executable, __file__, "--child", str(alone.recipe(self.place()))]
-            env = os.environ | QUIET
-            under_way.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env))
-        found: dict[str, Any] = {}
-        for process in under_way:
-            found |= json.loads(process.communicate(timeout=300)[0].splitlines()[-1])
-        return found
+        return wait
+
+    def loads(self, case: Case) -> dict[str, Load]:
+        """What a turn of each client takes, counted in one process."""
+        command = [sys.executable, __file__, "--child", str(case.recipe(self.place()))]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=QUIET, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        return {client: Load(**load) for client, load in found.items()}
 
 
-QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def identify(folder: Path, clients: list[str]) -> dict[str, Path]:
@@ -302,68 +322,23 @@ def proxy(
 # ---- in a process of its own
 
 
-@dataclass
-class Timed:
-    """A link that adds up the seconds that the server's side takes."""
-
-    inner: Link
-    spent: list[float]
-
-    def send(self, message: Message) -> Answer:
-        """Delivers one message."""
-        began = time.perf_counter()
-        try:
-            return self.inner.send(message)
-        finally:
-            self.spent[0] += time.perf_counter() - began
-
-    def close(self) -> None:
-        """Closes the link inside."""
-        self.inner.close()
-
-
 def child(recipe: Path) -> None:
-    """Prints near and far seconds of a turn by client, and its measured load."""
+    """Prints the load of a turn by client."""
     torch.set_num_threads(1)
     cache = assets.Cache(assets.default_root(os.environ))
-    stage = opened(survey(recipe_file.read(recipe, []), cache))
-    spent: dict[str, list[float]] = {c: [0.0] for c in stage.placed}
-    stage.engine.wrap = lambda client, link: Timed(link, spent[client])
-    seen: dict[str, list[tuple[float, float]]] = {c: [] for c in stage.placed}
-
-    def note(event: Event) -> None:
-        if isinstance(event, TurnEnded):
-            far, spent[event.client][0] = spent[event.client][0], 0.0
-            if event.round:
-                seen[event.client].append((event.seconds - far, far))
-
-    stream = Stream()
-    stream.subscribe(note)
-    running.run(stage, stream)
-    stage.engine.close()
-    again = opened(survey(recipe_file.read(recipe, ["rounds=1"]), cache))
-    again.engine.measures = True
-    loads: dict[str, Load] = {}
+    stage = opened(survey(recipe_file.read(recipe, ["rounds=1"]), cache))
+    stage.engine.measures = True
+    loads: dict[str, dict[str, int]] = {}
 
     def load(event: Event) -> None:
         if isinstance(event, TurnEnded):
-            loads[event.client] = work_of(event).load
+            loads[event.client] = asdict(work_of(event).load)
 
     stream = Stream()
     stream.subscribe(load)
-    running.run(again, stream)
-    again.engine.close()
-    found = {
-        client: {
-            "load": asdict(loads[client]),
-            **{
-                which: {"near": pick([p[0] for p in pairs]), "far": pick([p[1] for p in pairs])}
-                for which, pick in PICKS.items()
-            },
-        }
-        for client, pairs in seen.items()
-    }
-    sys.stdout.write(json.dumps(found) + "\n")
+    running.run(stage, stream)
+    stage.engine.close()
+    sys.stdout.write(json.dumps(loads) + "\n")
 
 
 # ---- the four questions
@@ -483,18 +458,19 @@ def _against(
 def clock(bench: Bench, name: str, repeats: int) -> dict[str, Any]:
     """What the simulated clock says of rounds, with speeds measured here, against real ones."""
     case, roads = FLEETS[name]
-    speeds, runs = [bench.speeds(case)], list[Run]()
+    loads, alone, runs = bench.loads(case), [bench.apart(case)], list[Run]()
     for _ in range(repeats):
         runs.append(bench.served(case, tls=True, roads=roads))
-        speeds.append(bench.speeds(case))
+        alone.append(bench.apart(case))
     out: dict[str, Any] = {
         "case": asdict(case),
         "roads": {c: asdict(road) for c, road in roads.items()},
-        "speeds": speeds,
+        "loads": {c: asdict(load) for c, load in loads.items()},
+        "alone": [[(t.client, t.near, t.far) for t in run.turns] for run in alone],
         "each": [run.rounds for run in runs],
     }
     for which, pick in PICKS.items():
-        said = _said(case, roads, speeds, which)
+        said = _said(loads, roads, alone, pick)
         took = pick([seconds for run in runs for seconds in run.rounds])
         turns = {c: over(runs, client=c, pick=pick) for c in case.cuts}
         ratio = took / said["round_said"]
@@ -503,25 +479,24 @@ def clock(bench: Bench, name: str, repeats: int) -> dict[str, Any]:
 
 
 def _said(
-    case: Case, roads: Mapping[str, Road], speeds: list[dict[str, Any]], which: str
+    loads: Mapping[str, Load], roads: Mapping[str, Road], alone: list[Run], pick: Pick
 ) -> dict[str, Any]:
     """What the clock says of a round, at these speeds."""
     devices: dict[str, Device] = {}
     works: list[Work] = []
     far_seconds = far_flops = 0.0
-    for client in case.cuts:
-        load = Load(**speeds[0][client]["load"])
-        near, far = (PICKS[which]([s[client][which][k] for s in speeds]) for k in ("near", "far"))
+    for client, load in loads.items():
+        near, far = (over(alone, what, client, pick) for what in ("near", "far"))
         devices[client] = roads[client].device(load.near_flops / near)
         works.append(Work(0, 0, client, load))
         far_seconds, far_flops = far_seconds + far, far_flops + load.far_flops
     server = far_flops / far_seconds
-    alone = {w.client: seconds_of(w.load, devices[w.client], server) for w in works}
+    turns = {w.client: seconds_of(w.load, devices[w.client], server) for w in works}
     return {
         "gflops": {c: (d.flops or 0) / 1e9 for c, d in devices.items()} | {"server": server / 1e9},
         "round_said": run_seconds(works, devices, server),
-        "round_said_if_nobody_waited": max(v for v in alone.values() if v is not None),
-        "turns_said_alone": alone,
+        "round_said_if_nobody_waited": max(v for v in turns.values() if v is not None),
+        "turns_said_alone": turns,
     }
 
 
@@ -551,7 +526,7 @@ def main() -> None:
     if asked.only:
         result = json.loads(asked.out.read_text("utf-8"))
     before = result.get("minutes", 0.0)
-    nursery = Nursery()
+    nursery = Nursery(HERE / "stopwatch.py")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(nursery, Path(folder))
         parts: dict[str, Any] = {
