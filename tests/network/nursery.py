@@ -110,6 +110,7 @@ def serve(main: Callable[[], None] = program) -> None:
                     sys.stderr.flush()
                     os._exit(code)
             alive.add(pid)
+            ended.pop(pid, None)  # of a process that had this number before
             answer["pid"] = pid
         else:
             reap(os.WNOHANG)
