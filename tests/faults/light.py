@@ -234,21 +234,21 @@ class Counts:
 
         self.carried_out, self.repeated = Counter[str](), 0
         self.keys, self.twice = set[Any](), 0
-        counted, once = Trunk._counted, StepTable.once
+        answer, find = Trunk._answer, StepTable.find
 
         def counting(trunk: Trunk, client: str, message: Any) -> Any:
-            answer = counted(trunk, client, message)
+            answered = yield from answer(trunk, client, message)
             self.carried_out[type(message).__name__] += 1
             self.twice += (client, message.key) in self.keys
             self.keys.add((client, message.key))
-            return answer
+            return answered
 
-        def repeating(table: StepTable, key: Any, digest: str, run: Callable[[], Any]) -> Any:
+        def repeating(table: StepTable, key: Any, digest: str) -> Any:
             self.repeated += key in table.rows
-            return once(table, key, digest, run)
+            return find(table, key, digest)
 
-        instead(Trunk, _counted=counting)
-        instead(StepTable, once=repeating)
+        instead(Trunk, _answer=counting)
+        instead(StepTable, find=repeating)
 
     def write(self, path: Path) -> None:
         plain = {"repeated": self.repeated, "twice": self.twice, **self.carried_out}

@@ -45,7 +45,7 @@ def there(trunk: Trunk) -> list[str]:
 def taught(seat: Seat, *, lost: bool, rate: float) -> tuple[Tensors, Tensors]:
     """What one step gives, with or without its graph in between; slots move meanwhile."""
     trunk, (wire,) = served(seat)
-    trunk.dropout = rate
+    trunk.compute.dropout = rate
     trunk.tenants.join(wire.client, seat, {"personal": SlotSpec(), "other": SlotSpec()})
     trunk.pending.budget = 0 if lost else None
     try:

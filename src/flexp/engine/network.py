@@ -33,6 +33,7 @@ from flexp.link.metered import Ledger
 from flexp.model.adapter import Kind
 from flexp.model.backbone import Backbone
 from flexp.model.ops import SlotSpec
+from flexp.server.thread import Work
 from flexp.strategies.base import ClientId, Served, Strategy, Turn
 
 
@@ -248,14 +249,15 @@ class NetworkEngine(Host):
     def message(self, call: Call, message: Message, digest: str) -> Body:
         """Carries out a message of a step, once, and gives its answer, or what was wrong."""
         try:
-            return self.trunk.in_turn(partial(self._carry_out, call, message, digest))
+            work = self._carry_out(call, message, digest)
+            return self.trunk.carried(call.name, message, work)
         except FlexpError as problem:
             return Problem(type(problem).__name__, str(problem))
         except Exception as problem:  # noqa: BLE001 no message, however odd, ends a run
             text = f"It cannot be carried out ({type(problem).__name__}: {str(problem)[:200]})."
             return Problem("LinkError", text)
 
-    def _carry_out(self, call: Call, message: Message, digest: str) -> Answer:
+    def _carry_out(self, call: Call, message: Message, digest: str) -> Work:
         """On the compute thread."""
         guest = self.guests[call.name]
         job = guest.job
@@ -269,7 +271,7 @@ class NetworkEngine(Host):
             )
         table = self.trunk.tables.get(call.name)
         known = table is not None and message.key in table.rows
-        answer = self.trunk.answer(call.name, message, digest)
+        answer = yield from self.trunk.answer(call.name, message, digest)
         if not known:
             job.ledger.up(message, call.wire)
             job.ledger.down(message, answer, call.wire)

@@ -198,7 +198,8 @@ class Backbone:
 
     # ---- checks at open
 
-    def _sample(self, rows: int = 2, length: int = 5) -> dict[str, Tensor]:
+    def sample(self, rows: int = 2, length: int = 5) -> dict[str, Tensor]:
+        """Inputs to try the model with; the first row is padded, if the model knows padding."""
         if reads_ids(self.model):
             ids = torch.arange(rows * length).reshape(rows, length) % 7 + 1
             mask = torch.ones_like(ids)
@@ -219,7 +220,7 @@ class Backbone:
             return None
         module: Any = output
         plain, module.forward = output.forward, Tap(output)
-        inputs = self._on_device(self._sample())
+        inputs = self._on_device(self.sample())
         with torch.no_grad():
             try:
                 same = torch.equal(plain(self.run(inputs, tap=True)), self.run(inputs))
@@ -234,7 +235,7 @@ class Backbone:
         seen: list[Any] = []
         hooks = [b.register_forward_hook(lambda _m, _a, out: seen.append(out)) for b in blocks]
         with torch.no_grad():
-            self.model(**self._on_device(self._sample()))
+            self.model(**self._on_device(self.sample()))
         for hook in hooks:
             hook.remove()
         if len(seen) != len(blocks):
@@ -250,7 +251,7 @@ class Backbone:
 
     def check(self, trunk: Backbone) -> None:
         """Raises ModelError unless a cut forward, its trunk run by ``trunk``, is the whole one."""
-        inputs = self._on_device(self._sample())
+        inputs = self._on_device(self.sample())
         cut, last = max(1, self.depth // 3), self.depth - 1
         blank = trunk.blanks(
             {k: tuple(v.shape) for k, v in inputs.items()}, inputs.get("attention_mask")
@@ -294,4 +295,4 @@ def equip(
 
 def _worn_now() -> Worn | None:
     now = PASS.get()
-    return None if now is None else now.worn
+    return None if now is None else now.wears

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from flexp.errors import CutError
+from flexp.model.joint import Joint
 from flexp.model.worn import Worn
 from flexp.selection import Place
 
@@ -102,7 +103,10 @@ def uncut(depth: int) -> Seat:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward: blocks ``first`` to ``last`` (None: and the head), fed or from the start."""
+    """One forward: blocks ``first`` to ``last`` (None: and the head), fed or from the start.
+
+    A ``joint`` one has members instead, each with its own first and last block.
+    """
 
     first: int = 0
     last: int | None = None
@@ -110,6 +114,12 @@ class Pass:
     worn: Worn | None = None
     tap: bool = False  # stop before the output embedding
     recompute: bool = False  # keep only what enters a block, and run it again in the backward
+    joint: Joint | None = None
+
+    @property
+    def wears(self) -> Worn | None:
+        """What is worn at present."""
+        return self.worn if self.joint is None else self.joint.worn
 
 
 PASS: ContextVar[Pass | None] = ContextVar("flexp_pass", default=None)
@@ -135,6 +145,8 @@ class Station:
         if now is None:
             return self.forward(*args, **kwargs)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if now.joint is not None:
+            return self._jointly(now.joint, hidden, args, kwargs)
         if self.index < now.first:
             ends_here = self.index == self.depth - 1 and now.feed is not None
             return self._wrap(now.feed if ends_here else hidden)
@@ -148,6 +160,20 @@ class Station:
             out = self._block(hidden, args, kwargs)
         if self.index == self.depth - 1 and now.last == self.depth:
             raise Stopped(out[0] if self.in_tuple else out)
+        return out
+
+    def _jointly(
+        self, joint: Joint, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        there = joint.arrives(self.index, hidden)
+        if there is None:
+            if joint.done:
+                raise Stopped(hidden)
+            return self._wrap(hidden)
+        out = self._block(there, *joint.sliced(self.index, args, kwargs))
+        if self.index == self.depth - 1:
+            joint.over(out[0] if self.in_tuple else out)
+            raise Stopped(hidden)
         return out
 
     def _block(self, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from flexp.dice import Dice
 from flexp.errors import AdapterError
 from flexp.model.slots import Slots
-from flexp.model.worn import Coef, Worn, read, stacked
+from flexp.model.worn import Coef, Group, Groups, Worn, read, stacked
 from flexp.selection import ALL, Where
 from flexp.tensors import PerRow, Stacked, Tensors, Wear, mixed, slots_of, terms
 
@@ -38,6 +38,10 @@ class Leaves:
         self.index[slot, name, id(value)] = len(self.held)
         self.held.append((slot, name, value, leaf))
         return leaf
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in the order in which ``grads`` takes their gradients."""
+        return [leaf for *_, leaf in self.held]
 
     def grads(self, grads: Sequence[Tensor | None] | None = None) -> dict[str, Tensors]:
         """Gradients by slot: those given, or the leaves' own."""
@@ -75,12 +79,12 @@ def dress(
     if isinstance(wear, PerRow):
         rows = torch.tensor(wear.row)
         groups = [
-            (read(views[s], slots.alpha), torch.nonzero(rows == n)[:, 0])
+            Group(read(views[s], slots.alpha), torch.nonzero(rows == n)[:, 0])
             for n, s in enumerate(wear.slots)
         ]
-        if any(worn.prompt is not None for worn, _ in groups):
+        if any(group.worn.prompt is not None for group in groups):
             raise AdapterError("A prompt cannot be worn per row: rows would differ in length.")
-        return Worn(groups=tuple(g for g in groups if len(g[1])))
+        return Worn(groups=Groups.made(g for g in groups if len(g.rows)))
     if isinstance(wear, Stacked):
         return stacked(_summands(slots, wear, views, coefs))
     value = mixed(terms(wear), views, slots.place, coefs)
@@ -114,7 +118,10 @@ def dropping(worn: Worn, rate: float, dice: Dice | None) -> Worn:
     """The same, with LoRA dropout keyed by call and layer; without dice there is none."""
     if dice is None or not rate:
         return worn
-    groups = tuple((dropping(one, rate, dice), rows) for one, rows in worn.groups)
+    groups = worn.groups
+    if groups is not None:
+        held = (replace(g, worn=dropping(g.worn, rate, dice)) for g in groups.held)
+        groups = replace(groups, held=tuple(held))
     return replace(worn, dropout=rate, dice=dice, groups=groups)
 
 

@@ -8,7 +8,7 @@ order of operations is PEFT's, so a worn adapter and PEFT's wrapper agree to the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,40 @@ class Worn:
     prompt: Tensor | None = None
     dropout: float = 0.0
     dice: Dice | None = None
-    groups: tuple[tuple[Worn, Tensor], ...] = ()
+    groups: Groups | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that all wear the same; what they hold beyond ``length`` tokens is padding."""
+
+    worn: Worn
+    rows: Tensor
+    length: int | None = None
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All rows of a forward, by what they wear. ``of`` is the group of each row.
+
+    ``even`` is how many rows each group has, if all have as many and stand one after another.
+    """
+
+    held: tuple[Group, ...]
+    of: Tensor
+    even: int | None
+
+    @classmethod
+    def made(cls, groups: Iterable[Group]) -> Groups:
+        """From groups that have every row between them."""
+        held = tuple(groups)
+        order = torch.cat([g.rows for g in held])
+        of = torch.empty(len(order), dtype=torch.long)
+        for n, group in enumerate(held):
+            of[group.rows] = n
+        alike = len({len(g.rows) for g in held}) == 1
+        in_order = torch.equal(order, torch.arange(len(order)))
+        return cls(held, of, len(held[0].rows) if alike and in_order else None)
 
 
 def read(adapter: Mapping[str, Tensor], alpha: float) -> Worn:
@@ -88,6 +121,35 @@ def stacked(many: list[tuple[Worn, Coef]]) -> Worn:
     return Worn(factors, {}, direct)
 
 
+def stacked_factors(worn: Sequence[tuple[Factors, ...]]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A [groups, rank, in] and B [groups, out, rank] of all groups, short ranks filled with zeros.
+
+    Scalings [groups, 1, rank] come beside them, or None if there is one for all.
+    """
+    if all(len(pairs) == 1 for pairs in worn):
+        alike = {(p.a.shape, p.scaling) for (p,) in worn}
+        if len(alike) == 1:
+            return torch.stack([p.a for (p,) in worn]), torch.stack([p.b for (p,) in worn]), None
+    some = next(pair for pairs in worn for pair in pairs)
+    most = max(sum(len(p.a) for p in pairs) for pairs in worn)
+    a, b, scales = list[Tensor](), list[Tensor](), list[Tensor]()
+    for pairs in worn:
+        rank = sum(len(p.a) for p in pairs)
+        a.append(
+            torch.cat([*(p.a for p in pairs), some.a.new_zeros(most - rank, *some.a.shape[1:])])
+        )
+        b.append(torch.cat([*(p.b for p in pairs), some.b.new_zeros(len(some.b), most - rank)], 1))
+        scales.append(
+            torch.cat(
+                [
+                    *(p.a.new_full((len(p.a),), p.scaling) for p in pairs),
+                    some.a.new_zeros(most - rank),
+                ]
+            )
+        )
+    return torch.stack(a), torch.stack(b), torch.stack(scales)[:, None]
+
+
 def lengths(matrix: Tensor) -> Tensor:
     """The Euclidean length of each row."""
     return torch.linalg.norm(matrix, dim=1)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
@@ -105,10 +167,12 @@ class Wearing:
         worn = self.now()
         if worn is None or args or kwargs:
             return self.plain(x, *args, **kwargs)
-        if not worn.groups:
+        if worn.groups is None:
             return self.apply(x, worn)
-        parts = [self.apply(x[rows], one) for one, rows in worn.groups]
-        order = torch.cat([rows for _, rows in worn.groups])
+        if all(self._only_factors(group.worn) for group in worn.groups.held):
+            return self._together(x, worn.groups)
+        parts = [self.apply(x[group.rows], group.worn) for group in worn.groups.held]
+        order = torch.cat([group.rows for group in worn.groups.held])
         return torch.cat(parts)[torch.argsort(order)]
 
     def apply(self, x: Tensor, worn: Worn) -> Tensor:
@@ -123,6 +187,44 @@ class Wearing:
             low = self._dropped(x.to(pair.a.dtype), worn)
             out = (out + self._lora(low, out, pair)).to(out.dtype)
         return out
+
+    def _only_factors(self, worn: Worn) -> bool:
+        """Whether nothing is worn here but LoRA pairs, or nothing at all."""
+        pairs = worn.factors.get(self.path, ())
+        plain = self.path not in worn.scales and self.path not in worn.direct
+        return plain and all(pair.magnitude is None for pair in pairs)
+
+    def _together(self, x: Tensor, groups: Groups) -> Tensor:
+        """One frozen product for all rows, and one batched product with their groups' factors."""
+        out = self.plain(x)
+        worn = [group.worn.factors.get(self.path, ()) for group in groups.held]
+        if not any(worn):
+            return out
+        a, b, scales = stacked_factors(worn)
+        rows = x.reshape(len(groups.of), -1, x.shape[-1]).to(a.dtype)
+        rows = self._dropped_by(rows, groups)
+        if groups.even is None:
+            a, b = a.index_select(0, groups.of), b.index_select(0, groups.of)
+            scales = None if scales is None else scales.index_select(0, groups.of)
+        else:
+            rows = rows.reshape(len(groups.held), -1, rows.shape[-1])
+        low = torch.bmm(rows, a.transpose(1, 2))
+        low = torch.bmm(low if scales is None else low * scales, b.transpose(1, 2))
+        low = low.reshape(out.shape)
+        first = next(pair for pairs in worn for pair in pairs)
+        return (out + (low * first.scaling if scales is None else low)).to(out.dtype)
+
+    def _dropped_by(self, rows: Tensor, groups: Groups) -> Tensor:
+        """Dropout of [rows, length, width]: every group draws what it would draw alone."""
+        if all(group.worn.dropout == 0.0 or group.worn.dice is None for group in groups.held):
+            return rows
+        parts: list[Tensor] = []
+        for group in groups.held:
+            mine = rows[group.rows]
+            real = self._dropped(mine[:, : group.length], group.worn)
+            parts.append(torch.cat([real, mine[:, real.shape[1] :]], dim=1))
+        order = torch.cat([group.rows for group in groups.held])
+        return torch.cat(parts)[torch.argsort(order)]
 
     def _base(self, x: Tensor, direct: Mapping[str, Tensor] | None) -> Tensor:
         if direct is None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -17,18 +18,33 @@ from flexp.errors import StepError
 from flexp.model.dress import Leaves
 from flexp.model.meter import Meter
 
+T = TypeVar("T")
 MAX_PENDING = 16  # forwards of one client that wait for their backward
 SIZES = 4096  # shapes of which the bytes are known
 
 
+@dataclass
+class Walk:
+    """A pass of several clients: who has yet to differentiate it. Its graph is walked back once."""
+
+    left: set[str]
+    done: bool = False
+
+
 @dataclass(frozen=True)
 class Graph:
-    """A forward that can be differentiated: its result, and by what."""
+    """A forward that can be differentiated: its result, and by what; ``walk`` if in one pass."""
 
     out: Tensor
     hidden: Tensor
     coefs: list[Tensor]
     leaves: Leaves
+    walk: Walk | None = None
+
+    @property
+    def spent(self) -> bool:
+        """Whether others of its pass have been differentiated without it."""
+        return self.walk is not None and self.walk.done
 
 
 @dataclass(eq=False)
@@ -44,7 +60,7 @@ class Pending:
 
     def whole(self) -> Graph:
         """Its graph, computed once more if it had to go."""
-        return self.graph or self.again()
+        return self.again() if self.graph is None or self.graph.spent else self.graph
 
 
 @dataclass
@@ -74,18 +90,18 @@ class Waiting:
             if self.budget is not None:
                 self._fit(self.budget)
 
-    def measured(self, shape: Hashable, again: Callable[[], Graph]) -> tuple[Graph, int]:
-        """A graph and its bytes, which are measured at the first one of its shape."""
+    def measured(self, shape: Hashable, again: Callable[[], T]) -> tuple[T, int]:
+        """What it computes and the bytes of that, which are measured at the first of its shape."""
         if self.budget is None:
             return again(), 0
         if shape in self.sizes:
             return again(), self.sizes[shape]
         with Meter() as meter:
-            graph = again()
+            found = again()
         if len(self.sizes) >= SIZES:
             self.sizes.clear()
         self.sizes[shape] = meter.live
-        return graph, meter.live
+        return found, meter.live
 
     def of(self, client: str, call: int, step: int) -> Pending:
         """The forward of that call; StepError if there is none."""
@@ -94,6 +110,13 @@ class Waiting:
         if found is None or found.step != step:
             raise StepError(f"There is no forward that waits for the backward of call {call}.")
         return found
+
+    def mates(self, client: str, call: int) -> set[str]:
+        """Whose forwards were one pass with that of a call, and are not differentiated yet."""
+        with self.lock:
+            found = self.held.get(client, {}).get(call)
+            walk = None if found is None or found.graph is None else found.graph.walk
+            return set() if walk is None or walk.done else walk.left - {client}
 
     def done(self, client: str, call: int) -> None:
         """Its backward has come."""
@@ -136,4 +159,6 @@ class Waiting:
             pending.graph = None
 
     def _graphs(self) -> list[Pending]:
-        return [p for mine in self.held.values() for p in mine.values() if p.graph is not None]
+        return [
+            p for mine in self.held.values() for p in mine.values() if p.graph and not p.graph.spent
+        ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from flexp.errors import StepError
@@ -31,8 +30,8 @@ class StepTable:
     latest: tuple[int, int, int] = (-1, 0, 0)
     committed: tuple[int, int, int] = (-1, 0, 0)
 
-    def once(self, key: StepKey, digest: str, run: Callable[[], Answer]) -> Answer:
-        """The answer to a message, computed at most once."""
+    def find(self, key: StepKey, digest: str) -> Answer | None:
+        """The answer to a message that was answered before; None if it is to be carried out."""
         if key in self.rows:
             seen, answer = self.rows[key]
             if seen != digest:
@@ -48,7 +47,11 @@ class StepTable:
             )
         if len(self.rows) >= MAX_ROWS and at == self.latest:
             raise StepError(f"More than {MAX_ROWS} messages in step {at}. Begin a new step.")
-        answer = run()
+        return None
+
+    def keep(self, key: StepKey, digest: str, answer: Answer) -> None:
+        """Keeps the answer to a message that has been carried out."""
+        at = _place(key)
         if at > self.latest:
             self._begin(at)
         self.rows[key] = (digest, answer)
@@ -56,7 +59,6 @@ class StepTable:
         if len(self.kept) > KEPT:
             old = self.kept.popleft()
             self.rows[old] = (self.rows[old][0], None)
-        return answer
 
     def _begin(self, at: tuple[int, int, int]) -> None:
         """The client has seen every answer of the steps before, or it would not be here.

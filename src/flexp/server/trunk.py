@@ -1,16 +1,11 @@
-"""The far part of every forward and backward: one compute thread over the shared backbone."""
+"""The far part of every forward and backward, over the shared backbone."""
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Hashable
 from dataclasses import replace
 from functools import partial
-from queue import Empty, SimpleQueue
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,107 +19,102 @@ from flexp.link.messages import (
     Fetch,
     Forward,
     Join,
-    Leave,
     Message,
     Put,
     Submit,
 )
 from flexp.model.backbone import Backbone
-from flexp.model.cut import Seat
-from flexp.model.dress import Leaves, dress, dropping
-from flexp.model.meter import Meter
 from flexp.model.personal import Objective
-from flexp.model.slots import Slots
-from flexp.model.worn import Worn
 from flexp.parcel import JSON, Parcel
 from flexp.selection import select
 from flexp.server.checks import check, check_finite, refuse_odd
+from flexp.server.compute import Climb, Compute, Descent, Gradients
 from flexp.server.pending import Graph, Pending, Waiting
 from flexp.server.steps import StepTable
 from flexp.server.talks import Talks
 from flexp.server.tenants import Tenancy, Tenants
-from flexp.tensors import slots_of, terms
-
-T = TypeVar("T")
-PARKED = 0.005  # seconds between two looks at whether the compute thread may go on
+from flexp.server.thread import ComputeThread, Work
+from flexp.tensors import slots_of
 
 
-class Trunk:
-    """Answers messages: each exactly once, one after another, in exact mode client by client."""
+class Trunk(ComputeThread):
+    """Answers messages, each exactly once, on one compute thread.
+
+    One after another; ``together``, forwards that wait are computed in one pass with others, and
+    backwards of one pass too.
+    """
 
     def __init__(
-        self, backbone: Backbone, tenants: Tenants, task: Objective, *, dropout: float = 0.0
+        self,
+        backbone: Backbone,
+        tenants: Tenants,
+        task: Objective,
+        *,
+        dropout: float = 0.0,
+        together: bool = False,
     ) -> None:
-        self.backbone, self.tenants, self.task, self.dropout = backbone, tenants, task, dropout
+        self.backbone, self.tenants, self.together = backbone, tenants, together
         self.tables: dict[str, StepTable] = {}
         self.pending = Waiting()
         self.talks = Talks(backbone)
-        self.flops: dict[str, int] | None = None  # of each client's messages, if they are counted
-        self.beside: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="flexp-trunk")
+        super().__init__(Compute(backbone, task, self.pending, dropout=dropout))
 
     def handle(self, client: str, message: Message, digest: str = "") -> Answer:
         """The answer to a client's message, computed at most once per key."""
-        return self.in_turn(partial(self.answer, client, message, digest))
+        return self.carried(client, message, self.answer(client, message, digest))
 
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """Does something on the compute thread, after the messages that came before it."""
-        return self.thread.submit(work).result()
+    def carried(self, client: str, message: Message, work: Work) -> Answer:
+        """The answer that a message's work gives, computed with whom it can be."""
+        kind, mates = self._kind(client, message), set[str]()
+        if kind is not None and isinstance(message, Backward):
+            mates = self.pending.mates(client, message.key.call)
+        return self.carry(client, message, work, kind, mates)
 
-    def between(self, work: Callable[[], T]) -> T:
-        """Does something on the compute thread between two messages, also while it is parked."""
-        done: Future[T] = Future()
-        self.beside.put(partial(_settle, done, work))
-        self.thread.submit(self._beside)
-        return done.result()
-
-    def park(self, until: threading.Event, tell: Callable[[], None]) -> None:
-        """On the compute thread: tells, and waits; messages wait too, what is between them not."""
-        tell()
-        while not until.is_set():
-            with suppress(Empty):
-                self.beside.get(timeout=PARKED)()
-
-    def _beside(self) -> None:
-        with suppress(Empty):  # it was done while the thread was parked
-            self.beside.get_nowait()()
-
-    def answer(self, client: str, message: Message, digest: str) -> Answer:
-        """The answer to a message; only on the compute thread."""
+    def answer(self, client: str, message: Message, digest: str) -> Work:
+        """Carries out a message, unless that was done before."""
         table = self.tables.setdefault(client, StepTable())
-        return table.once(message.key, digest, lambda: self._counted(client, message))
-
-    def close(self) -> None:
-        """Stops the compute thread."""
-        self.thread.shutdown()
+        found = table.find(message.key, digest)
+        if found is not None:
+            return found
+        answer = yield from self._answer(client, message)
+        table.keep(message.key, digest, answer)
+        return answer
 
     def commit(self) -> None:
         """Forgets answers that both sides have on disk."""
         for table in self.tables.values():
             table.commit()
 
-    def _counted(self, client: str, message: Message) -> Answer:
-        if self.flops is None:
-            return self._answer(client, message)
-        with Meter() as meter:
-            answer = self._answer(client, message)
-        self.flops[client] = self.flops.get(client, 0) + meter.flops
-        return answer
+    def _kind(self, client: str, message: Message) -> Hashable:
+        """What a message can be computed with; None if it is alone.
 
-    def _answer(self, client: str, message: Message) -> Answer:
+        So is who trains a slot that all wear: in which order its steps come must not change.
+        """
+        home = self.tenants.homes.get(client)
+        if not self.together or self.flops is not None or home is None:
+            return None
+        if any(spec.home == "server" for spec in home.specs.values()):
+            return None
+        if isinstance(message, Forward):
+            return self.compute.kind(home.seat, message)
+        return "backward" if isinstance(message, Backward) else None
+
+    # ---- messages
+
+    def _answer(self, client: str, message: Message) -> Work:
         home = self.tenants[client]
         check_finite(client, message)
         before = dict(home.slots.values), dict(home.slots.grads), dict(self.tenants.shared.values)
         counts = self.tenants.steps, home.stepped, home.seen
         try:
-            return self._carried_out(home, message)
+            return (yield from self._carried_out(home, message))
         except BaseException:
             # A message counts wholly or not at all: it may come again.
             home.slots.values, home.slots.grads, self.tenants.shared.values = before
             self.tenants.steps, home.stepped, home.seen = counts
             raise
 
-    def _carried_out(self, home: Tenancy, message: Message) -> Answer:
+    def _carried_out(self, home: Tenancy, message: Message) -> Work:
         client = home.client
         if isinstance(message, Fetch):
             return self._fetch(home, message)
@@ -134,15 +124,10 @@ class Trunk:
             self.tenants.hand_in(client, message.slot, message.values)
             return Answer()
         self.tenants.settled(client)
-        return self._at_work(home, message)
-
-    def _at_work(
-        self, home: Tenancy, message: Forward | Backward | Continue | Do | Submit | Leave
-    ) -> Answer:
         if isinstance(message, Forward):
-            return self._forward(home, message)
+            return (yield from self._forward(home, message))
         if isinstance(message, Backward):
-            return self._backward(home, message)
+            return (yield from self._backward(home, message))
         if isinstance(message, Continue):
             self.tenants.wear_shared(home)
             until = "logits" if home.seat.labels == "logits" else "hidden"
@@ -201,55 +186,23 @@ class Trunk:
         self.tenants.leave(home.client)
         return Answer()
 
-    # ---- compute
+    # ---- what is computed
 
-    def _forward(self, home: Tenancy, m: Forward) -> Answer:
+    def _forward(self, home: Tenancy, m: Forward) -> Work:
         check(self.backbone, home.seat, m)
         self.tenants.do(home.client, m.ops)
         home.seen = self.tenants.steps
         self.tenants.wear_shared(home)
         worn = {slot: home.slots[slot] for slot in slots_of(m.wear)}
-        again = partial(self._graph, home.seat, replace(home.slots, values=worn, grads={}), m)
-        if not m.keep:
-            return Answer({m.until: again().out.detach()})
-        shape = (home.seat.cut, m.until, tuple(m.hidden.shape), m.hidden.dtype, len(worn))
-        graph, size = self.pending.measured(shape, again)
-        pending = Pending(m.key.step, m.part, again, graph, size, self.pending.clock())
-        self.pending.keep(home.client, m.key.call, pending)
+        job = Climb(home.client, home.seat, replace(home.slots, values=worn, grads={}), m)
+        graph, size = cast("tuple[Graph, int]", (yield job))
+        if m.keep:
+            again = partial(self.compute.graph, job)
+            pending = Pending(m.key.step, m.part, again, graph, size, self.pending.clock())
+            self.pending.keep(home.client, m.key.call, pending)
         return Answer({m.until: graph.out.detach()})
 
-    def _graph(self, seat: Seat, slots: Slots, m: Forward) -> Graph:
-        """A forward over slots that no later step moves: called again, it gives the same bits."""
-        given = iter(m.coefs)
-        with torch.set_grad_enabled(m.keep):
-            coefs = [
-                next(given).detach().requires_grad_(m.keep)
-                if isinstance(t.coef, float) and math.isnan(t.coef)
-                else None
-                for t in terms(m.wear)
-            ]
-            leaves = Leaves()
-            hidden = m.hidden.detach().requires_grad_(m.keep)
-            worn = dress(slots, m.wear, coefs, m.train, leaves)
-            worn = dropping(worn, self.dropout, m.dropout)
-            out = self._through(seat, m, worn, hidden)
-        return Graph(out, hidden, [c for c in coefs if c is not None], leaves)
-
-    def _count(self, home: Tenancy, part: tuple[int, int], rows: int) -> None:
-        """Rows of a step's part: those of the largest forward that was differentiated in it."""
-        if home.counted != part:
-            home.counted, home.counted_rows = part, 0
-        home.rows += max(0, rows - home.counted_rows)
-        home.counted_rows = max(rows, home.counted_rows)
-
-    def _through(self, seat: Seat, m: Forward, worn: Worn, hidden: Tensor) -> Tensor:
-        depth = self.backbone.depth
-        blanks = self.backbone.blanks(m.shapes, m.mask)
-        last = depth - seat.cut.back if m.until == "hidden" else None
-        out = self.backbone.run(blanks, worn, first=seat.cut.front, last=last, feed=hidden)
-        return out if m.labels is None or m.until != "loss" else self.task.loss(out, m.labels)
-
-    def _backward(self, home: Tenancy, m: Backward) -> Answer:
+    def _backward(self, home: Tenancy, m: Backward) -> Work:
         pending = self.pending.of(home.client, m.key.call, m.key.step)
         graph = pending.whole()
         if (m.grad.shape, m.grad.dtype) != (graph.out.shape, graph.out.dtype):
@@ -259,9 +212,8 @@ class Trunk:
             )
         self.pending.done(home.client, m.key.call)
         self._count(home, (pending.step, pending.part), int(graph.hidden.shape[0]))
-        hidden = [graph.hidden] if m.hidden else []
-        leaves = [leaf for *_, leaf in graph.leaves.held]
-        grads = iter(_grads(graph.out, [*hidden, *graph.coefs, *leaves], m.grad))
+        found = cast(Gradients, (yield Descent(home.client, graph, m)))
+        grads = iter(found)
         out: dict[str, Tensor] = {}
         of_hidden = next(grads) if m.hidden else None
         if of_hidden is not None:
@@ -273,14 +225,9 @@ class Trunk:
             home.slots.gather(slot, held)
         return Answer(out)
 
-
-def _settle(done: Future[T], work: Callable[[], T]) -> None:
-    try:
-        done.set_result(work())
-    except BaseException as problem:  # noqa: BLE001 it is for who waits for the result
-        done.set_exception(problem)
-
-
-def _grads(out: Tensor, of: list[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
-    found = torch.autograd.grad(out, of, grad, allow_unused=True) if of else ()
-    return cast("tuple[Tensor | None, ...]", found)
+    def _count(self, home: Tenancy, part: tuple[int, int], rows: int) -> None:
+        """Rows of a step's part: those of the largest forward that was differentiated in it."""
+        if home.counted != part:
+            home.counted, home.counted_rows = part, 0
+        home.rows += max(0, rows - home.counted_rows)
+        home.counted_rows = max(rows, home.counted_rows)

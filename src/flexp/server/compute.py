@@ -1,0 +1,172 @@
+"""What the compute thread computes: forwards of the trunk and their gradients, alone or together.
+
+Together, the frozen products are made once for the rows of several tenants; each row enters and
+leaves at its own cut and wears its own adapters, so the numbers are those of each alone but for the
+order of sums. In exact mode nothing is computed together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flexp.link.messages import Backward, Forward
+from flexp.model.backbone import Backbone
+from flexp.model.cut import Seat
+from flexp.model.dress import Leaves, dress, dropping
+from flexp.model.joint import Member
+from flexp.model.personal import Objective
+from flexp.model.slots import Slots
+from flexp.model.together import Together
+from flexp.model.worn import Worn
+from flexp.server.pending import Graph, Waiting, Walk
+from flexp.tensors import terms
+
+
+@dataclass(frozen=True)
+class Climb:
+    """A forward that a tenant asks for, over slots that no later step moves."""
+
+    client: str
+    seat: Seat
+    slots: Slots
+    message: Forward
+
+    @property
+    def tokens(self) -> int:
+        """Rows times length."""
+        return int(self.message.hidden.shape[0] * self.message.hidden.shape[1])
+
+    @property
+    def shape(self) -> Hashable:
+        """What its graph's bytes depend on."""
+        m = self.message
+        return self.seat.cut, m.until, tuple(m.hidden.shape), m.hidden.dtype, len(self.slots.values)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The gradient of a forward's result, to be taken back through its graph."""
+
+    client: str
+    graph: Graph
+    message: Backward
+
+    @property
+    def tokens(self) -> int:
+        """Rows times length of what it is the gradient of."""
+        return int(self.graph.hidden.shape[0] * self.graph.hidden.shape[1])
+
+    def wanted(self) -> list[Tensor]:
+        """By what is differentiated: the hidden state if asked for, coefficients, and leaves."""
+        hidden = [self.graph.hidden] if self.message.hidden else []
+        return [*hidden, *self.graph.coefs, *self.graph.leaves.tensors()]
+
+
+Job = Climb | Descent
+Gradients = tuple[Tensor | None, ...]
+
+
+class Compute:
+    """Forwards and gradients over one backbone; only the compute thread calls it."""
+
+    def __init__(
+        self, backbone: Backbone, task: Objective, waiting: Waiting, *, dropout: float
+    ) -> None:
+        self.backbone, self.task, self.waiting, self.dropout = backbone, task, waiting, dropout
+        self.jointly = Together(backbone)
+
+    def kind(self, seat: Seat, m: Forward) -> Hashable:
+        """What forwards have in common that can be one pass; None for one that is always alone.
+
+        A head is not shared: who asks for logits or a loss is alone.
+        """
+        between = seat.cut.front + seat.cut.back < self.backbone.depth
+        if m.until != "hidden" or not between or not self.jointly.possible:
+            return None
+        image = tuple(s[1:] for s in m.shapes.values() if len(s) != 2)
+        return (m.keep, tuple(sorted(m.shapes)), image, m.hidden.shape[1] if image else None)
+
+    def alone(self, job: Job) -> Any:
+        """A graph and its bytes, or gradients in the order of ``wanted``."""
+        if isinstance(job, Descent):
+            return self._descended([job])[0]
+        again = partial(self.graph, job)
+        return self.waiting.measured(job.shape, again) if job.message.keep else (again(), 0)
+
+    def together(self, jobs: Sequence[Job]) -> list[Any]:
+        """The same for several that have one kind, in one pass."""
+        descents = [job for job in jobs if isinstance(job, Descent)]
+        if descents:
+            return self._descended(descents)
+        climbs = [job for job in jobs if isinstance(job, Climb)]
+        shapes = tuple(job.shape for job in climbs)
+        graphs, size = self.waiting.measured(shapes, partial(self._graphs, climbs))
+        tokens = sum(job.tokens for job in jobs)
+        return [(g, size * j.tokens // tokens) for g, j in zip(graphs, climbs, strict=True)]
+
+    # ---- forwards
+
+    def graph(self, job: Climb) -> Graph:
+        """One forward: called again, it gives the same bits."""
+        m, cut, depth = job.message, job.seat.cut, self.backbone.depth
+        with torch.set_grad_enabled(m.keep):
+            worn, graph = self._dressed(job)
+            blanks = self.backbone.blanks(m.shapes, m.mask)
+            last = depth - cut.back if m.until == "hidden" else None
+            out = self.backbone.run(blanks, worn, first=cut.front, last=last, feed=graph.hidden)
+            if m.labels is not None and m.until == "loss":
+                out = self.task.loss(out, m.labels)
+        return replace(graph, out=out)
+
+    def _graphs(self, jobs: Sequence[Climb]) -> list[Graph]:
+        depth, messages = self.backbone.depth, [job.message for job in jobs]
+        with torch.set_grad_enabled(messages[0].keep):
+            dressed = [self._dressed(job) for job in jobs]
+            members = [
+                Member(job.seat.cut.front, depth - job.seat.cut.back, graph.hidden, worn)
+                for job, (worn, graph) in zip(jobs, dressed, strict=True)
+            ]
+            shapes, masks = [m.shapes for m in messages], [m.mask for m in messages]
+            outs = self.jointly.run(members, shapes, masks)
+        walk = Walk({job.client for job in jobs})
+        graphs = [graph for _, graph in dressed]
+        return [replace(g, out=o, walk=walk) for g, o in zip(graphs, outs, strict=True)]
+
+    def _dressed(self, job: Climb) -> tuple[Worn, Graph]:
+        """What a forward wears, and its leaves; there is no result yet."""
+        m, leaves = job.message, Leaves()
+        given = iter(m.coefs)
+        coefs = [
+            next(given).detach().requires_grad_(m.keep)
+            if isinstance(t.coef, float) and math.isnan(t.coef)
+            else None
+            for t in terms(m.wear)
+        ]
+        hidden = m.hidden.detach().requires_grad_(m.keep)
+        worn = dress(job.slots, m.wear, coefs, m.train, leaves)
+        worn = dropping(worn, self.dropout, m.dropout)
+        return worn, Graph(hidden, hidden, [c for c in coefs if c is not None], leaves)
+
+    # ---- gradients
+
+    def _descended(self, jobs: Sequence[Descent]) -> list[Gradients]:
+        """Gradients of several graphs, those of one pass in one walk back through it."""
+        wanted = [job.wanted() for job in jobs]
+        inputs = [tensor for some in wanted for tensor in some]
+        found: Gradients = ()
+        if inputs:
+            outs, grads = [job.graph.out for job in jobs], [job.message.grad for job in jobs]
+            found = cast(Gradients, torch.autograd.grad(outs, inputs, grads, allow_unused=True))
+        for job in jobs:
+            if job.graph.walk is not None:
+                job.graph.walk.done = True
+                job.graph.walk.left.discard(job.client)
+        each = iter(found)
+        return [tuple(next(each) for _ in some) for some in wanted]

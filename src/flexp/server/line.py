@@ -1,0 +1,149 @@
+"""Messages that wait for the compute thread, and which of them it takes together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Generator, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexp.link.messages import Answer, Forward, Message
+from flexp.server.worth import Costs, Habits
+
+MOST = 2048  # tokens of one pass, with what fills them up; a larger message is alone
+FILLED = 1.25  # tokens of one pass over those that are real
+
+
+@dataclass(eq=False)
+class Request:
+    """One message, and what carries it out: a generator that yields what is to be computed.
+
+    ``kind`` is what it has in common with messages that can be computed with it; None: it is alone.
+    ``mates`` are those who should be differentiated with it, for their forwards were one pass.
+    """
+
+    client: str
+    message: Message
+    work: Generator[Any, Any, Answer]
+    kind: Hashable = None
+    mates: Collection[str] = ()
+    done: Future[Answer] = field(default_factory=Future[Answer])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and length of what it computes with."""
+        tensor = self.message.hidden if isinstance(self.message, Forward) else None
+        return (0, 0) if tensor is None else (int(tensor.shape[0]), int(tensor.shape[1]))
+
+
+class Line:
+    """First come, first served; who can be computed with the first one comes along.
+
+    Of one client the messages keep their order. A pass is no longer than ``MOST`` tokens, and only
+    as many of them fill up shorter rows as ``FILLED`` allows.
+
+    Whoever is expected soon is waited for, but no longer than a pass costs whatever its size: that
+    is what coming along saves. Forwards of those only are one pass who usually come back together,
+    since its graph is walked back once; who is late for that is computed again, so it is waited for
+    as long as that takes. In ``lockstep`` nothing is taken before everybody who takes part waits or
+    has ended, so what is computed together does not depend on how fast anything was.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.costs, self.habits = Costs(), Habits()
+        self.waiting: list[Request] = []
+        self.lockstep: set[str] = set()
+        self.sure: list[Request] = []  # in lockstep: who waited when all did, and is not taken yet
+        self.changed = threading.Condition()
+
+    def put(self, request: Request) -> None:
+        """A message to be served."""
+        with self.changed:
+            self.habits.asks(request.client, self.clock())
+            self.waiting.append(request)
+            self.changed.notify_all()
+
+    def served(self, request: Request) -> None:
+        """A client has its answer."""
+        with self.changed:
+            self.habits.has(request.client, request.message.key.phase, self.clock())
+
+    def begins(self, *clients: str) -> None:
+        """From now on everybody waits for these clients, until each ``ends``."""
+        with self.changed:
+            self.lockstep |= set(clients)
+
+    def ends(self, client: str) -> None:
+        """Nobody waits for this client any more."""
+        with self.changed:
+            self.lockstep.discard(client)
+            self.changed.notify_all()
+
+    def take(self) -> list[Request]:
+        """What is computed next; nothing if all that waited has been taken."""
+        with self.changed:
+            if not self.waiting:
+                return []
+            if self.lockstep:
+                return self._taken(self._chosen(self._agreed()))
+            chosen = self._chosen(self.waiting)
+            began = self.clock()
+            while (end := began + self._worth(chosen)) > self.clock() and self._comes(chosen, end):
+                self.changed.wait(end - self.clock())
+                chosen = self._chosen(self.waiting)
+            return self._taken(chosen)
+
+    def _agreed(self) -> list[Request]:
+        """In lockstep: those who waited when everybody did, by name."""
+        if not self.sure:
+            self.changed.wait_for(lambda: self.lockstep <= {w.client for w in self.waiting})
+            self.sure = sorted(self.waiting, key=lambda w: w.client)
+        return self.sure
+
+    def _worth(self, chosen: list[Request]) -> float:
+        """For how many seconds others are waited for."""
+        kind = chosen[0].kind
+        if kind is None:
+            return 0.0
+        return self.costs.whole(kind) if self._missing(chosen) else self.costs.fixed(kind)
+
+    def _comes(self, chosen: list[Request], end: float) -> bool:
+        """Whether somebody is expected by then who is not here."""
+        whom = self._missing(chosen) or self.habits.answered.keys()
+        here = {request.client for request in self.waiting}
+        return self.habits.expected(whom - here, self.clock(), end)
+
+    def _missing(self, chosen: list[Request]) -> set[str]:
+        here = {request.client for request in self.waiting}
+        return {mate for request in chosen for mate in request.mates} - here
+
+    def _taken(self, chosen: list[Request]) -> list[Request]:
+        self.waiting = [w for w in self.waiting if w not in chosen]
+        self.sure = [w for w in self.sure if w not in chosen]
+        return chosen
+
+    def _chosen(self, line: list[Request]) -> list[Request]:
+        """The first one and all who fit with it."""
+        first, chosen, seen = line[0], list[Request](), set[str]()
+        rows = longest = real = 0
+        for request in line:
+            if request.client in seen:
+                continue
+            seen.add(request.client)
+            n, length = request.size
+            most = (rows + n) * max(longest, length)
+            fits = most <= MOST and most <= FILLED * (real + n * length)
+            if request is first or (fits and self._goes_with(request, first)):
+                chosen.append(request)
+                rows, longest, real = rows + n, max(longest, length), real + n * length
+        return chosen
+
+    def _goes_with(self, request: Request, first: Request) -> bool:
+        if first.kind is None or request.kind != first.kind:
+            return False
+        if self.lockstep or not isinstance(first.message, Forward) or not first.message.keep:
+            return True
+        return self.habits.alike(first.client, request.client, "forward")
