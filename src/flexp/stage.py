@@ -203,6 +203,7 @@ def _engine(
         pool=pooled(shards, None, "train") if strategy.kind == "centralised" else None,
         own=own,
         wires={c: recipe.link.of(c) for c in shards},
+        together=recipe.mode == "fast",
     )
 
 

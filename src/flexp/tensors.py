@@ -7,7 +7,7 @@ the server, so an expression means the same on both sides of a cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -255,3 +255,8 @@ def mixed(
                 x = x * float(term.coef)
             out[k] = out[k] + x if n else x
     return out
+
+
+def size_of(slots: Iterable[Tensors]) -> int:
+    """Bytes of all tensors of some slots."""
+    return sum(v.numel() * v.element_size() for held in slots for v in held.values())

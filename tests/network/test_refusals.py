@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flexp import identity, recipe_file
-from flexp.engine.network import turn_name
+from flexp.engine.guests import turn_name
 from flexp.identity import Authority, Credentials
 from flexp.link import frame
 from flexp.link.control import (

@@ -216,3 +216,8 @@ def replaced(call: Call) -> None:
     """Ends the call of a process that another one with its name has taken the place of."""
     call.tell(Refused(REPLACED.format(name=call.name)))
     call.close()
+
+
+def turn_name(run: str, order: int) -> str:
+    """The run's name in the keys of one order, so that no message counts for another one."""
+    return f"{run}.{order}"

@@ -15,6 +15,7 @@ from flexp.client.turn import ALONE, Client, hand_in
 from flexp.data.examples import Examples, Shard
 from flexp.data.tasks import Task
 from flexp.dice import Dice
+from flexp.engine.abreast import Abreast
 from flexp.engine.base import Arrival, Assignment, Failure, Give, Measured, Own
 from flexp.engine.flow import Flow
 from flexp.engine.host import Host
@@ -33,13 +34,13 @@ from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Profile
 from flexp.strategies.base import ClientId, Served, Strategy, Turn
-from flexp.tensors import Tensors
+from flexp.tensors import Tensors, size_of
 
 PERSONAL = "personal"  # the slot that a client trains when it is alone
 
 
 class LocalEngine(Host):
-    """Clients one after another, in order of their ids; the trunk on a thread of its own."""
+    """Clients in order of their ids; the trunk on a thread of its own."""
 
     def __init__(
         self,
@@ -57,8 +58,10 @@ class LocalEngine(Host):
         pool: Examples | None = None,
         own: Mapping[ClientId, Own] | None = None,
         wires: Mapping[ClientId, Wire] | None = None,
+        together: bool = False,
     ) -> None:
         super().__init__(backbone, task, kind=kind, training=training, dice=dice)
+        self.trunk.together = together
         self.shards = shards
         self.profile: Profile = profile
         self.pool = pool  # everybody's training rows, for a method that is not federated
@@ -80,9 +83,22 @@ class LocalEngine(Host):
     def run(
         self, strategy: Strategy[Any], work: Iterable[Assignment], turn: Turn
     ) -> Iterator[Arrival]:
-        """Each client's turn; a client that fails is an arrival with a failure."""
-        for assignment in work:
-            yield self._turn(strategy, assignment, turn)
+        """Each client's turn; a client that fails is an arrival with a failure.
+
+        One after another, or abreast where the trunk computes together what waits for it.
+        """
+        turns = {each.client: partial(self._turn, strategy, each, turn) for each in work}
+        if self._one_by_one(strategy) or len(turns) < 2:
+            yield from (each() for each in turns.values())
+            return
+        abreast = Abreast(self.trunk.line)
+        with self._through(abreast.wrapped):
+            yield from abreast.run(turns)
+
+    def _one_by_one(self, strategy: Strategy[Any]) -> bool:
+        """In exact mode, while turns are measured, and where all train one far copy in turn."""
+        shared = any(spec.home == "server" for spec in strategy.specs().values())
+        return not self.trunk.together or self.measures or shared
 
     def flow(self, strategy: Strategy[Any], give: Give, flow: Flow) -> Iterator[Arrival]:
         """Turns side by side, without a barrier: who has arrived is given the next one at once."""
@@ -91,10 +107,16 @@ class LocalEngine(Host):
             given = give(client)
             return None if given is None else partial(self._turn, strategy, *given)
 
-        inside: Callable[[ClientId, Link], Link] = self.wrap
-        self.wrap = lambda client, link: flow.wrapped(client, inside(client, link))
-        try:
+        with self._through(flow.wrapped):
             yield from flow.run(begin)
+
+    @contextmanager
+    def _through(self, outer: Callable[[ClientId, Link], Link]) -> Generator[None]:
+        """Within this, clients' links go through another one."""
+        inside: Callable[[ClientId, Link], Link] = self.wrap
+        self.wrap = lambda client, link: outer(client, inside(client, link))
+        try:
+            yield
         finally:
             self.wrap = inside
 
@@ -285,8 +307,3 @@ class LocalEngine(Host):
         self.memories[client].rollback()
         self.tenants.rollback(client)
         self.trunk.talks.drop(client)
-
-
-def size_of(slots: Iterable[Tensors]) -> int:
-    """Bytes of all tensors of some slots."""
-    return sum(v.numel() * v.element_size() for held in slots for v in held.values())

@@ -21,7 +21,7 @@ from flexp.data.tasks import Task
 from flexp.dice import Dice
 from flexp.engine.base import Arrival, Assignment, Failure, Give
 from flexp.engine.flow import Flow
-from flexp.engine.guests import TICK, WAITS_FOR_ALL, Guests, Job, Policy
+from flexp.engine.guests import TICK, WAITS_FOR_ALL, Guests, Job, Policy, turn_name
 from flexp.engine.host import Host
 from flexp.engine.look import Cells, Look
 from flexp.errors import FlexpError, LinkError, StepError
@@ -50,11 +50,13 @@ class NetworkEngine(Host):
         dice: Dice,
         run: str,
         tasks: Mapping[ClientId, Task],
+        together: bool = False,
         policy: Policy = WAITS_FOR_ALL,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         super().__init__(backbone, task, kind=kind, training=training, dice=dice)
+        self.trunk.together = together
         self.tasks, self.name, self.clock, self.pause = tasks, run, clock, pause
         self.guests = Guests(policy, clock)
         self.lasting = True  # whether a time in which nobody is there is waited for
@@ -294,8 +296,3 @@ class NetworkEngine(Host):
                 job.cells = outcome.cells
                 self.guests.end(job, outcome.error)
         return Noted()
-
-
-def turn_name(run: str, order: int) -> str:
-    """The run's name in the keys of one order, so that no message counts for another one."""
-    return f"{run}.{order}"

@@ -22,9 +22,9 @@ from flexp.data.sources import Row
 from flexp.data.tasks import Loss, Task
 from flexp.data.tokens import open_tokenizer, padding_of
 from flexp.dice import Dice
+from flexp.engine.guests import turn_name
 from flexp.engine.host import beginning
 from flexp.engine.look import Cells, Look
-from flexp.engine.network import turn_name
 from flexp.joining.parts import Say, fetch_part
 from flexp.link.control import Begin, Order, Outcome
 from flexp.link.dial import GrpcLink

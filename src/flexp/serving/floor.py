@@ -209,6 +209,7 @@ def open_stage(
         dice=found.dice,
         run=floor.recipe.hash()[:12],
         tasks=found.federation.own,
+        together=recipe.mode == "fast",
         policy=policy,
     )
     renew = partial(_renewed, floor, roster, opened)
