@@ -58,7 +58,7 @@ def set_up(
 
 def at_once(trunk: Trunk, messages: Mapping[Wire, Any]) -> dict[Wire, Future[Answer]]:
     """All of them wait before the first is served."""
-    trunk.line.begins(*(wire.client for wire in messages))
+    trunk.line.begins([[wire.client for wire in messages]])
     with ThreadPoolExecutor(len(messages)) as threads:
         futures = {wire: threads.submit(wire.send, m) for wire, m in messages.items()}
     for wire in messages:

@@ -91,16 +91,19 @@ def test_forwards_of_those_who_come_back_at_other_times_are_no_pass(
     assert clients(held.take()) == "ac"
     assert clients(held.take()) == "b"
     assert clients(held.take()) == "stranger"
-    held.begins("a", "b")  # in lockstep everybody comes back together
+    held.begins(["ab"])  # in lockstep everybody comes back together
     held.put(forward(wire, "b", 1, 8))
     held.put(forward(wire, "a", 1, 8))
     held.put(forward(wire, "c", 1, 8))
-    assert clients(held.take()) == "abc"
+    assert clients(held.take()) == "ab"
+    held.ends("a")
+    held.ends("b")
+    assert clients(held.take()) == "c"
 
 
 def test_lockstep_takes_nothing_before_everybody_waits(wire: Wire, clock: Clock) -> None:
     held, taken = Line(clock), list[str]()
-    held.begins("a", "b", "c")
+    held.begins(["abc"])
     held.put(forward(wire, "b", 1, 8))
     thread = threading.Thread(target=lambda: taken.append(clients(held.take())))
     thread.start()
@@ -114,7 +117,7 @@ def test_lockstep_takes_nothing_before_everybody_waits(wire: Wire, clock: Clock)
 
 def test_lockstep_serves_all_who_waited_before_it_waits_again(wire: Wire, clock: Clock) -> None:
     held = Line(clock)
-    held.begins("a", "b")
+    held.begins(["ab"])
     held.put(forward(wire, "b", 1, 8, "y"))
     held.put(forward(wire, "a", 1, 8, "x"))
     assert clients(held.take()) == "a"

@@ -1,20 +1,23 @@
 """Turns of several clients abreast in one process, so that the trunk has something to put together.
 
-Every client has a thread, and one thing computes at a time, with all cores: who has the baton. The
-trunk takes what waits when nobody computes any more, so what it computes together is the same on
-every machine and in every run.
+Every client has a thread, and is in one of two groups: while the trunk serves one, the other
+computes. Each thread computes on one core, and as many clients compute at a time as there are cores
+for them. What the trunk computes together is the same on every machine and in every run.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
 
 from flexp.engine.base import Arrival
 from flexp.link.messages import Answer, Link, Message
-from flexp.server.line import Line
+from flexp.server.trunk import Trunk
 from flexp.strategies.base import ClientId
 
 MOST = 32  # clients abreast: what they hold near is in memory at the same time
@@ -22,59 +25,74 @@ MOST = 32  # clients abreast: what they hold near is in memory at the same time
 
 @dataclass(frozen=True)
 class Handing:
-    """A link whose client hands the baton on while it waits for an answer."""
+    """A link whose client lets another one compute while it waits for an answer."""
 
     inner: Link
-    baton: threading.Lock
+    cores: threading.Semaphore
 
     def send(self, message: Message) -> Answer:
         """Delivers one message."""
-        self.baton.release()
+        self.cores.release()
         try:
             return self.inner.send(message)
         finally:
-            self.baton.acquire()
+            self.cores.acquire()
 
     def close(self) -> None:
         """Closes the link inside."""
         self.inner.close()
 
 
-@dataclass
 class Abreast:
-    """Clients under way; ``line`` is where their messages wait for the trunk."""
+    """Clients under way at a trunk, on ``threads`` cores; with one, nothing computes beside."""
 
-    line: Line
-    baton: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, trunk: Trunk, threads: int) -> None:
+        self.trunk, self.threads = trunk, threads
+        self.cores = threading.Semaphore(max(1, threads - 1))
 
     def wrapped(self, client: ClientId, link: Link) -> Link:
         """A client's link."""
         del client
-        return Handing(link, self.baton)
+        return Handing(link, self.cores)
 
     def run(self, turns: Mapping[ClientId, Callable[[], Arrival]]) -> Iterator[Arrival]:
         """The turns' arrivals, in this order; so many at a time as may be abreast."""
         listed = list(turns.items())
-        for at in range(0, len(listed), MOST):
-            some = listed[at : at + MOST]
-            self.line.begins(*(client for client, _ in some))
-            done = [self._begin(client, turn) for client, turn in some]
-            for future in done:
-                yield future.result()
+        with self._on_one_core_each():
+            for at in range(0, len(listed), MOST):
+                some = listed[at : at + MOST]
+                names = [client for client, _ in some]
+                self.trunk.line.begins([names] if self.threads == 1 else [names[::2], names[1::2]])
+                done = [self._begin(client, turn) for client, turn in some]
+                for future in done:
+                    yield future.result()
 
     def _begin(self, client: ClientId, turn: Callable[[], Arrival]) -> Future[Arrival]:
         done: Future[Arrival] = Future()
 
         def work() -> None:
             try:
-                with self.baton:
+                with self.cores:
                     arrival = turn()
             except BaseException as problem:  # noqa: BLE001 it is for who waits for the arrival
                 done.set_exception(problem)
             else:
                 done.set_result(arrival)
             finally:
-                self.line.ends(client)
+                self.trunk.line.ends(client)
 
         threading.Thread(target=work, name=f"flexp-{client}", daemon=True).start()
         return done
+
+    @contextmanager
+    def _on_one_core_each(self) -> Generator[None]:
+        """Within this a thread computes alone: two that share their cores wait for each other."""
+        self._set(1)
+        try:
+            yield
+        finally:
+            self._set(self.threads)
+
+    def _set(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.trunk.in_turn(lambda: torch.set_num_threads(threads))

@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from flexp.client.desk import Desk, Training
 from flexp.client.memory import Memory
 from flexp.client.turn import ALONE, Client, hand_in
@@ -91,7 +93,7 @@ class LocalEngine(Host):
         if self._one_by_one(strategy) or len(turns) < 2:
             yield from (each() for each in turns.values())
             return
-        abreast = Abreast(self.trunk.line)
+        abreast = Abreast(self.trunk, torch.get_num_threads())
         with self._through(abreast.wrapped):
             yield from abreast.run(turns)
 

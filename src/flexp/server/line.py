@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Hashable
+from collections.abc import Callable, Collection, Generator, Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,16 +47,19 @@ class Line:
     Whoever is expected soon is waited for, but no longer than a pass costs whatever its size: that
     is what coming along saves. Forwards of those only are one pass who usually come back together,
     since its graph is walked back once; who is late for that is computed again, so it is waited for
-    as long as that takes. In ``lockstep`` nothing is taken before everybody who takes part waits or
-    has ended, so what is computed together does not depend on how fast anything was.
+    as long as that takes.
+
+    Clients in ``lockstep`` are served group by group: the next group's when all of it wait or have
+    ended. So what is computed together does not depend on how fast anything was, and while one
+    group is served the others compute.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.costs, self.habits = Costs(), Habits()
         self.waiting: list[Request] = []
-        self.lockstep: set[str] = set()
-        self.sure: list[Request] = []  # in lockstep: who waited when all did, and is not taken yet
+        self.lockstep: list[set[str]] = []  # the next group first
+        self.sure: list[Request] = []  # of the group that is being served, and not taken yet
         self.changed = threading.Condition()
 
     def put(self, request: Request) -> None:
@@ -71,15 +74,16 @@ class Line:
         with self.changed:
             self.habits.has(request.client, request.message.key.phase, self.clock())
 
-    def begins(self, *clients: str) -> None:
-        """From now on everybody waits for these clients, until each ``ends``."""
+    def begins(self, groups: Iterable[Collection[str]]) -> None:
+        """From now on these clients are in lockstep, until each ``ends``."""
         with self.changed:
-            self.lockstep |= set(clients)
+            self.lockstep += [set(group) for group in groups if group]
 
     def ends(self, client: str) -> None:
         """Nobody waits for this client any more."""
         with self.changed:
-            self.lockstep.discard(client)
+            left = [group - {client} for group in self.lockstep]
+            self.lockstep = [group for group in left if group]
             self.changed.notify_all()
 
     def take(self) -> list[Request]:
@@ -87,8 +91,8 @@ class Line:
         with self.changed:
             if not self.waiting:
                 return []
-            if self.lockstep:
-                return self._taken(self._chosen(self._agreed()))
+            if self.lockstep and (sure := self._agreed()):
+                return self._taken(self._chosen(sure))
             chosen = self._chosen(self.waiting)
             began = self.clock()
             while (end := began + self._worth(chosen)) > self.clock() and self._comes(chosen, end):
@@ -97,11 +101,23 @@ class Line:
             return self._taken(chosen)
 
     def _agreed(self) -> list[Request]:
-        """In lockstep: those who waited when everybody did, by name."""
-        if not self.sure:
-            self.changed.wait_for(lambda: self.lockstep <= {w.client for w in self.waiting})
-            self.sure = sorted(self.waiting, key=lambda w: w.client)
+        """The messages of the group that is served, by name; none once all clients have ended."""
+        if not self.sure and self._waited():
+            group = self.lockstep.pop(0)
+            self.lockstep.append(group)
+            mine = (w for w in self.waiting if w.client in group)
+            self.sure = sorted(mine, key=lambda w: w.client)
         return self.sure
+
+    def _waited(self) -> bool:
+        """Waits until all of the next group wait; False if there is no group any more."""
+
+        def here() -> bool:
+            waiting = {w.client for w in self.waiting}
+            return not self.lockstep or self.lockstep[0] <= waiting
+
+        self.changed.wait_for(here)
+        return bool(self.lockstep)
 
     def _worth(self, chosen: list[Request]) -> float:
         """For how many seconds others are waited for."""
