@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -49,16 +50,16 @@ def fed(body: Backbone, n: int) -> tuple[dict[str, tuple[int, ...]], Tensor | No
 
 
 def results(
-    outs: list[Tensor], feeds: list[Tensor], worn: list[Mapping[str, Tensor]]
+    outs: list[Tensor], feeds: list[Tensor], worn: Sequence[Mapping[str, Tensor]]
 ) -> list[Tensor]:
     """What comes out, and the gradients of its squares by what went in."""
     leaves = [*feeds, *(v for one in worn for v in one.values())]
-    grads = torch.autograd.grad(
-        sum((out.square().sum() for out in outs), torch.zeros(())), leaves, allow_unused=True
-    )
+    total = torch.stack([out.square().sum() for out in outs]).sum()
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    both = zip(leaves, cast("tuple[Tensor | None, ...]", grads), strict=True)
     return [
         *(out.detach() for out in outs),
-        *(torch.zeros_like(v) if g is None else g for v, g in zip(leaves, grads, strict=True)),
+        *(torch.zeros_like(v) if g is None else g for v, g in both),
     ]
 
 
@@ -112,8 +113,7 @@ def test_who_wears_nothing_rides_along() -> None:
 def test_a_model_that_lets_rows_meet_is_not_run_jointly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof at first use finds out, and nothing is computed together."""
     body = backbone()
-    block = body.model.get_submodule(body.blocks_path)[1]
-    station = block.forward
+    station: Any = body.model.get_submodule(f"{body.blocks_path}.1").forward
     plain = station.forward
 
     def meets(hidden: Tensor, *args: object, **kwargs: object) -> object:

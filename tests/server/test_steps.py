@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -28,7 +30,7 @@ class Count:
         return Answer({"n": torch.tensor(self.ran)})
 
 
-def once(table: StepTable, key: StepKey, digest: str, work: Count) -> Answer:
+def once(table: StepTable, key: StepKey, digest: str, work: Callable[[], Answer]) -> Answer:
     """What the trunk does with a message."""
     found = table.find(key, digest)
     if found is None:

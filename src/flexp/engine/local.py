@@ -134,14 +134,9 @@ class LocalEngine(Host):
             return self._failed(work.client, problem, started, ledger)
         home = self.tenants[work.client]
         rows = desk.rows if desk.model.far is None else home.rows
-        seconds = time.monotonic() - started
+        seconds, took = time.monotonic() - started, found[0] if found else None
         return Arrival(
-            work.client,
-            home.reply,
-            rows=rows,
-            seconds=seconds,
-            ledger=ledger,
-            measured=found[0] if found else None,
+            work.client, home.reply, rows=rows, seconds=seconds, ledger=ledger, measured=took
         )
 
     def alone(self, strategy: Strategy[Any], work: Assignment, turn: Turn) -> Arrival:
@@ -160,14 +155,9 @@ class LocalEngine(Host):
                 hand_in(desk, reply, alone=turn.round)
         except Exception as problem:  # noqa: BLE001 as in any turn
             return self._failed(work.client, problem, started, ledger)
-        seconds, measured = time.monotonic() - started, found[0] if found else None
+        seconds, took = time.monotonic() - started, found[0] if found else None
         return Arrival(
-            work.client,
-            reply,
-            rows=desk.rows,
-            seconds=seconds,
-            ledger=ledger,
-            measured=measured,
+            work.client, reply, rows=desk.rows, seconds=seconds, ledger=ledger, measured=took
         )
 
     def _go(self, strategy: Strategy[Any], work: Assignment, turn: Turn, ledger: Ledger) -> None:

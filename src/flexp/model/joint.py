@@ -93,7 +93,8 @@ class Joint:
                 return value.index_select(0, index) if path in paths else value
             if isinstance(value, tuple | list):
                 items = cast("Sequence[Any]", value)
-                return type(value)(cut((*path, n), v) for n, v in enumerate(items))
+                parts = [cut((*path, n), v) for n, v in enumerate(items)]
+                return tuple(parts) if isinstance(value, tuple) else parts
             return value
 
         return (
@@ -106,7 +107,7 @@ class Joint:
         if not self._aboard:
             return {}
         sizes = [len(self._rows[n]) for n in self._aboard]
-        return dict(zip(self._aboard, hidden.split(sizes), strict=True))
+        return dict(zip(self._aboard, torch.split_with_sizes(hidden, sizes), strict=True))
 
     def _ends(self, n: int, hidden: Tensor) -> None:
         self.out[n] = hidden[:, : self.members[n].feed.shape[1]]
