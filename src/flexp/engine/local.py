@@ -93,8 +93,7 @@ class LocalEngine(Host):
         if self._one_by_one(strategy) or len(turns) < 2:
             yield from (each() for each in turns.values())
             return
-        abreast = Abreast(self.trunk, torch.get_num_threads())
-        with self._through(abreast.wrapped):
+        with self._through((abreast := Abreast(self.trunk, torch.get_num_threads())).wrapped):
             yield from abreast.run(turns)
 
     def _one_by_one(self, strategy: Strategy[Any]) -> bool:
