@@ -13,6 +13,7 @@ from flexp.errors import ModelError
 from flexp.model.files import tables
 from flexp.model.hollow import Part
 from flexp.model.skeleton import TaskKind, auto
+from flexp.precision import widen
 
 
 def load(
@@ -47,6 +48,7 @@ def load(
         raise ModelError(f'The weights of "{source}" cannot be loaded: {first}') from problem
     mismatched = {row[0] for row in info.get("mismatched_keys", ())}
     model = model if part is None else part.restore(model)
+    widen(model)
     return model, set(info["missing_keys"]) | mismatched
 
 
