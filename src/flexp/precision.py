@@ -50,7 +50,7 @@ def widen(model: nn.Module) -> None:
     """Lets a frozen model's linear maps, on the instances, make their products as ``product``."""
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
-            module.forward = partial(_forward, module)
+            cast(Any, module).forward = partial(_forward, module)
 
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:
