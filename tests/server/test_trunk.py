@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -104,6 +105,29 @@ def test_backward_never_steps(wire: Wire) -> None:
     g = wire.held("g")
     expected = {k: v - 0.5 * (0.5 * g[k]) for k, v in before.items()}
     assert same(wire.held(), expected)
+
+
+# ---- replies
+
+
+@pytest.mark.parametrize("odd", ["unknown", "far", "misshapen"])
+def test_a_reply_that_is_not_of_the_slot_is_refused_by_name(wire: Wire, odd: str) -> None:
+    """It would end everybody's merge."""
+    whole = initial(SlotSpec())
+    near = {k: v for k, v in whole.items() if wire.seat.place(body().block_of(k), 4).side == "near"}
+    name = next(k for k in near if ".layer.0." in k)
+    changed = {
+        "unknown": near | {"odd": torch.ones(1)},
+        "far": whole,
+        "misshapen": near | {name: torch.ones(1, 1)},
+    }
+    wanted = {"unknown": "odd", "far": "layer.1", "misshapen": name}
+    wire.send(Submit(wire.key("submit"), {"personal": near}, {}, {}, {}))
+    with pytest.raises(LinkError, match=re.escape(wanted[odd])):
+        wire.send(Submit(wire.key("submit"), {"personal": changed[odd]}, {}, {}, {}))
+    reply = wire.trunk.tenants["c0"].reply
+    assert reply is not None
+    assert same(reply.adapters["personal"], near)
 
 
 # ---- forwards that wait

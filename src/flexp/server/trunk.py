@@ -27,7 +27,7 @@ from flexp.model.backbone import Backbone
 from flexp.model.personal import Objective
 from flexp.parcel import JSON, Parcel
 from flexp.selection import select
-from flexp.server.checks import check, check_finite, refuse_odd
+from flexp.server.checks import check, check_finite, check_reply, refuse_odd
 from flexp.server.compute import Climb, Compute, Descent, Gradients
 from flexp.server.pending import Graph, Pending, Waiting
 from flexp.server.steps import StepTable
@@ -173,6 +173,9 @@ class Trunk(ComputeThread):
 
     def _submit(self, home: Tenancy, message: Submit) -> Answer:
         adapters = {slot: dict(held) for slot, held in message.near.items()}
+        for slot in adapters.keys() & home.specs.keys():
+            known = self.tenants.initial(home.specs[slot], home.seat.rank)
+            check_reply(home.client, slot, adapters[slot], known, home.slots.place)
         for slot, where in message.far.items():
             far = self.tenants.take(home.client, [slot], where)[slot]
             refuse_odd(home.client, {f"slot/{slot}/{name}": far[name] for name in far})
