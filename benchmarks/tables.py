@@ -210,7 +210,7 @@ def _measured(row: dict[str, Any]) -> list[str]:
     unit, side = row["unit"], "≥" if row["better"] == "higher" else "≤"
     value, target, floor = (
         "–" if n is None else f"{n:,.{0 if abs(n) >= 100 else 1 if abs(n) >= 10 else 2}f} {unit}"
-        for n in (row["value"], row["target"], row["floor"])
+        for n in (row["value"], row["target"], row["details"].get("limit_here", row["floor"]))
     )
     gate = row["details"].get("gate")
     if gate is not None and not gate["holds"]:

@@ -109,7 +109,7 @@ class Split:
         loss.backward()
         hidden.backward(arrived.grad)
         for optimizer in self.optimizers[client]:
-            optimizer.step()
+            optimizer.step()  # pyright: ignore[reportUnknownMemberType]
             optimizer.zero_grad()
         return float(loss.detach())
 

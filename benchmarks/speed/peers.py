@@ -130,6 +130,7 @@ def equal_shape(job: Job) -> list[Row]:
             k: round(tokens / held.wall_seconds, 1) for k, held in took.items()
         },
     }
+    details["limit"] = limits(job)
     share = 1 / took["naive"].over(took["peft"])
     details["naive_of_peft"] = round(share, 3)
     details["valid"] = LEAST <= share <= MOST
@@ -183,13 +184,21 @@ def against(
 ) -> Row:
     """How many times as much we do in the same time."""
     what, target, floor = told
+    limit = details["limit"][ours] / details["tokens_per_cpu_second"][other]
     more = {
+        "limit_here": round(limit, 2),
         "wall_ratio": round(took[other].wall_over(took[ours]), 3),
         "spread": took[other].spread(took[ours]),
     }
     ratio = took[other].over(took[ours])
     shown = what.format(ours)
     return Row(name, ratio, "×", shown, target, floor, gate=gate, details={**details, **more})
+
+
+def limits(job: Job) -> dict[str, float]:
+    """Tokens per second of steps that are nothing but multiplying, as fast as that goes here."""
+    peak = machines.peaks(ROUNDS)
+    return {d: round(machines.fastest(peak, d) * job.tokens / job.flops, 1) for d in DTYPES}
 
 
 def naive_gate(share: float) -> Gate:
@@ -239,7 +248,8 @@ def lengths(job: Job) -> list[Row]:
     details = {
         "texts": known,
         "lengths": held,
-        "real_tokens_per_cpu_second": {k: round(real / t.seconds, 1) for k, t in took.items()},
+        "tokens_per_cpu_second": {k: round(real / t.seconds, 1) for k, t in took.items()},
+        "limit": limits(job),
     }
     what = "times the real tokens of the same baseline, texts padded to {}, {{}}"
     return [

@@ -59,6 +59,6 @@ class Peft:
         with fast:
             loss: Tensor = self.model(**batch.inputs, labels=batch.labels).loss
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        self.optimizers[name].step()
+        self.optimizers[name].step()  # pyright: ignore[reportUnknownMemberType]
         self.optimizers[name].zero_grad()
         return float(loss.detach())

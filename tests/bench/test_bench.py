@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,7 +244,7 @@ def test_what_is_watched_is_put_back() -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_start_is_compared_with_one_that_computes_the_same(tmp_path: Any) -> None:
     def ours(scale: Any, folder: str) -> dict[str, Any]:
-        return {**child.first_step(scale.job, folder), "wall": 1.0}
+        return {**child.first_step(scale.job, Path(folder)), "wall": 1.0}
 
     def theirs(scale: Any, folder: str) -> dict[str, Any]:
         ids = scale.job.batch().inputs["input_ids"].tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,10 +41,12 @@ def activations(scale: Scale, machine: Machine) -> list[Row]:
         exact, found = (descend(place.desk, batch, slope) for place in (kept, again))
     worst = max(float((exact[k] - found[k]).abs().max()) for k in exact)
     gate = Gate("the gradients differ", worst if exact.keys() == found.keys() else 1.0, 0.0)
-    time, details = took["again"].over(took["kept"]), {"mib": {}, "cpu_seconds": {}}
-    details["mib"] = {n: round(size / 2**20, 2) for n, size in bytes_.items()}
-    details["cpu_seconds"] = {n: round(took[n].seconds, 4) for n in works}
-    details["spread"] = {"time": took["again"].spread(took["kept"])}
+    time = took["again"].over(took["kept"])
+    details: dict[str, Any] = {
+        "mib": {n: round(size / 2**20, 2) for n, size in bytes_.items()},
+        "cpu_seconds": {n: round(took[n].seconds, 4) for n in works},
+        "spread": {"time": took["again"].spread(took["kept"])},
+    }
     saved = "times fewer bytes kept for the backward, with blocks that run again"
     longer = "times the processor time, with blocks that run again"
     less = bytes_["kept"] / bytes_["again"]

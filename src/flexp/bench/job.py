@@ -101,8 +101,9 @@ class Job:
             embd_pdrop=0.0,
             attn_pdrop=0.0,
         )
-        with torch.random.fork_rng():  # what it draws is drawn over
-            model: nn.Module = hf.GPT2LMHeadModel(config)
+        kept = torch.get_rng_state()  # what it draws is drawn over
+        model: nn.Module = hf.GPT2LMHeadModel(config)
+        torch.set_rng_state(kept)
         drawn(model, Dice(0)("weights"))
         return model.eval()
 

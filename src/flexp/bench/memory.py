@@ -56,7 +56,7 @@ def memory(scale: Scale, machine: Machine, *, launch: Launch | None = None) -> l
             "memory.copies",
             (found["copy_bytes"] + state) / more,
             "×",
-            "times less than a copy of the server's blocks per client (bf16)",
+            "times less than a copy of the server's blocks per client (fp32)",
             60.0,
             (found["copy_bytes"] + state) / state,
             gate=gate,
@@ -66,7 +66,7 @@ def memory(scale: Scale, machine: Machine, *, launch: Launch | None = None) -> l
             "memory.resident",
             thousand,
             "GiB",
-            f"resident memory of the process with {scale.tenants} personal clients (bf16)",
+            f"resident memory of the process with {scale.tenants} personal clients (fp32)",
             2.5,
             least,
             "lower",
@@ -79,7 +79,7 @@ def filled(job: Job, clients: int) -> dict[str, Any]:
     """Fills this process with clients of one server, and tells what that took."""
     give_back()
     torch.set_num_threads(1)
-    body = job.backbone("bf16")
+    body = job.backbone("fp32")
     begun = body.initial(job.adapter, Dice(0)("initial"))
     server = Server(job, body, begun)
     try:

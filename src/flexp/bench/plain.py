@@ -25,7 +25,7 @@ def first_step(asked: dict[str, Any]) -> dict[str, Any]:
     ids = torch.tensor(asked["ids"])
     loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
     loss.backward()
-    optimizer.step()
+    optimizer.step()  # pyright: ignore[reportUnknownMemberType]
     return {"loss": float(loss.detach()), "cpu": time.process_time()}
 
 

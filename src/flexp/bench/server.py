@@ -37,11 +37,15 @@ class Server:
         together: bool = False,
     ) -> None:
         self.job, self.body, self.begun = job, body, begun
-        self.seats = seats or (lambda n: job.seat)
+        self.seats: Callable[[int], Seat] = seats or self._where_the_job_says
         self.tenants = Tenants(body, lambda spec, rank: begun)
         self.trunk = Trunk(body, self.tenants, CausalLM(TOKENIZER))
         # Whether messages that wait are computed in one pass; a trunk that cannot takes no notice.
         vars(self.trunk)["together"] = together
+
+    def _where_the_job_says(self, n: int) -> Seat:
+        del n
+        return self.job.seat
 
     def sits(self, n: int) -> None:
         """Opens a client's turn."""

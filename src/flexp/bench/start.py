@@ -68,6 +68,6 @@ def plain(scale: Scale, folder: str) -> dict[str, Any]:
     from flexp.bench.child import started
 
     job = scale.job
-    ids: list[list[int]] = job.batch().inputs["input_ids"].tolist()
-    asked = {"folder": folder, "rank": job.rank, "alpha": job.adapter.alpha, "ids": ids}
+    drawn: Any = job.batch().inputs["input_ids"]
+    asked = {"folder": folder, "rank": job.rank, "alpha": job.adapter.alpha, "ids": drawn.tolist()}
     return started("flexp.bench.plain", asked)

@@ -12,6 +12,7 @@ from torch import Tensor
 from flexp.bench.clock import Work, in_turns
 from flexp.bench.job import Job, Scale
 from flexp.bench.machine import Machine
+from flexp.bench.merge import distance
 from flexp.bench.rows import Gate, Row
 from flexp.bench.server import STEP, Server
 from flexp.model.backbone import Backbone
@@ -155,4 +156,4 @@ def apart(job: Job) -> float:
     pairs = list(zip(alone, joined, strict=True))
     for mine, other in zip(adapters, theirs, strict=True):
         pairs += [(mine[k], other[k]) for k in mine]
-    return max(float((a - b).norm() / a.norm()) for a, b in pairs)
+    return max(distance(b, a) for a, b in pairs)

@@ -20,7 +20,8 @@ from flexp.client.session import Session
 from flexp.data.tasks import CausalLM
 from flexp.model.backbone import Backbone
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass
