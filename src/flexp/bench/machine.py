@@ -30,6 +30,11 @@ class Machine:
     peak: Mapping[str, float | None]
 
     @property
+    def faster(self) -> str:
+        """The precision that this machine multiplies faster at: bf16 or fp32."""
+        return max(("bf16", "fp32"), key=lambda dtype: fastest(self.peak, dtype))
+
+    @property
     def plain(self) -> dict[str, Any]:
         """As plain data; speeds in GFLOP/s."""
         gemm = {k: None if v is None else round(v / 1e9, 1) for k, v in self.peak.items()}

@@ -20,23 +20,24 @@ from flexp.events import Event, Stream, TurnEnded, TurnFailed
 from flexp.stage import prepare
 
 STEPS, BATCH, LENGTH = 2, 4, 32
-ROWS = 16  # of a client: half to learn from, a quarter to choose by, a quarter to be tested on
+# Rows of a client and their words. Everybody is tested on everybody's rows, so these are short.
+SPLITS = {"train": (STEPS * BATCH, LENGTH - 1), "validation": (1, 7), "test": (1, 7)}
 WHAT = "of the processor time of whole rounds is inside the model, with {} clients"
 
 
 def simulate(scale: Scale, machine: Machine) -> list[Row]:
     """Runs of `flexp`, the method: sampling, training, merging, a checkpoint, evaluation."""
-    del machine
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}[machine.faster]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         written(scale.job, folder / "model")
-        return [rounds(scale.job, folder, clients) for clients in scale.fleets]
+        return [rounds(scale.job, folder, clients, dtype) for clients in scale.fleets]
 
 
-def rounds(job: Job, folder: Path, clients: int) -> Row:
+def rounds(job: Job, folder: Path, clients: int, dtype: str) -> Row:
     """One round of so many clients."""
     texts(job, folder / f"data-{clients}", clients)
-    recipe = recipe_file.make(plain(job, folder, clients), "bench")
+    recipe = recipe_file.make(plain(job, folder, clients, dtype), "bench")
     stage = prepare(recipe, assets.Cache(folder / "assets"))
     stream, turns = Stream(), Turns()
     stream.subscribe(turns)
@@ -79,19 +80,19 @@ class Turns:
         return self.failed + abs(clients - self.ended)
 
 
-def plain(job: Job, folder: Path, clients: int) -> dict[str, Any]:
+def plain(job: Job, folder: Path, clients: int, dtype: str) -> dict[str, Any]:
     """The recipe."""
     return {
         "name": f"bench-{clients}",
         "rounds": 1,
         "mode": "fast",
-        "data": {"path": str(folder / f"data-{clients}"), "split": [0.5, 0.25, 0.25]},
+        "data": {"path": str(folder / f"data-{clients}")},
         "task": {"kind": "causal-lm", "max_length": min(LENGTH, job.length)},
-        "model": {"source": str(folder / "model")},
+        "model": {"source": str(folder / "model"), "dtype": dtype},
         "adapter": {"rank": job.rank, "alpha": 2.0 * job.rank, "targets": ["c_attn"]},
         "train": {"steps": STEPS, "batch": BATCH, "lr": 1e-3},
         "plan": {"cut": [job.cut, 0]},
-        "evaluate": {"global_rows": 8},
+        "evaluate": {"global_rows": 1},
         "out": str(folder / "runs"),
     }
 
@@ -111,12 +112,16 @@ def written(job: Job, folder: Path) -> None:
 
 
 def texts(job: Job, folder: Path, clients: int) -> None:
-    """Random words, a file for each client."""
-    folder.mkdir()
+    """Random words, a folder for each client."""
     for n in range(clients):
-        stream, lines = Dice(0)("texts", n=n), list[str]()
-        for row in range(ROWS):
-            picked = stream("row", n=row).shuffle(job.vocabulary - 2)
-            words = " ".join(f"w{picked[at % len(picked)]}" for at in range(LENGTH - 1))
-            lines.append(json.dumps({"text": words}))
-        (folder / f"c{n:03}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        mine = folder / f"c{n:03}"
+        mine.mkdir(parents=True)
+        for split, (rows, words) in SPLITS.items():
+            lines = [spoken(job, Dice(0)(split, n=n, row=row), words) for row in range(rows)]
+            (mine / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def spoken(job: Job, dice: Dice, words: int) -> str:
+    """A row of so many words."""
+    picked = dice.shuffle(job.vocabulary - 2)
+    return json.dumps({"text": " ".join(f"w{picked[at % len(picked)]}" for at in range(words))})

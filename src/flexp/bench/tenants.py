@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -19,7 +20,8 @@ from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.tensors import Tensors
 
-WHAT = "times less processor time of the server, {} clients of {} tokens at once, cuts 1 to 4, bf16"
+WHAT = "times less processor time of the server, {} clients of {} tokens at once, cuts 1 to 4, {}"
+MOST_ROUNDS = 5  # of steps of thousands of tokens
 AIMS = {  # clients and tokens of each: target and limit
     (16, 16): (4.5, 7.4),
     (32, 16): (4.5, 7.4),
@@ -32,9 +34,9 @@ CLOSE = 1e-5  # of two gradients in fp32, relative
 
 def tenants(scale: Scale, machine: Machine) -> list[Row]:
     """Threads send at once to a trunk that takes messages together, and to one that does not."""
-    del machine
     job, small = scale.job, scale.rounds == 1
-    body, aims = job.backbone("bf16"), dict(list(AIMS.items())[:1]) if small else AIMS
+    scale = replace(scale, rounds=min(MOST_ROUNDS, scale.rounds))
+    body, aims = job.backbone(machine.faster), dict(list(AIMS.items())[:1]) if small else AIMS
     gate = Gate("joint gradients off those alone in fp32, relative", apart(job), CLOSE)
     rows = [against(scale, body, size, aim, gate) for size, aim in aims.items()]
     return [*rows, mixed(scale, body, *next(iter(aims)))]
@@ -102,7 +104,7 @@ def against(
             for name, joint in (("alone", False), ("together", True))
         }
         works: dict[str, Work] = {name: clients.turn for name, clients in ways.items()}
-        took = in_turns(works, scale.rounds, warm=2)
+        took = in_turns(works, scale.rounds)
     details = {
         "tokens_per_cpu_second": {
             name: round(count * tokens / held.seconds, 1) for name, held in took.items()
@@ -110,7 +112,10 @@ def against(
         "wall_ratio": round(took["alone"].wall_over(took["together"]), 3),
         "spread": took["alone"].spread(took["together"]),
     }
-    what, ratio = WHAT.format(count, tokens), took["alone"].over(took["together"])
+    what, ratio = (
+        WHAT.format(count, tokens, body.dtype).replace("torch.", ""),
+        took["alone"].over(took["together"]),
+    )
     name = f"tenants.{count}x{tokens}"
     return Row(name, ratio, "×", what, target, floor, gate=gate, details=details)
 
