@@ -29,6 +29,10 @@ PAGES = (
 
 NAMES = ("quick", "spam", "shakespeare")
 PICKS = ("fastest", "median")
+FOREIGN = (
+    " Targets were set for another kind of processor, so nothing is said of them; what counts here "
+    "is how much of the limit is reached."
+)
 
 
 def table(name: str) -> str:
@@ -187,14 +191,16 @@ def speeds() -> dict[str, str]:
         ways = ", ".join(
             f"{way} {speed:,.0f}" for way, speed in machine["gemm_gflops"].items() if speed
         )
+        foreign = all(row["ok"] is None for row in held["rows"])
         lines = [
             f"Measured on {held['date'][:10]} at commit `{commit}`"
             f"{' with changes' if held['changed'] else ''}, in {held['minutes']:.0f} minutes, with "
             f"a load of {held['load'][0]:.1f}: {machine['processor']}, {machine['cores']} cores, "
-            f"torch {machine['torch']}. One thread multiplies matrices at (GFLOP/s): {ways}.",
+            f"torch {machine['torch']}. One thread multiplies matrices at (GFLOP/s): {ways}."
+            + (FOREIGN if foreign else ""),
             "",
-            "| row | what | measured | target | limit | |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| row | what | measured | target | limit | of the limit | |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         for row in held["rows"]:
             if row["target"] is not None or row["name"].startswith(("wire", "simulate")):
@@ -208,16 +214,20 @@ def speeds() -> dict[str, str]:
 def _measured(row: dict[str, Any]) -> list[str]:
     """A number, its target and its limit as people read them, and what is missing."""
     unit, side = row["unit"], "≥" if row["better"] == "higher" else "≤"
-    value, target, floor = (
+    most = row["details"].get("limit_here", row["floor"])
+    value, target, limit = (
         "–" if n is None else f"{n:,.{0 if abs(n) >= 100 else 1 if abs(n) >= 10 else 2}f} {unit}"
-        for n in (row["value"], row["target"], row["details"].get("limit_here", row["floor"]))
+        for n in (row["value"], row["target"], most)
     )
+    share = "–"
+    if most and row["value"] and row["value"] > 0:
+        part = row["value"] / most if row["better"] == "higher" else most / row["value"]
+        share = f"{100 * part:.0f} %"
     gate = row["details"].get("gate")
+    told = {True: "reached", False: "**short**", None: ""}[row["ok"]]
     if gate is not None and not gate["holds"]:
         told = "**invalid**"
-    else:
-        told = {True: "reached", False: "**short**", None: ""}[row["ok"]]
-    return [value, "–" if target == "–" else f"{side} {target}", floor, told]
+    return [value, "–" if target == "–" else f"{side} {target}", limit, share, told]
 
 
 def _anatomy(rows: list[dict[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """Split LoRA as it is usually written: clients in turn, a dense product of B and A per forward.
 
-Plain modules of torch, the same model and the same mathematics as the program's. What costs is
+The same model and the same mathematics as the program's, in plain modules: norm, gelu and attention
+are written out, as they are in the models that such code brings along. What costs beside is
 loralib's way of applying an adapter (a whole matrix B A, and one more product of full size, forward
 and backward) and a copy of the client's blocks for every client.
 """
@@ -8,6 +9,7 @@ and backward) and a copy of the client's blocks for every client.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,13 +35,41 @@ class DenseLora(nn.Module):
         return self.frozen(x) + functional.linear(x, self.b @ self.a) * self.scaling
 
 
+class Norm(nn.Module):
+    """A layer's norm, written out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Without mean, of variance one, scaled and moved."""
+        away = x - x.mean(-1, keepdim=True)
+        return (
+            self.weight * (away / torch.sqrt(away.pow(2).mean(-1, keepdim=True) + 1e-5)) + self.bias
+        )
+
+
+def gelu(x: Tensor) -> Tensor:
+    """By its tangent, written out."""
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3))))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of what came before, by whole matrices of weights."""
+    length = q.shape[2]
+    seen = torch.tril(torch.ones(length, length))
+    weights = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+    return torch.softmax(weights * seen - 1e4 * (1 - seen), dim=-1) @ v
+
+
 class Block(nn.Module):
     """A decoder's block with the norms in front."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
         d, self.heads = job.width, job.heads
-        self.before, self.between = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.before, self.between = Norm(d), Norm(d)
         self.attention = DenseLora(d, 3 * d, job.rank, job.adapter.alpha)
         self.out, self.up, self.down = nn.Linear(d, d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
 
@@ -48,9 +78,9 @@ class Block(nn.Module):
         rows, length, d = x.shape
         parts = self.attention(self.before(x)).split(d, dim=2)
         q, k, v = (p.view(rows, length, self.heads, -1).transpose(1, 2) for p in parts)
-        seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        seen = attention(q, k, v)
         x = x + self.out(seen.transpose(1, 2).reshape(rows, length, d))
-        inside = functional.gelu(self.up(self.between(x)), approximate="tanh")
+        inside = gelu(self.up(self.between(x)))
         return x + self.down(inside)
 
 
@@ -74,7 +104,7 @@ class Back(nn.Module):
     def __init__(self, job: Job) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(Block(job) for _ in range(job.cut, job.depth)))
-        self.norm = nn.LayerNorm(job.width)
+        self.norm = Norm(job.width)
         self.head = nn.Linear(job.width, job.vocabulary, bias=False)
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:

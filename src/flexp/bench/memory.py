@@ -36,7 +36,9 @@ def memory(scale: Scale, machine: Machine, *, launch: Launch | None = None) -> l
 
         launch = partial(launched, "memory")
     found = launch(scale)
-    state, more = found["adapter_bytes"] * MOMENTS, found["further_bytes"]
+    state = found["adapter_bytes"] * MOMENTS
+    # What the system counts comes in pages; it is never less than the tensors.
+    more = max(found["further_bytes"], found["further_tensor_bytes"])
     gate = Gate("clients whose adapters are not their own", float(found["shared"]), 0.0)
     thousand = found["resident_bytes"] / 2**30
     least = (found["resident_bytes"] - scale.tenants * (more - state)) / 2**30
