@@ -17,7 +17,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-slow test-families faults soak fuzz check format bench bench-memory \
-  bench-network bench-protocol docs lock wheels-arm clean
+  bench-network bench-protocol bench-speed docs lock wheels-arm clean
 
 help:  ## Print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,10 @@ bench-protocol: $(STAMP)  ## Methods against each other, as benchmarks/protocol.
 
 bench-network: $(STAMP)  ## Training between processes: what a network adds (12 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/network.py
+	$(BIN)/python benchmarks/tables.py --write
+
+bench-speed: $(STAMP)  ## How fast a step is, against the machine and against others (15 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed/peers.py
 	$(BIN)/python benchmarks/tables.py --write
 
 bench-memory: $(STAMP)  ## A client's memory, predicted against measured (15 minutes, 3 GB of disk)

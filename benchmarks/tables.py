@@ -21,9 +21,18 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 SECURITY = HERE.parent / "SECURITY.md"
 EXPLANATION = HERE.parent / "docs" / "explanation"
-PAGES = (README, SECURITY, EXPLANATION / "network.md", EXPLANATION / "reliability.md")
+PAGES = (
+    README,
+    SECURITY,
+    *(EXPLANATION / f"{name}.md" for name in ("network", "reliability", "speed")),
+)
+
 NAMES = ("quick", "spam", "shakespeare")
 PICKS = ("fastest", "median")
+FOREIGN = (
+    " Targets were set for another kind of processor, so nothing is said of them; what counts here "
+    "is how much of the limit is reached."
+)
 
 
 def table(name: str) -> str:
@@ -173,6 +182,68 @@ def between_processes() -> dict[str, str]:
     }
 
 
+def speeds() -> dict[str, str]:
+    """What the program reaches, against targets, limits and others, and on which machine."""
+    found: dict[str, Any] = json.loads((HERE / "results" / "speed.json").read_text("utf-8"))
+    out: dict[str, str] = {}
+    for part, held in found["parts"].items():
+        machine, commit = held["machine"], held["commit"][:10]
+        ways = ", ".join(
+            f"{way} {speed:,.0f}" for way, speed in machine["gemm_gflops"].items() if speed
+        )
+        foreign = all(row["ok"] is None for row in held["rows"])
+        lines = [
+            f"Measured on {held['date'][:10]} at commit `{commit}`"
+            f"{' with changes' if held['changed'] else ''}, in {held['minutes']:.0f} minutes, with "
+            f"a load of {held['load'][0]:.1f}: {machine['processor']}, {machine['cores']} cores, "
+            f"torch {machine['torch']}. One thread multiplies matrices at (GFLOP/s): {ways}."
+            + (FOREIGN if foreign else ""),
+            "",
+            "| row | what | measured | target | limit | of the limit | |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in held["rows"]:
+            if row["target"] is not None or row["name"].startswith(("wire", "simulate")):
+                cells = [f"`{row['name']}`", row["what"], *_measured(row)]
+                lines.append(f"| {' | '.join(cells)} |")
+        out[f"speed-{part}"] = "\n".join(lines) + "\n"
+    out["speed-anatomy"] = _anatomy(found["parts"]["program"]["rows"])
+    return out
+
+
+def _measured(row: dict[str, Any]) -> list[str]:
+    """A number, its target and its limit as people read them, and what is missing."""
+    unit, side = row["unit"], "≥" if row["better"] == "higher" else "≤"
+    most = row["details"].get("limit_here", row["floor"])
+    value, target, limit = (
+        "–" if n is None else f"{n:,.{0 if abs(n) >= 100 else 1 if abs(n) >= 10 else 2}f} {unit}"
+        for n in (row["value"], row["target"], most)
+    )
+    share = "–"
+    if most and row["value"] and row["value"] > 0:
+        part = row["value"] / most if row["better"] == "higher" else most / row["value"]
+        share = f"{100 * part:.0f} %"
+    gate = row["details"].get("gate")
+    told = {True: "reached", False: "**short**", None: ""}[row["ok"]]
+    if gate is not None and not gate["holds"]:
+        told = "**invalid**"
+    return [value, "–" if target == "–" else f"{side} {target}", limit, share, told]
+
+
+def _anatomy(rows: list[dict[str, Any]]) -> str:
+    """Where a step goes, part by part."""
+    parts = [row for row in rows if row["name"].startswith("anatomy.")]
+    kinds = list(dict.fromkeys(row["name"].split(".")[1] for row in parts))
+    lines = [f"| part | what | {' | '.join(kinds)} |", f"| --- | --- |{' --- |' * len(kinds)}"]
+    by_name = {row["name"]: row for row in parts}
+    for row in parts[: len(parts) // len(kinds)]:
+        part = row["name"].split(".")[2]
+        shares = [by_name[f"anatomy.{kind}.{part}"] for kind in kinds]
+        cells = [f"{s['value']:.1f} % ({1e3 * s['details']['seconds']:.0f} ms)" for s in shares]
+        lines.append(f"| {part} | {row['what']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def fuzzed() -> str:
     """What the last long run of the fuzzer did and found, and when, as Markdown."""
     found: dict[str, Any] = json.loads((HERE / "results" / "suite-fuzz.json").read_text("utf-8"))
@@ -263,7 +334,9 @@ def _shown(value: float, accuracy: bool) -> str:
 def rendered(text: str) -> str:
     """A page with its tables made anew."""
     made = {**{name: table(name) for name in NAMES}, "verdicts": verdicts(), "splits": fleets()}
-    made |= between_processes() | {"fuzz": fuzzed(), "faults": matrix(), "suites": suites()}
+    made |= (
+        between_processes() | speeds() | {"fuzz": fuzzed(), "faults": matrix(), "suites": suites()}
+    )
     for name, lines in made.items():
         if f"<!-- {name}:begin -->" not in text:
             continue

@@ -40,6 +40,23 @@ def test_the_page_on_the_network_shows_the_committed_results() -> None:
         assert f"<!-- network-{name}:begin -->" in text
 
 
+def test_the_page_on_speed_shows_the_committed_results() -> None:
+    text = (ROOT / "docs" / "explanation" / "speed.md").read_text("utf-8")
+    assert tables().rendered(text) == text
+    for name in ("peers", "program", "anatomy"):
+        assert f"<!-- speed-{name}:begin -->" in text
+
+
+def test_every_row_on_speed_is_right_or_told_to_be_invalid() -> None:
+    for part in quick("speed")["parts"].values():
+        assert re.fullmatch("[0-9a-f]{40}", part["commit"])
+        for row in part["rows"]:
+            gate = row["details"].get("gate")
+            if gate is not None and not gate["holds"]:
+                assert row["ok"] is not True
+                assert tables()._measured(row)[-1] == "**invalid**"
+
+
 def test_the_page_on_security_shows_the_last_run_of_the_fuzzer() -> None:
     text = (ROOT / "SECURITY.md").read_text("utf-8")
     assert tables().rendered(text) == text

@@ -9,8 +9,10 @@ from flexp.cli import adapters  # isort: split
 
 from flexp.cli import listings  # isort: split
 
+from flexp.cli import bench  # isort: split
+
 from flexp.cli import identity  # isort: split
 
 from flexp.cli.base import app, main
 
-__all__ = ["adapters", "app", "identity", "listings", "main", "network", "runs"]
+__all__ = ["adapters", "app", "bench", "identity", "listings", "main", "network", "runs"]

@@ -17,10 +17,13 @@ from flexp.terminal.pages import (
 )
 from flexp.terminal.plans import show_cuts, show_plan
 from flexp.terminal.scores import show_compare, show_demo
+from flexp.terminal.speed import show_bench, show_benchmarks
 
 __all__ = [
     "show_assets",
     "show_authority",
+    "show_bench",
+    "show_benchmarks",
     "show_certificates",
     "show_compare",
     "show_cuts",
