@@ -15,7 +15,7 @@ from flexp.bench.job import Job, Scale
 from flexp.bench.machine import Machine
 from flexp.bench.merge import distance
 from flexp.bench.rows import Gate, Row
-from flexp.bench.server import STEP, Server
+from flexp.bench.server import STEP, Server, name
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.tensors import Tensors
@@ -43,7 +43,7 @@ def tenants(scale: Scale, machine: Machine) -> list[Row]:
 
 
 class Clients:
-    """Clients of one server, a thread each, that take a step all at the same time."""
+    """Clients of one server, a thread each, in lockstep where the server takes them together."""
 
     def __init__(self, server: Server, count: int, rows: int, length: int) -> None:
         self.server, self.count, self.step = server, count, 0
@@ -51,6 +51,8 @@ class Clients:
         self.threads = ThreadPoolExecutor(count)
         for n in range(count):
             server.sits(n)
+        if server.trunk.together:
+            server.trunk.line.begins([[name(n) for n in range(count)]])
 
     def turn(self) -> list[Tensor]:
         """One step of everybody; the optimizer's step of the one before rides on it."""
@@ -116,8 +118,9 @@ def against(
         WHAT.format(count, tokens, body.dtype).replace("torch.", ""),
         took["alone"].over(took["together"]),
     )
-    name = f"tenants.{count}x{tokens}"
-    return Row(name, ratio, "×", what, target, floor, gate=gate, details=details)
+    return Row(
+        f"tenants.{count}x{tokens}", ratio, "×", what, target, floor, gate=gate, details=details
+    )
 
 
 def mixed(scale: Scale, body: Backbone, count: int, tokens: int) -> Row:
