@@ -86,8 +86,9 @@ bench-network: $(STAMP)  ## Training between processes: what a network adds (12 
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/network.py
 	$(BIN)/python benchmarks/tables.py --write
 
-bench-speed: $(STAMP)  ## How fast a step is, against the machine and against others (15 minutes)
+bench-speed: $(STAMP)  ## How fast a step is, against the machine and against others (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed/peers.py
+	$(BIN)/python benchmarks/speed/rounds.py
 	$(BIN)/python benchmarks/tables.py --write
 
 bench-memory: $(STAMP)  ## A client's memory, predicted against measured (15 minutes, 3 GB of disk)

@@ -207,8 +207,28 @@ def speeds() -> dict[str, str]:
                 cells = [f"`{row['name']}`", row["what"], *_measured(row)]
                 lines.append(f"| {' | '.join(cells)} |")
         out[f"speed-{part}"] = "\n".join(lines) + "\n"
+    out["speed-rounds"] = _rounds()
     out["speed-anatomy"] = _anatomy(found["parts"]["program"]["rows"])
     return out
+
+
+def _rounds() -> str:
+    """Whole rounds in one process, one way beside another."""
+    found: dict[str, Any] = json.loads((HERE / "results" / "rounds.json").read_text("utf-8"))
+    lines = [
+        f"{found['threads']} threads, load {found['load'][0]:.1f} at the start.",
+        "",
+        "| demo | way | a round | times as fast | scoring, times as fast | metrics at the end |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for job, ways in found["jobs"].items():
+        for way, held in ways.items():
+            scores = ", ".join(f"{name} {value:.4g}" for name, value in held["scores"].items())
+            lines.append(
+                f"| {job} | {way} | {held['round_seconds'][0]:.2f} s | {held['ratio']:.2f} | "
+                f"{held['scoring_ratio']:.2f} | {scores} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def _measured(row: dict[str, Any]) -> list[str]:

@@ -433,7 +433,7 @@ def test_of_two_processes_with_one_name_the_newest_counts(
 ) -> None:
     """Before the beginning and in the run; each time the old one ends, and nothing counts twice."""
     recipe = recipe_of(
-        out=str(tmp_path / "served"), rounds=6, adapter__dropout=0.1, train__steps=80
+        out=str(tmp_path / "served"), rounds=3, adapter__dropout=0.1, train__steps=80
     )
     server = cluster.serve(recipe, "--clients", ",".join(CLIENTS))
     text = 'Another process has joined as "anna", and the newest counts'
@@ -442,7 +442,7 @@ def test_of_two_processes_with_one_name_the_newest_counts(
     second = cluster.join("anna", mine / "anna.jsonl", log="second")
     ended(first, text)
     others = [cluster.join(c, mine / f"{c}.jsonl") for c in CLIENTS[1:]]
-    second.wait_for("round 1 of 6")
+    second.wait_for("round 1 of 3")
     third = cluster.join("anna", mine / "anna.jsonl", log="third")
     ended(second, text)
     for program in (third, *others, server):

@@ -149,7 +149,8 @@ def counted() -> int:
     gc.collect()
     sizes: dict[int, int] = {}
     for one in gc.get_objects():
-        if issubclass(type(one), Tensor) and one.device.type == "cpu":
+        plain = issubclass(type(one), Tensor) and one.layout == torch.strided
+        if plain and one.device.type == "cpu":
             storage = one.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
