@@ -49,7 +49,8 @@ def set_up(
     spec: SlotSpec = SlotSpec(),  # noqa: B008
 ) -> tuple[Trunk, list[Wire]]:
     trunk, wires = served(*seats, spec=spec)
-    trunk.together = together
+    if together:
+        trunk.take_together()
     for n, wire in enumerate(wires):
         wire.batch = batches_for(body(), len(wires))[n]
         wire.join()

@@ -20,7 +20,7 @@ from flexp.link.messages import Answer, Link, Message
 from flexp.server.trunk import Trunk
 from flexp.strategies.base import ClientId
 
-MOST = 32  # clients abreast: what they hold near is in memory at the same time
+MOST = 8  # clients abreast: what they hold near is in memory at the same time
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,19 @@ class Host(ABC):
     """What the round loop needs of an engine, and what all engines have in common at the server.
 
     ``memories`` and ``shards`` are those of clients in this process; who is out on the network
-    keeps both. ``tasks`` are those of clients that learn something else than ``task``.
+    keeps both. ``tasks`` are those of clients that learn something else than ``task``. The trunk
+    computes ``together`` what waits for it, or one message after another.
     """
 
     def __init__(
-        self, backbone: Backbone, task: Task, *, kind: Kind, training: Training, dice: Dice
+        self,
+        backbone: Backbone,
+        task: Task,
+        *,
+        kind: Kind,
+        training: Training,
+        dice: Dice,
+        together: bool = False,
     ) -> None:
         self.backbone, self.task, self.kind = backbone, task, kind
         self.training, self.dice = training, dice
@@ -46,7 +54,8 @@ class Host(ABC):
         self.begun: Begun = {}
         self.measures = False  # whether turns are measured, which takes a little time
         self.tenants = Tenants(backbone, self.initial, still=training.still)
-        self.trunk = Trunk(backbone, self.tenants, task, dropout=dropout_of(kind))
+        drops = dropout_of(kind)
+        self.trunk = Trunk(backbone, self.tenants, task, dropout=drops, together=together)
 
     def close(self) -> None:
         """Stops the trunk's thread."""

@@ -62,8 +62,7 @@ class LocalEngine(Host):
         wires: Mapping[ClientId, Wire] | None = None,
         together: bool = False,
     ) -> None:
-        super().__init__(backbone, task, kind=kind, training=training, dice=dice)
-        self.trunk.together = together
+        super().__init__(backbone, task, kind=kind, training=training, dice=dice, together=together)
         self.shards = shards
         self.profile: Profile = profile
         self.pool = pool  # everybody's training rows, for a method that is not federated

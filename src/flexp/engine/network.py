@@ -55,8 +55,7 @@ class NetworkEngine(Host):
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        super().__init__(backbone, task, kind=kind, training=training, dice=dice)
-        self.trunk.together = together
+        super().__init__(backbone, task, kind=kind, training=training, dice=dice, together=together)
         self.tasks, self.name, self.clock, self.pause = tasks, run, clock, pause
         self.guests = Guests(policy, clock)
         self.lasting = True  # whether a time in which nobody is there is waited for

@@ -53,11 +53,20 @@ class Trunk(ComputeThread):
         dropout: float = 0.0,
         together: bool = False,
     ) -> None:
-        self.backbone, self.tenants, self.together = backbone, tenants, together
+        self.backbone, self.tenants, self.together = backbone, tenants, False
         self.tables: dict[str, StepTable] = {}
         self.pending = Waiting()
         self.talks = Talks(backbone)
         super().__init__(Compute(backbone, task, self.pending, dropout=dropout))
+        if together:
+            self.take_together()
+
+    def take_together(self) -> None:
+        """From now on what waits is computed together, if the backbone proves to take it.
+
+        Call it before the first message: the proof looks at what blocks are called with.
+        """
+        self.together = self.in_turn(lambda: self.compute.jointly.possible)
 
     def handle(self, client: str, message: Message, digest: str = "") -> Answer:
         """The answer to a client's message, computed at most once per key."""
