@@ -40,7 +40,7 @@ SERVER: dict[str, Point] = {
     "a message was carried out": Point("flexp.server.steps:StepTable.keep", "after", 90),
     "an answer went out": Point("flexp.link.listen:Call.tell", "after", 120),
     "a graph is kept": Point("flexp.server.pending:Waiting.keep", "before", 20),
-    "a graph was differentiated": Point("flexp.server.trunk:_grads", "after", 20),
+    "a graph was differentiated": Point("flexp.server.compute:Compute._descended", "after", 20),
     "far adapters have stepped": Point("flexp.server.tenants:Tenants.do", "after", 20),
     "a reply came": Point("flexp.server.trunk:Trunk._submit", "after", 4),
     "a turn is about to count": Point("flexp.server.tenants:Tenants.commit", "before", 5),
