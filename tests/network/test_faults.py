@@ -148,6 +148,7 @@ def test_who_sleeps_for_too_long_is_back_in_a_later_round(
     assert cluster.adapter("carl dee").is_dir()
 
 
+@pytest.mark.slow
 def test_who_is_asked_to_end_ends_well(
     cluster: Cluster, long: Path, mine: Path, tmp_path: Path
 ) -> None:
@@ -155,15 +156,15 @@ def test_who_is_asked_to_end_ends_well(
     server, joined = begin(cluster, long, mine)
     joined[0].wait_for("round 1 of 3")
     server.kill(signal.SIGTERM)
-    assert server.wait(20) == 0, server.text()
+    assert server.wait(60) == 0, server.text()
     assert "Stopped. Continue with the same command" in server.text()
     server = cluster.serve(long)
     server.wait_for("going on with(.|\n)*ben is (here|back)")
     joined[1].kill(signal.SIGTERM)
-    assert joined[1].wait(20) == 0, joined[1].text()
+    assert joined[1].wait(60) == 0, joined[1].text()
     server.wait_for("ben has left")
     server.kill(signal.SIGTERM)
-    assert server.wait(20) == 0
+    assert server.wait(60) == 0
     server, back = cluster.serve(long), join(cluster, CLIENTS[1], mine)
     ended(joined[0], joined[2], back, server)
     same(cluster, alone(long, tmp_path / "alone"))
