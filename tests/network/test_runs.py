@@ -48,7 +48,6 @@ def play(cluster: Cluster, recipe: Path, mine: Path, *argv: str) -> None:
             },
             id="labels of its own",
         ),
-        pytest.param({"mode": "fast", "model__dtype": "float32"}, id="fast"),
         pytest.param(
             {"link": {"wire": "fp32", "wires": {"ben": "int8", "anna": "bf16"}}}, id="wires"
         ),
@@ -72,6 +71,18 @@ def test_real_processes_end_with_the_adapters_of_one(
     recipe = recipe_of(out=str(tmp_path / "served"), **plain)
     play(cluster, recipe, mine)
     same(cluster, alone(recipe, tmp_path / "alone"))
+
+
+def test_mode_fast_ends_with_the_adapters_of_exact_within_rounding(
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+) -> None:
+    """What the server computes together depends on who waits when."""
+    plain = {"plan__cut": None, "plan__cuts": CUTS, "adapter__dropout": 0.1}
+    plain |= {"train__optimizer": "sgd", "train__lr": 0.1, "model__dtype": "float32"}
+    recipe = recipe_of(out=str(tmp_path / "served"), mode="fast", **plain)
+    play(cluster, recipe, mine)
+    exact = recipe_of(out=str(tmp_path / "served"), mode="exact", **plain)
+    same(cluster, alone(exact, tmp_path / "alone"), within=1e-5)
 
 
 def test_the_recipe_that_a_run_leaves_gives_the_same_in_one_process(

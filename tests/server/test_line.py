@@ -95,10 +95,8 @@ def test_forwards_of_those_who_come_back_at_other_times_are_no_pass(
     held.put(forward(wire, "b", 1, 8))
     held.put(forward(wire, "a", 1, 8))
     held.put(forward(wire, "c", 1, 8))
-    assert clients(held.take()) == "ab"
-    held.ends("a")
-    held.ends("b")
     assert clients(held.take()) == "c"
+    assert clients(held.take()) == "ab"
 
 
 def test_lockstep_takes_nothing_before_everybody_waits(wire: Wire, clock: Clock) -> None:
@@ -124,6 +122,29 @@ def test_lockstep_serves_all_who_waited_before_it_waits_again(wire: Wire, clock:
     assert clients(held.take()) == "b"  # "a" computes, and is not waited for
 
 
+def test_who_is_in_no_group_is_served_while_others_are_waited_for(wire: Wire, clock: Clock) -> None:
+    held = Line(clock)
+    held.begins(["ab"])
+    held.put(forward(wire, "a", 1, 8))
+    held.put(forward(wire, "whole", 1, 8, None))
+    assert clients(held.take()) == "whole"
+    held.put(forward(wire, "b", 1, 8))
+    assert clients(held.take()) == "ab"
+
+
+def test_groups_are_served_in_turn(wire: Wire, clock: Clock) -> None:
+    """Also if the other one has long been there: what is a pass depends on nothing else."""
+    held = Line(clock)
+    held.begins(["ab", "cd"])
+    for client in "dcba":
+        held.put(forward(wire, client, 1, 8))
+    assert clients(held.take()) == "ab"
+    held.put(forward(wire, "a", 1, 8))
+    held.put(forward(wire, "b", 1, 8))
+    assert clients(held.take()) == "cd"
+    assert clients(held.take()) == "ab"
+
+
 def test_who_is_expected_soon_is_waited_for_no_longer_than_it_saves(
     wire: Wire, clock: Clock
 ) -> None:
@@ -136,7 +157,7 @@ def test_who_is_expected_soon_is_waited_for_no_longer_than_it_saves(
         return False
 
     held.changed.wait = wait  # pyright: ignore[reportAttributeAccessIssue]
-    held.costs.held["kind"] = Cost(1.0, 100.0, 0.2, 10_000.0, 20.0)  # a guess: a tenth of a pass
+    held.costs.held["forward"] = Cost(1.0, 100.0, 0.2, 10_000.0, 20.0)  # a guess: a tenth of a pass
     held.habits.has("b", "forward", clock.now - 0.99)
     held.put(forward(wire, "a", 1, 8))
     assert clients(held.take()) == "a"
@@ -171,14 +192,14 @@ def test_who_was_in_one_pass_is_waited_for_as_long_as_a_pass_takes(clock: Clock)
 
 def test_the_fixed_part_of_a_pass_is_found() -> None:
     costs = Costs()
-    assert costs.fixed("x") == 0.0
+    assert costs.fixed("forward") == 0.0
     for tokens in (100, 100, 100):
-        costs.took("x", tokens, 0.003 + 1e-4 * tokens)
-    assert costs.fixed("x") == pytest.approx(0.1 * 0.013)  # a guess
+        costs.took("forward", tokens, 0.003 + 1e-4 * tokens)
+    assert costs.fixed("forward") == pytest.approx(0.1 * 0.013)  # a guess
     for tokens in (50, 200, 400):
-        costs.took("x", tokens, 0.003 + 1e-4 * tokens)
-    assert costs.fixed("x") == pytest.approx(0.003)
-    assert costs.whole("x") > costs.fixed("x")
+        costs.took("forward", tokens, 0.003 + 1e-4 * tokens)
+    assert costs.fixed("forward") == pytest.approx(0.003)
+    assert costs.whole("forward") > costs.fixed("forward")
 
 
 def test_habits_are_learnt_by_what_was_answered() -> None:

@@ -35,13 +35,21 @@ class Marks:
     server_optimizer: float = 0.0
     crossings: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
 
+    def behind(self, began: float, ended: float) -> None:
+        """A message was behind the wire for so long."""
+        self.far += ended - began
+
+    def crossed(self, began: float, ended: float) -> None:
+        """A message went over the wire, and its answer came."""
+        self.crossings.append((began, ended))
+
 
 @dataclass
-class Within:
-    """A link inside the wire: how long what is behind it takes."""
+class Timed:
+    """A link that notes when each message went in and when its answer was there."""
 
     inner: Link
-    marks: Marks
+    note: Callable[[float, float], None]
 
     def send(self, message: Message) -> Answer:
         """Delivers the message."""
@@ -49,27 +57,7 @@ class Within:
         try:
             return self.inner.send(message)
         finally:
-            self.marks.far += time.process_time() - began
-
-    def close(self) -> None:
-        """Closes the link inside."""
-        self.inner.close()
-
-
-@dataclass
-class Around:
-    """A link around the wire: when each message was sent, and when its answer was there."""
-
-    inner: Link
-    marks: Marks
-
-    def send(self, message: Message) -> Answer:
-        """Delivers the message."""
-        began = time.process_time()
-        try:
-            return self.inner.send(message)
-        finally:
-            self.marks.crossings.append((began, time.process_time()))
+            self.note(began, time.process_time())
 
     def close(self) -> None:
         """Closes the link inside."""
@@ -86,7 +74,7 @@ def anatomy(scale: Scale, machine: Machine) -> list[Row]:
 
         def wrap(client: str, link: Link, marks: Marks = marks) -> Link:
             del client
-            return Within(link, marks)
+            return Timed(link, marks.behind)
 
         with at_work(job, body, wrap=wrap, wire=wire) as place:
             watched(place, marks)
@@ -105,7 +93,7 @@ def anatomy(scale: Scale, machine: Machine) -> list[Row]:
 def watched(place: Place, marks: Marks) -> None:
     """Sets watches on the session and on both sides' optimizers."""
     desk = place.desk
-    desk.session.link = Around(desk.session.link, marks)
+    desk.session.link = Timed(desk.session.link, marks.crossed)
     home = place.engine.tenants[desk.client]
     _on_operations(desk.model.near, lambda s: _add(marks, "optimizer", s))
     _on_operations(home.slots, lambda s: _add(marks, "server_optimizer", s))

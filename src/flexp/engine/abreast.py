@@ -8,7 +8,7 @@ for them. What the trunk computes together is the same on every machine and in e
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,13 +55,18 @@ class Abreast:
         del client
         return Handing(link, self.cores)
 
-    def run(self, turns: Mapping[ClientId, Callable[[], Arrival]]) -> Iterator[Arrival]:
-        """The turns' arrivals, in this order; so many at a time as may be abreast."""
+    def run(
+        self, turns: Mapping[ClientId, Callable[[], Arrival]], apart: Collection[ClientId] = ()
+    ) -> Iterator[Arrival]:
+        """The turns' arrivals, in this order; so many at a time as may be abreast.
+
+        Nobody waits for those who are ``apart``: they have the whole model and ask for nothing.
+        """
         listed = list(turns.items())
         with self._on_one_core_each():
             for at in range(0, len(listed), MOST):
                 some = listed[at : at + MOST]
-                names = [client for client, _ in some]
+                names = [client for client, _ in some if client not in apart]
                 self.trunk.line.begins([names] if self.threads == 1 else [names[::2], names[1::2]])
                 done = [self._begin(client, turn) for client, turn in some]
                 for future in done:

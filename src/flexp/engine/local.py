@@ -84,16 +84,15 @@ class LocalEngine(Host):
     def run(
         self, strategy: Strategy[Any], work: Iterable[Assignment], turn: Turn
     ) -> Iterator[Arrival]:
-        """Each client's turn; a client that fails is an arrival with a failure.
-
-        One after another, or abreast where the trunk computes together what waits for it.
-        """
+        """Each client's turn, in order or abreast; who fails is an arrival with a failure."""
+        work = list(work)
         turns = {each.client: partial(self._turn, strategy, each, turn) for each in work}
         if self._one_by_one(strategy) or len(turns) < 2:
             yield from (each() for each in turns.values())
             return
         with self._through((abreast := Abreast(self.trunk, torch.get_num_threads())).wrapped):
-            yield from abreast.run(turns)
+            whole = [w.client for w in work if w.seat.near_only(self.backbone.depth)]
+            yield from abreast.run(turns, whole)
 
     def _one_by_one(self, strategy: Strategy[Any]) -> bool:
         """In exact mode, while turns are measured, and where all train one far copy in turn."""

@@ -251,7 +251,7 @@ class NetworkEngine(Host):
         """Carries out a message of a step, once, and gives its answer, or what was wrong."""
         try:
             work = self._carry_out(call, message, digest)
-            return self.trunk.carried(call.name, message, work)
+            return self.trunk.carry_out(call.name, message, work)
         except FlexpError as problem:
             return Problem(type(problem).__name__, str(problem))
         except Exception as problem:  # noqa: BLE001 no message, however odd, ends a run

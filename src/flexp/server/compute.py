@@ -8,7 +8,7 @@ order of sums. In exact mode nothing is computed together.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -25,12 +25,12 @@ from flexp.model.personal import Objective
 from flexp.model.slots import Slots
 from flexp.model.together import Together
 from flexp.model.worn import Worn
-from flexp.server.pending import Graph, Waiting, Walk
+from flexp.server.pending import Graph, Shared, Waiting
 from flexp.tensors import terms
 
 
 @dataclass(frozen=True)
-class Climb:
+class ForwardJob:
     """A forward that a tenant asks for, over slots that no later step moves."""
 
     client: str
@@ -51,12 +51,20 @@ class Climb:
 
 
 @dataclass(frozen=True)
-class Descent:
-    """The gradient of a forward's result, to be taken back through its graph."""
+class BackwardJob:
+    """The gradient of a forward's result, to be taken back through its graph.
+
+    ``again`` computes the graph once more, if others of its pass were differentiated without it.
+    """
 
     client: str
     graph: Graph
     message: Backward
+    again: Callable[[], Graph]
+
+    def fresh(self) -> BackwardJob:
+        """The same with a graph that can be differentiated."""
+        return replace(self, graph=self.again()) if self.graph.spent else self
 
     @property
     def tokens(self) -> int:
@@ -69,7 +77,7 @@ class Descent:
         return [*hidden, *self.graph.coefs, *self.graph.leaves.tensors()]
 
 
-Job = Climb | Descent
+Job = ForwardJob | BackwardJob
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -88,32 +96,32 @@ class Compute:
         A head is not shared: who asks for logits or a loss is alone.
         """
         between = seat.cut.front + seat.cut.back < self.backbone.depth
-        if m.until != "hidden" or not between or not self.jointly.possible:
+        if m.until != "hidden" or not between:
             return None
         image = tuple(s[1:] for s in m.shapes.values() if len(s) != 2)
         return (m.keep, tuple(sorted(m.shapes)), image, m.hidden.shape[1] if image else None)
 
     def alone(self, job: Job) -> Any:
         """A graph and its bytes, or gradients in the order of ``wanted``."""
-        if isinstance(job, Descent):
-            return self._descended([job])[0]
+        if isinstance(job, BackwardJob):
+            return self._gradients([job.fresh()])[0]
         again = partial(self.graph, job)
         return self.waiting.measured(job.shape, again) if job.message.keep else (again(), 0)
 
     def together(self, jobs: Sequence[Job]) -> list[Any]:
         """The same for several that have one kind, in one pass."""
-        descents = [job for job in jobs if isinstance(job, Descent)]
-        if descents:
-            return self._descended(descents)
-        climbs = [job for job in jobs if isinstance(job, Climb)]
-        shapes = tuple(job.shape for job in climbs)
-        graphs, size = self.waiting.measured(shapes, partial(self._graphs, climbs))
-        tokens = sum(job.tokens for job in jobs)
-        return [(g, size * j.tokens // tokens) for g, j in zip(graphs, climbs, strict=True)]
+        backwards = [job for job in jobs if isinstance(job, BackwardJob)]
+        if backwards:
+            return self._gradients(backwards)
+        forwards = [job for job in jobs if isinstance(job, ForwardJob)]
+        shape = frozenset((job.seat.cut, len(job.slots.values)) for job in forwards)
+        tokens = sum(job.tokens for job in forwards)
+        graphs, size = self.waiting.measured(shape, partial(self._graphs, forwards), tokens)
+        return [(g, size * j.tokens // tokens) for g, j in zip(graphs, forwards, strict=True)]
 
     # ---- forwards
 
-    def graph(self, job: Climb) -> Graph:
+    def graph(self, job: ForwardJob) -> Graph:
         """One forward: called again, it gives the same bits."""
         m, cut, depth = job.message, job.seat.cut, self.backbone.depth
         with torch.set_grad_enabled(m.keep):
@@ -125,7 +133,7 @@ class Compute:
                 out = self.task.loss(out, m.labels)
         return replace(graph, out=out)
 
-    def _graphs(self, jobs: Sequence[Climb]) -> list[Graph]:
+    def _graphs(self, jobs: Sequence[ForwardJob]) -> list[Graph]:
         depth, messages = self.backbone.depth, [job.message for job in jobs]
         with torch.set_grad_enabled(messages[0].keep):
             dressed = [self._dressed(job) for job in jobs]
@@ -135,11 +143,11 @@ class Compute:
             ]
             shapes, masks = [m.shapes for m in messages], [m.mask for m in messages]
             outs = self.jointly.run(members, shapes, masks)
-        walk = Walk({job.client for job in jobs})
+        shared = Shared({job.client for job in jobs})
         graphs = [graph for _, graph in dressed]
-        return [replace(g, out=o, walk=walk) for g, o in zip(graphs, outs, strict=True)]
+        return [replace(g, out=o, shared=shared) for g, o in zip(graphs, outs, strict=True)]
 
-    def _dressed(self, job: Climb) -> tuple[Worn, Graph]:
+    def _dressed(self, job: ForwardJob) -> tuple[Worn, Graph]:
         """What a forward wears, and its leaves; there is no result yet."""
         m, leaves = job.message, Leaves()
         given = iter(m.coefs)
@@ -156,17 +164,16 @@ class Compute:
 
     # ---- gradients
 
-    def _descended(self, jobs: Sequence[Descent]) -> list[Gradients]:
+    def _gradients(self, jobs: Sequence[BackwardJob]) -> list[Gradients]:
         """Gradients of several graphs, those of one pass in one walk back through it."""
         wanted = [job.wanted() for job in jobs]
         inputs = [tensor for some in wanted for tensor in some]
         found: Gradients = ()
+        for job in jobs:
+            if job.graph.shared is not None:
+                job.graph.shared.done = True
         if inputs:
             outs, grads = [job.graph.out for job in jobs], [job.message.grad for job in jobs]
             found = cast(Gradients, torch.autograd.grad(outs, inputs, grads, allow_unused=True))
-        for job in jobs:
-            if job.graph.walk is not None:
-                job.graph.walk.done = True
-                job.graph.walk.left.discard(job.client)
         each = iter(found)
         return [tuple(next(each) for _ in some) for some in wanted]

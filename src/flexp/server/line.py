@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexp.link.messages import Answer, Forward, Message
+from flexp.link.messages import Answer, Forward, Message, Phase
 from flexp.server.worth import Costs, Habits
 
 MOST = 2048  # tokens of one pass, with what fills them up; a larger message is alone
@@ -30,6 +30,11 @@ class Request:
     kind: Hashable = None
     mates: Collection[str] = ()
     done: Future[Answer] = field(default_factory=Future[Answer])
+
+    @property
+    def phase(self) -> Phase:
+        """What it is, as "forward"."""
+        return self.message.key.phase
 
     @property
     def size(self) -> tuple[int, int]:
@@ -72,7 +77,7 @@ class Line:
     def served(self, request: Request) -> None:
         """A client has its answer."""
         with self.changed:
-            self.habits.has(request.client, request.message.key.phase, self.clock())
+            self.habits.has(request.client, request.phase, self.clock())
 
     def begins(self, groups: Iterable[Collection[str]]) -> None:
         """From now on these clients are in lockstep, until each ``ends``."""
@@ -101,30 +106,35 @@ class Line:
             return self._taken(chosen)
 
     def _agreed(self) -> list[Request]:
-        """The messages of the group that is served, by name; none once all clients have ended."""
-        if not self.sure and self._waited():
-            group = self.lockstep.pop(0)
-            self.lockstep.append(group)
-            mine = (w for w in self.waiting if w.client in group)
-            self.sure = sorted(mine, key=lambda w: w.client)
+        """The messages of the group that is served, by name; none once all clients have ended.
+
+        Who is in no group is served as soon as nobody of a group is being served.
+        """
+        if self.sure:
+            return self.sure
+
+        def next_ones() -> list[Request] | None:
+            groups = set[str]().union(*self.lockstep)
+            outside = [w for w in self.waiting if w.client not in groups]
+            if outside or not self.lockstep:
+                return outside[:1]
+            mine = [w for w in self.waiting if w.client in self.lockstep[0]]
+            return mine if self.lockstep[0] <= {w.client for w in mine} else None
+
+        self.changed.wait_for(lambda: next_ones() is not None)
+        found = next_ones() or []
+        if found and self.lockstep and found[0].client in self.lockstep[0]:
+            self.lockstep.append(self.lockstep.pop(0))
+        self.sure = sorted(found, key=lambda w: w.client)
         return self.sure
-
-    def _waited(self) -> bool:
-        """Waits until all of the next group wait; False if there is no group any more."""
-
-        def here() -> bool:
-            waiting = {w.client for w in self.waiting}
-            return not self.lockstep or self.lockstep[0] <= waiting
-
-        self.changed.wait_for(here)
-        return bool(self.lockstep)
 
     def _worth(self, chosen: list[Request]) -> float:
         """For how many seconds others are waited for."""
-        kind = chosen[0].kind
-        if kind is None:
+        first = chosen[0]
+        if first.kind is None:
             return 0.0
-        return self.costs.whole(kind) if self._missing(chosen) else self.costs.fixed(kind)
+        cost = self.costs.whole if self._missing(chosen) else self.costs.fixed
+        return cost(first.phase)
 
     def _comes(self, chosen: list[Request], end: float) -> bool:
         """Whether somebody is expected by then who is not here."""

@@ -24,8 +24,8 @@ SIZES = 4096  # shapes of which the bytes are known
 
 
 @dataclass
-class Walk:
-    """A pass of several clients: who has yet to differentiate it. Its graph is walked back once."""
+class Shared:
+    """The one graph of a joint pass: who has yet to differentiate it. That can be done once."""
 
     left: set[str]
     done: bool = False
@@ -33,18 +33,21 @@ class Walk:
 
 @dataclass(frozen=True)
 class Graph:
-    """A forward that can be differentiated: its result, and by what; ``walk`` if in one pass."""
+    """A forward that can be differentiated: its result, and by what.
+
+    ``shared`` if it was computed in one pass with others.
+    """
 
     out: Tensor
     hidden: Tensor
     coefs: list[Tensor]
     leaves: Leaves
-    walk: Walk | None = None
+    shared: Shared | None = None
 
     @property
     def spent(self) -> bool:
         """Whether others of its pass have been differentiated without it."""
-        return self.walk is not None and self.walk.done
+        return self.shared is not None and self.shared.done
 
 
 @dataclass(eq=False)
@@ -75,7 +78,7 @@ class Waiting:
     patience: float | None = None
     clock: Callable[[], float] = time.monotonic
     held: dict[str, dict[int, Pending]] = field(default_factory=dict[str, dict[int, Pending]])
-    sizes: dict[Hashable, int] = field(default_factory=dict[Hashable, int])
+    sizes: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def keep(self, client: str, call: int, pending: Pending) -> None:
@@ -90,17 +93,20 @@ class Waiting:
             if self.budget is not None:
                 self._fit(self.budget)
 
-    def measured(self, shape: Hashable, again: Callable[[], T]) -> tuple[T, int]:
-        """What it computes and the bytes of that, which are measured at the first of its shape."""
+    def measured(self, shape: Hashable, again: Callable[[], T], tokens: int = 1) -> tuple[T, int]:
+        """What it computes and the bytes of that, which are measured at the first of its shape.
+
+        With ``tokens``, a shape of any length: bytes go by tokens as at the first one.
+        """
         if self.budget is None:
             return again(), 0
         if shape in self.sizes:
-            return again(), self.sizes[shape]
+            return again(), round(self.sizes[shape] * tokens)
         with Meter() as meter:
             found = again()
         if len(self.sizes) >= SIZES:
             self.sizes.clear()
-        self.sizes[shape] = meter.live
+        self.sizes[shape] = meter.live / tokens
         return found, meter.live
 
     def of(self, client: str, call: int, step: int) -> Pending:
@@ -115,8 +121,8 @@ class Waiting:
         """Whose forwards were one pass with that of a call, and are not differentiated yet."""
         with self.lock:
             found = self.held.get(client, {}).get(call)
-            walk = None if found is None or found.graph is None else found.graph.walk
-            return set() if walk is None or walk.done else walk.left - {client}
+            shared = None if found is None or found.graph is None else found.graph.shared
+            return set() if shared is None or shared.done else shared.left - {client}
 
     def done(self, client: str, call: int) -> None:
         """Its backward has come."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from flexp.link.messages import Answer, Message
+from flexp.link.messages import Answer
 from flexp.model.meter import Meter
 from flexp.server.compute import Compute, Job
 from flexp.server.line import Line, Request
@@ -34,16 +34,8 @@ class ComputeThread:
         self.beside: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="flexp-trunk")
 
-    def carry(
-        self,
-        client: str,
-        message: Message,
-        work: Work,
-        kind: Hashable = None,
-        mates: Collection[str] = (),
-    ) -> Answer:
-        """Does a message's work after those before it; ``kind`` and ``mates`` as of ``Request``."""
-        request = Request(client, message, work, kind, mates)
+    def served(self, request: Request) -> Answer:
+        """The answer to a request, after those before it; raises what went wrong."""
         self.line.put(request)
         self.thread.submit(self._serve)
         return request.done.result()
@@ -93,7 +85,7 @@ class ComputeThread:
         except Exception:  # noqa: BLE001 whose fault it is shows when each is alone
             return None
         tokens, took = sum(job.tokens for _, job in begun), time.perf_counter() - began
-        self.line.costs.took(begun[0][0].kind, tokens, took)
+        self.line.costs.took(begun[0][0].phase, tokens, took)
         return found
 
     def _alone(self, request: Request, job: Job) -> None:
@@ -105,7 +97,7 @@ class ComputeThread:
             self._end(request, problem)
             return
         if request.kind is not None:
-            self.line.costs.took(request.kind, job.tokens, time.perf_counter() - began)
+            self.line.costs.took(request.phase, job.tokens, time.perf_counter() - began)
         self._end(request, result)
 
     def _end(self, request: Request, result: Any) -> None:

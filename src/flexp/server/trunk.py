@@ -28,7 +28,8 @@ from flexp.model.personal import Objective
 from flexp.parcel import JSON, Parcel
 from flexp.selection import select
 from flexp.server.checks import check, check_finite, check_reply, refuse_odd
-from flexp.server.compute import Climb, Compute, Descent, Gradients
+from flexp.server.compute import BackwardJob, Compute, ForwardJob, Gradients
+from flexp.server.line import Request
 from flexp.server.pending import Graph, Pending, Waiting
 from flexp.server.steps import StepTable
 from flexp.server.talks import Talks
@@ -70,14 +71,14 @@ class Trunk(ComputeThread):
 
     def handle(self, client: str, message: Message, digest: str = "") -> Answer:
         """The answer to a client's message, computed at most once per key."""
-        return self.carried(client, message, self.answer(client, message, digest))
+        return self.carry_out(client, message, self.answer(client, message, digest))
 
-    def carried(self, client: str, message: Message, work: Work) -> Answer:
+    def carry_out(self, client: str, message: Message, work: Work) -> Answer:
         """The answer that a message's work gives, computed with whom it can be."""
-        kind, mates = self._kind(client, message), set[str]()
-        if kind is not None and isinstance(message, Backward):
-            mates = self.pending.mates(client, message.key.call)
-        return self.carry(client, message, work, kind, mates)
+        request = Request(client, message, work, self._kind(client, message))
+        if request.kind is not None and isinstance(message, Backward):
+            request.mates = self.pending.mates(client, message.key.call)
+        return self.served(request)
 
     def answer(self, client: str, message: Message, digest: str) -> Work:
         """Carries out a message, unless that was done before."""
@@ -206,7 +207,7 @@ class Trunk(ComputeThread):
         home.seen = self.tenants.steps
         self.tenants.wear_shared(home)
         worn = {slot: home.slots[slot] for slot in slots_of(m.wear)}
-        job = Climb(home.client, home.seat, replace(home.slots, values=worn, grads={}), m)
+        job = ForwardJob(home.client, home.seat, replace(home.slots, values=worn, grads={}), m)
         graph, size = cast("tuple[Graph, int]", (yield job))
         if m.keep:
             again = partial(self.compute.graph, job)
@@ -224,7 +225,7 @@ class Trunk(ComputeThread):
             )
         self.pending.done(home.client, m.key.call)
         self._count(home, (pending.step, pending.part), int(graph.hidden.shape[0]))
-        found = cast(Gradients, (yield Descent(home.client, graph, m)))
+        found = cast(Gradients, (yield BackwardJob(home.client, graph, m, pending.again)))
         grads = iter(found)
         out: dict[str, Tensor] = {}
         of_hidden = next(grads) if m.hidden else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from flexp.link.messages import Phase
 
 FADES = 0.9  # what an older pass counts, of the one after it
 LONGEST = 0.25  # seconds that nobody is waited for beyond
@@ -42,21 +44,21 @@ class Cost:
 
 @dataclass
 class Costs:
-    """What passes of each kind cost."""
+    """What passes of each phase cost, as "forward"."""
 
-    held: dict[Hashable, Cost] = field(default_factory=dict[Hashable, Cost])
+    held: dict[Phase, Cost] = field(default_factory=dict[Phase, Cost])
 
-    def took(self, kind: Hashable, tokens: int, seconds: float) -> None:
-        """A pass of that kind has been computed."""
-        self.held.setdefault(kind, Cost()).add(tokens, seconds)
+    def took(self, phase: Phase, tokens: int, seconds: float) -> None:
+        """A pass of that phase has been computed."""
+        self.held.setdefault(phase, Cost()).add(tokens, seconds)
 
-    def fixed(self, kind: Hashable) -> float:
+    def fixed(self, phase: Phase) -> float:
         """Seconds that coming along with such a pass saves, and so is waited for at most."""
-        return min(LONGEST, self.held.get(kind, Cost()).fixed)
+        return min(LONGEST, self.held.get(phase, Cost()).fixed)
 
-    def whole(self, kind: Hashable) -> float:
+    def whole(self, phase: Phase) -> float:
         """Seconds of such a pass in the mean."""
-        held = self.held.get(kind, Cost())
+        held = self.held.get(phase, Cost())
         return min(LONGEST, held.y / held.n if held.n else 0.0)
 
 
