@@ -14,6 +14,7 @@ from flexp import commands, recipe_file
 from flexp.assets import Cache
 from flexp.engine import abreast
 from flexp.server.compute import Compute, Job
+from flexp.server.line import Line
 
 Recipe = Callable[..., Path]
 Adapters = dict[str, dict[str, torch.Tensor]]
@@ -97,8 +98,15 @@ def test_more_clients_than_are_abreast_come_in_turns(
 
 
 def test_a_client_with_the_whole_model_is_not_waited_for(
-    played: Callable[..., tuple[Adapters, list[int]]],
+    played: Callable[..., tuple[Adapters, list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plain, groups = Line.begins, list[list[str]]()
+
+    def begins(line: Line, some: list[list[str]]) -> None:
+        groups.extend(some)
+        plain(line, some)
+
+    monkeypatch.setattr(Line, "begins", begins)
     cuts = {"anna": [4, 0], "ben": [1, 1], "carl dee": [2, 1]}
     how: dict[str, object] = {
         "strategy": {"name": "fedavg"},
@@ -109,6 +117,7 @@ def test_a_client_with_the_whole_model_is_not_waited_for(
     exact, _ = played(mode="exact", **how)
     fast, together = played(mode="fast", **how)
     assert set(together) == {2}
+    assert groups == [["ben", "carl dee"]] * 3
     assert gap(exact, fast) < 1e-5
 
 

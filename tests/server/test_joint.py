@@ -205,5 +205,5 @@ def test_graphs_of_a_pass_are_counted_by_their_share() -> None:
         assert trunk.pending.bytes() == sum(shares)
         total.append(sum(shares))
     assert len(trunk.pending.sizes) == 1
-    assert total[1] < total[0]
+    assert total[0] / 2 < total[1] < total[0]
     trunk.close()
