@@ -119,10 +119,10 @@ def test_a_gradient_that_was_refused_may_come_again(wire: Wire) -> None:
 @pytest.mark.parametrize("fine", FINE)
 def test_what_is_finite_is_accepted_however_large_or_small(wire: Wire, fine: float) -> None:
     whole = torch.full((4096,), fine)  # their sum is beyond the range
-    wire.send(Submit(wire.key("submit"), {"other": {"near.w": whole}}, {}, {}, {"x": fine}))
+    wire.send(Submit(wire.key("submit"), {}, {}, {"prior": whole}, {"x": fine}))
     reply = wire.trunk.tenants[wire.client].reply
     assert reply is not None
-    assert torch.equal(reply.adapters["other"]["near.w"], whole)
+    assert torch.equal(reply.tensors["prior"], whole)
     ahead = wire.forward()
     wire.send(replace(ahead, hidden=spoilt(ahead.hidden, fine)))
 

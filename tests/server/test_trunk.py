@@ -25,9 +25,9 @@ from flexp.link.messages import (
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Dot, Grad, SlotSpec, Step
 from flexp.parcel import Parcel
-from flexp.selection import ALL, FAR
+from flexp.selection import ALL, FAR, Where
 from flexp.server.pending import MAX_PENDING
-from flexp.tensors import Term
+from flexp.tensors import Tensors, Term
 
 
 @pytest.fixture
@@ -110,24 +110,46 @@ def test_backward_never_steps(wire: Wire) -> None:
 # ---- replies
 
 
-@pytest.mark.parametrize("odd", ["unknown", "far", "misshapen"])
+@pytest.mark.parametrize("odd", ["unknown", "far", "misshapen", "lacking"])
 def test_a_reply_that_is_not_of_the_slot_is_refused_by_name(wire: Wire, odd: str) -> None:
     """It would end everybody's merge."""
     whole = initial(SlotSpec())
-    near = {k: v for k, v in whole.items() if wire.seat.place(body().block_of(k), 4).side == "near"}
+    near = near_of(wire, whole)
     name = next(k for k in near if ".layer.0." in k)
     changed = {
         "unknown": near | {"odd": torch.ones(1)},
         "far": whole,
         "misshapen": near | {name: torch.ones(1, 1)},
+        "lacking": {k: v for k, v in near.items() if k != name},
     }
-    wanted = {"unknown": "odd", "far": "layer.1", "misshapen": name}
-    wire.send(Submit(wire.key("submit"), {"personal": near}, {}, {}, {}))
+    wanted = {"unknown": "odd", "far": "layer.1", "misshapen": name, "lacking": name}
+    wire.send(submit(wire, near))
     with pytest.raises(LinkError, match=re.escape(wanted[odd])):
-        wire.send(Submit(wire.key("submit"), {"personal": changed[odd]}, {}, {}, {}))
+        wire.send(submit(wire, changed[odd]))
     reply = wire.trunk.tenants["c0"].reply
     assert reply is not None
-    assert same(reply.adapters["personal"], near)
+    assert same(reply.adapters["personal"], near | wire.held())
+
+
+def test_a_reply_of_a_slot_that_is_not_given_is_refused(wire: Wire) -> None:
+    near = near_of(wire, initial(SlotSpec()))
+    given: dict[str, Where] = {"personal": ALL}
+    mine: dict[str, Tensors] = {"personal": near}
+    for held, far in ((mine | {"odd": {}}, given), (mine, given | {"odd": FAR})):
+        with pytest.raises(LinkError, match='slot "odd", which is none that it gives'):
+            wire.send(Submit(wire.key("submit"), held, far, {}, {}))
+    with pytest.raises(LinkError, match='slot "personal", which is none that it gives'):
+        wire.send(Submit(wire.key("submit"), {"personal": near}, {}, {}, {}))
+    assert wire.trunk.tenants["c0"].reply is None
+
+
+def submit(wire: Wire, near: Tensors) -> Submit:
+    return Submit(wire.key("submit"), {"personal": near}, {"personal": ALL}, {}, {})
+
+
+def near_of(wire: Wire, whole: Tensors) -> Tensors:
+    place = wire.seat.place
+    return {k: v for k, v in whole.items() if place(body().block_of(k), 4).side == "near"}
 
 
 # ---- forwards that wait
@@ -318,7 +340,7 @@ def test_clients_that_write_at_once_get_what_they_would_alone() -> None:
 def test_a_reply_is_near_tensors_and_the_tenancys_own(wire: Wire) -> None:
     near = {"base_model.model.classifier.bias": torch.tensor([1.0, 2.0, 3.0])}
     loose = {"prior": torch.tensor([0.5])}
-    far = {"personal": FAR}
+    far = {"personal": FAR | Where(names="*classifier.bias")}
     wire.send(Submit(wire.key("submit"), {"personal": near}, far, loose, {"steps": 3}))
     home = wire.trunk.tenants[wire.client]
     assert home.reply is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
@@ -13,11 +13,10 @@ from flexp.errors import LinkError, ParcelError
 from flexp.link.messages import Forward, Message, Submit
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
+from flexp.model.slots import Slots
 from flexp.parcel import plain_facts
-from flexp.selection import Place
+from flexp.selection import NEAR, select
 from flexp.tensors import PerRow, Tensors, finite, terms
-
-Placer = Callable[[str], Place]
 
 
 def check(backbone: Backbone, seat: Seat, m: Forward) -> None:
@@ -75,26 +74,25 @@ def check_finite(client: str, m: Message) -> None:
             raise LinkError(f'Client "{client}" submitted odd facts: {problem}') from problem
 
 
-def check_reply(client: str, slot: str, near: Tensors, known: Tensors, place: Placer) -> None:
-    """LinkError if near tensors that a client submits are not of the slot's adapter.
+def odd_reply(slots: Slots, slot: str, m: Submit, known: Tensors) -> str:
+    """What is odd about near tensors that a client submits of a slot of those names; "" if nothing.
 
-    Rows of a head may be another number: a client's labels may be its own. Of blocks that are not
-    in memory here nothing may be known.
+    They must be those that it says it gives. Rows of a head may be another number: a client's
+    labels may be its own. Of blocks that are not in memory here nothing may be known.
     """
+    place, near = slots.place, m.near.get(slot, {})
+    lacking = select(known, m.far[slot] & NEAR, place).keys() - near.keys()
+    if lacking:
+        return f'slot "{slot:.80}" without "{min(lacking):.200}"'
     blocks = {place(name).block for name in known}
     for name, value in near.items():
         if place(name).side != "near" or (name not in known and place(name).block in blocks):
-            raise LinkError(
-                f'Client "{client}" submitted "{name:.200}" of slot "{slot:.80}", which is no near '
-                "tensor of that slot. Both sides must run the same recipe."
-            )
+            return f'"{name:.200}" of slot "{slot:.80}", which is no near tensor of that slot'
         head = place(name).part == "head"
         mine, wanted = tuple(value.shape), tuple(known.get(name, value).shape)
         if mine != wanted and not (head and mine[1:] == wanted[1:]):
-            raise LinkError(
-                f'Client "{client}" submitted "{name:.200}" of slot "{slot:.80}" with shape '
-                f"{list(mine)}; it is {list(wanted)}. Check the rank of the seat."
-            )
+            return f'"{name:.200}" of slot "{slot:.80}" as {list(mine)}, where it is {list(wanted)}'
+    return ""
 
 
 def refuse_odd(client: str, tensors: Tensors) -> None:

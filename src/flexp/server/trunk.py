@@ -27,7 +27,7 @@ from flexp.model.backbone import Backbone
 from flexp.model.personal import Objective
 from flexp.parcel import JSON, Parcel
 from flexp.selection import select
-from flexp.server.checks import check, check_finite, check_reply, refuse_odd
+from flexp.server.checks import check, check_finite, odd_reply, refuse_odd
 from flexp.server.compute import BackwardJob, Compute, ForwardJob, Gradients
 from flexp.server.line import Request
 from flexp.server.pending import Graph, Pending, Waiting
@@ -35,7 +35,7 @@ from flexp.server.steps import StepTable
 from flexp.server.talks import Talks
 from flexp.server.tenants import Tenancy, Tenants
 from flexp.server.thread import ComputeThread, Work
-from flexp.tensors import slots_of
+from flexp.tensors import Tensors, slots_of
 
 
 class Trunk(ComputeThread):
@@ -182,14 +182,20 @@ class Trunk(ComputeThread):
         return Answer({f"slot/{message.slot}/{k}": v for k, v in held.items()})
 
     def _submit(self, home: Tenancy, message: Submit) -> Answer:
-        adapters = {slot: dict(held) for slot, held in message.near.items()}
-        for slot in adapters.keys() & home.specs.keys():
-            known = self.tenants.initial(home.specs[slot], home.seat.rank)
-            check_reply(home.client, slot, adapters[slot], known, home.slots.place)
+        adapters: dict[str, Tensors] = {}
+        for slot in (*message.near, *message.far):
+            odd = f'slot "{slot:.80}", which is none that it gives'
+            if slot in message.far and slot in home.specs:
+                known = self.tenants.initial(home.specs[slot], home.seat.rank)
+                odd = odd_reply(home.slots, slot, message, known)
+            if odd:
+                raise LinkError(
+                    f'Client "{home.client}" submitted {odd}. Both sides must run the same recipe.'
+                )
         for slot, where in message.far.items():
             far = self.tenants.take(home.client, [slot], where)[slot]
             refuse_odd(home.client, {f"slot/{slot}/{name}": far[name] for name in far})
-            adapters[slot] = dict(sorted({**adapters.get(slot, {}), **far}.items()))
+            adapters[slot] = dict(sorted({**message.near.get(slot, {}), **far}.items()))
         home.reply = Parcel(adapters, dict(message.loose), message.facts)
         return Answer()
 
