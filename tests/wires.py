@@ -72,7 +72,7 @@ class Wire:
                 self.key("forward", step),
                 "personal",
                 None,
-                "loss" if self.seat.labels == "loss" else "hidden",
+                "hidden" if self.seat.labels == "keep" else self.seat.labels,
                 hidden,
                 (),
                 {k: tuple(v.shape) for k, v in inputs.items()},

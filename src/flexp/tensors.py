@@ -128,7 +128,9 @@ def mean(items: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Ten
         return {k: v.clone() for k, v in items[0].items()}
     out = {k: v * (weights[0] / total) for k, v in items[0].items()}
     for item, weight in zip(items[1:], weights[1:], strict=True):
-        out = add(out, item, weight / total)
+        _same(out, item)
+        for k, v in out.items():
+            v.add_(item[k], alpha=weight / total)
     return out
 
 
@@ -137,14 +139,19 @@ def mean_by_name(items: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
 
     A tensor of items without weight only is left out: nobody has anything to say of it.
     """
-    names = dict.fromkeys(k for item in items for k in item)
+    hosts: dict[str, list[int]] = {}
+    for n, (item, _) in enumerate(zip(items, weights, strict=True)):
+        for name in item:
+            hosts.setdefault(name, []).append(n)
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for name, held in hosts.items():
+        alike.setdefault(tuple(held), []).append(name)
     out: Tensors = {}
-    for name in names:
-        held = [(item, w) for item, w in zip(items, weights, strict=True) if name in item]
-        shares = [w for _, w in held]
+    for held, names in alike.items():
+        shares = [weights[n] for n in held]
         if any(shares):
-            out |= mean([{name: item[name]} for item, _ in held], shares)
-    return out
+            out |= mean([{k: items[n][k] for k in names} for n in held], shares)
+    return {k: out[k] for k in hosts if k in out}
 
 
 def agreed_mean(

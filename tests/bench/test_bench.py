@@ -17,6 +17,7 @@ from flexp.bench.anatomy import WHAT, anatomy
 from flexp.bench.clock import Samples, in_turns
 from flexp.bench.job import SMALL, STANDARD, TINY, at_work, step
 from flexp.bench.machine import Machine
+from flexp.bench.overlap import STEPS
 from flexp.bench.rows import Gate, Row
 from flexp.errors import FlexpError
 
@@ -151,6 +152,15 @@ def test_the_roofline_counts_what_a_step_computes() -> None:
     right(rows)
     names = [f"roofline.{d}.{size}" for d in ("fp32", "bf16") for size in ("2x8", "1x4")]
     assert list(rows) == names
+
+
+def test_devices_side_by_side_sleep_for_what_they_do_not_compute() -> None:
+    rows = rows_of("overlap")
+    right(rows)
+    assert list(rows) == ["overlap.bound", "overlap.turns"]
+    wall = rows["overlap.bound"].details["wall_seconds"]
+    assert wall.keys() == {"one", "turns", "beside"}
+    assert all(seconds >= STEPS * 0.01 for seconds in wall.values())
 
 
 def test_the_parts_of_a_step_are_the_whole_step() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from toys import batches_for
-from wires import DOUBLE, U, V, Wire, body, served
+from wires import DOUBLE, U, Wire, body, served
 
 from flexp.errors import LinkError
 from flexp.link.messages import Answer, Do
@@ -21,6 +21,7 @@ from flexp.server.compute import Compute, ForwardJob
 from flexp.server.trunk import Trunk
 
 SEATS = (Seat(Cut(1, 1)), Seat(Cut(2, 1)), Seat(Cut(1, 0)))
+HEADS = (Seat(Cut(1), "loss"), Seat(Cut(2), "logits"), Seat(Cut(1, 1)))
 Taught = dict[str, Tensor]
 
 
@@ -74,10 +75,10 @@ def steps(trunk: Trunk, wires: list[Wire], count: int = 3) -> Taught:
         ops = (Grad(("personal",), ("g",)), Step("personal", "g")) if step else ()
         sent = {w: w.forward(step, ops=ops) for w in wires}
         there = at_once(trunk, sent)
-        behind = {w: w.backward(sent[w], there[w].result().tensors["hidden"]) for w in wires}
-        back = at_once(trunk, behind)
+        outs = {w: there[w].result().tensors[sent[w].until] for w in wires}
+        back = at_once(trunk, {w: w.backward(sent[w], outs[w]) for w in wires})
         for w in wires:
-            out[f"{step} {w.client} out"] = there[w].result().tensors["hidden"]
+            out[f"{step} {w.client} out"] = outs[w]
             out[f"{step} {w.client} grad"] = back[w].result().tensors["grad"]
             out |= {f"{step} {w.client} {k}": v for k, v in w.held().items()}
     return out
@@ -88,12 +89,15 @@ def close(one: Taught, other: Taught) -> bool:
     return all(torch.allclose(v, other[k], rtol=1e-5, atol=1e-6) for k, v in one.items())
 
 
-def test_steps_of_several_clients_are_those_of_each_alone(passes: Passes) -> None:
-    trunk, wires = set_up(*SEATS, together=True)
+@pytest.mark.parametrize("seats", [SEATS, HEADS], ids=["hidden", "heads at the server"])
+def test_steps_of_several_clients_are_those_of_each_alone(
+    seats: tuple[Seat, ...], passes: Passes
+) -> None:
+    trunk, wires = set_up(*seats, together=True)
     joint = steps(trunk, wires)
     trunk.close()
     assert passes.sizes == [3] * 6
-    trunk, wires = set_up(*SEATS, together=False)
+    trunk, wires = set_up(*seats, together=False)
     alone = steps(trunk, wires)
     trunk.close()
     assert passes.sizes == [3] * 6
@@ -172,11 +176,10 @@ def test_a_pass_that_fails_is_tried_one_by_one(half: bool, monkeypatch: pytest.M
     assert close(joint, alone)
 
 
-@pytest.mark.parametrize("case", ["loss far", "one copy for all", "counted"])
+@pytest.mark.parametrize("case", ["one copy for all", "counted"])
 def test_what_cannot_be_shared_is_alone(case: str, passes: Passes) -> None:
-    seats = (V, V) if case == "loss far" else (U, U)
     spec = SlotSpec(home="server" if case == "one copy for all" else "tenant")
-    trunk, wires = set_up(*seats, together=True, spec=spec)
+    trunk, wires = set_up(U, U, together=True, spec=spec)
     trunk.flops = {} if case == "counted" else None
     sent = {w: w.forward() for w in wires}
     there = at_once(trunk, sent)

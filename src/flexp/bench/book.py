@@ -15,6 +15,7 @@ from flexp.bench.job import FULL, Scale
 from flexp.bench.machine import Machine
 from flexp.bench.memory import memory
 from flexp.bench.merge import merge
+from flexp.bench.overlap import overlap
 from flexp.bench.roofline import roofline
 from flexp.bench.rows import Row
 from flexp.bench.simulate import simulate
@@ -29,6 +30,7 @@ BOOK: Mapping[str, tuple[str, Bench]] = {
     "roofline": ("a training step against the GEMM peak of this machine", roofline),
     "anatomy": ("where a training step goes, part by part", anatomy),
     "tenants": ("rows of many clients in one pass of the server", tenants),
+    "overlap": ("devices of one server side by side, against one after another", overlap),
     "memory": ("a server's memory per further client", memory),
     "wire": ("bytes of a step, and what rounding does to a gradient", wire),
     "client": ("a client that trains its last block, or nothing", client),

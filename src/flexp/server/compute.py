@@ -91,12 +91,8 @@ class Compute:
         self.jointly = Together(backbone)
 
     def kind(self, seat: Seat, m: Forward) -> Hashable:
-        """What forwards have in common that can be one pass; None for one that is always alone.
-
-        A head is not shared: who asks for logits or a loss is alone.
-        """
-        between = seat.cut.front + seat.cut.back < self.backbone.depth
-        if m.until != "hidden" or not between:
+        """What forwards have in common that can be one pass; None for one that is always alone."""
+        if seat.cut.front + seat.cut.back >= self.backbone.depth:
             return None
         image = tuple(s[1:] for s in m.shapes.values() if len(s) != 2)
         return (m.keep, tuple(sorted(m.shapes)), image, m.hidden.shape[1] if image else None)
@@ -123,15 +119,20 @@ class Compute:
 
     def graph(self, job: ForwardJob) -> Graph:
         """One forward: called again, it gives the same bits."""
-        m, cut, depth = job.message, job.seat.cut, self.backbone.depth
-        with torch.set_grad_enabled(m.keep):
+        with torch.set_grad_enabled(job.message.keep):
             worn, graph = self._dressed(job)
-            blanks = self.backbone.blanks(m.shapes, m.mask)
-            last = depth - cut.back if m.until == "hidden" else None
-            out = self.backbone.run(blanks, worn, first=cut.front, last=last, feed=graph.hidden)
-            if m.labels is not None and m.until == "loss":
-                out = self.task.loss(out, m.labels)
-        return replace(graph, out=out)
+            return replace(graph, out=self._out(job, worn, graph.hidden, job.seat.cut.front))
+
+    def _out(self, job: ForwardJob, worn: Worn, feed: Tensor, first: int) -> Tensor:
+        """What a forward asks for, from the hidden state before a block."""
+        m, last = job.message, None
+        if m.until == "hidden":
+            last = self.backbone.depth - job.seat.cut.back
+        blanks = self.backbone.blanks(m.shapes, m.mask)
+        out = self.backbone.run(blanks, worn, first=first, last=last, feed=feed)
+        if m.labels is not None and m.until == "loss":
+            return self.task.loss(out, m.labels)
+        return out
 
     def _graphs(self, jobs: Sequence[ForwardJob]) -> list[Graph]:
         depth, messages = self.backbone.depth, [job.message for job in jobs]
@@ -142,7 +143,12 @@ class Compute:
                 for job, (worn, graph) in zip(jobs, dressed, strict=True)
             ]
             shapes, masks = [m.shapes for m in messages], [m.mask for m in messages]
-            outs = self.jointly.run(members, shapes, masks)
+            hidden = self.jointly.run(members, shapes, masks)
+            # Heads are not alike: each is alone with its own.
+            outs = [
+                self._out(job, member.worn, out, member.last)
+                for job, member, out in zip(jobs, members, hidden, strict=True)
+            ]
         shared = Shared({job.client for job in jobs})
         graphs = [graph for _, graph in dressed]
         return [replace(g, out=o, shared=shared) for g, o in zip(graphs, outs, strict=True)]
