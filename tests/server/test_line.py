@@ -202,6 +202,45 @@ def test_the_fixed_part_of_a_pass_is_found() -> None:
     assert costs.whole("forward") > costs.fixed("forward")
 
 
+def known(held: Line) -> None:
+    """Passes of a fixed part of 3 ms and 0.1 ms per token: 300 tokens are enough."""
+    for tokens in (50, 200, 400):
+        held.costs.took("forward", tokens, 0.003 + 1e-4 * tokens)
+
+
+def test_a_pass_is_no_longer_than_saves_time(wire: Wire, clock: Clock) -> None:
+    """Nor is anybody waited for who would make it longer."""
+    held = line(clock)
+    known(held)
+    assert held.costs.enough("forward") == pytest.approx(300)
+    for client, rows in (("a", 10), ("b", 4), ("c", 4)):
+        held.put(forward(wire, client, rows, 20))
+    assert clients(held.take()) == "ab"
+    assert clients(held.take()) == "c"
+    held.put(forward(wire, "a", 16, 20))
+    held.habits.has("d", "forward", clock.now - 0.999)  # is expected at once
+    held.changed.wait = lambda timeout=None: pytest.fail("waits")  # pyright: ignore[reportAttributeAccessIssue]
+    assert clients(held.take()) == "a"
+
+
+def test_a_group_in_lockstep_is_one_pass_however_long_it_takes(wire: Wire, clock: Clock) -> None:
+    held = line(clock)
+    known(held)
+    held.begins(["abc"])
+    for client in "abc":
+        held.put(forward(wire, client, 10, 20))
+    assert clients(held.take()) == "abc"
+
+
+def test_a_pass_is_no_longer_than_fits_into_memory(wire: Wire, clock: Clock) -> None:
+    held = Line(clock, room=lambda: 250.0)
+    held.begins(["abc"])
+    for client in "abc":
+        held.put(forward(wire, client, 6, 20))
+    assert clients(held.take()) == "ab"
+    assert clients(held.take()) == "c"
+
+
 def test_habits_are_learnt_by_what_was_answered() -> None:
     habits = Habits()
     for at in (0.0, 10.0, 20.0):

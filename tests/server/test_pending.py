@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -104,12 +105,14 @@ def test_a_graph_is_measured_once_and_is_more_than_its_result(
     trunk, wires = three
     out: Tensor = wires[0].send(wires[0].forward()).tensors["hidden"]
     assert len(trunk.pending.sizes) == 1
-    (size,) = trunk.pending.sizes.values()
-    blocks = U.cut.back + 1
+    (kept,) = trunk.pending.held["c0"].values()
+    size, blocks = kept.bytes, U.cut.back + 1
     assert blocks * out.nbytes < size < 100 * blocks * out.nbytes
     trunk.pending.sizes = dict.fromkeys(trunk.pending.sizes, 77)
-    wires[1].send(wires[1].forward())
-    assert sum(p.bytes for p in trunk.pending.held["c1"].values()) == 77
+    ahead = wires[1].forward()
+    wires[1].send(ahead)
+    (kept,) = trunk.pending.held["c1"].values()
+    assert kept.bytes == 77 * ahead.hidden.shape[0] * ahead.hidden.shape[1]
 
 
 def test_of_who_does_not_come_back_no_graph_stays(
@@ -148,6 +151,21 @@ def test_without_bounds_all_stay_and_nothing_is_measured(clock: Clock) -> None:
     assert trunk.pending.sweep() == 0
     assert there(trunk) == ["c0"]
     assert not trunk.pending.sizes
+    trunk.close()
+
+
+def test_as_many_tokens_fit_as_graphs_of_the_dearest_need() -> None:
+    trunk, (wire,) = served(U)
+    wire.join()
+    assert trunk.pending.room == math.inf
+    trunk.pending.budget = 1 << 20
+    assert trunk.pending.room == math.inf  # nothing was measured yet
+    ahead = wire.forward()
+    wire.send(ahead)
+    (kept,) = trunk.pending.held["c0"].values()
+    tokens = ahead.hidden.shape[0] * ahead.hidden.shape[1]
+    assert kept.bytes > tokens
+    assert trunk.pending.room == pytest.approx((1 << 20) / kept.bytes * tokens)
     trunk.close()
 
 

@@ -102,7 +102,9 @@ class Compute:
         if isinstance(job, BackwardJob):
             return self._gradients([job.fresh()])[0]
         again = partial(self.graph, job)
-        return self.waiting.measured(job.shape, again) if job.message.keep else (again(), 0)
+        if not job.message.keep:
+            return again(), 0
+        return self.waiting.measured(job.shape, again, job.tokens)
 
     def together(self, jobs: Sequence[Job]) -> list[Any]:
         """The same for several that have one kind, in one pass."""

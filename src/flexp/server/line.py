@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Generator, Hashable, Iterable
@@ -46,8 +47,9 @@ class Request:
 class Line:
     """First come, first served; who can be computed with the first one comes along.
 
-    Of one client the messages keep their order. A pass is no longer than ``MOST`` tokens, and only
-    as many of them fill up shorter rows as ``FILLED`` allows.
+    Of one client the messages keep their order. A pass is no longer than ``MOST`` tokens, nor than
+    what fits into memory (``room``), and only as many of them fill up shorter rows as ``FILLED``
+    allows. It is no longer, either, than what saves time: all of it are answered when it ends.
 
     Whoever is expected soon is waited for, but no longer than a pass costs whatever its size: that
     is what coming along saves. Forwards of those only are one pass who usually come back together,
@@ -59,8 +61,13 @@ class Line:
     group is served the others compute.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        room: Callable[[], float] = lambda: math.inf,
+    ) -> None:
+        self.clock, self.room = clock, room
         self.costs, self.habits = Costs(), Habits()
         self.waiting: list[Request] = []
         self.lockstep: list[set[str]] = []  # the next group first
@@ -133,8 +140,10 @@ class Line:
         first = chosen[0]
         if first.kind is None:
             return 0.0
-        cost = self.costs.whole if self._missing(chosen) else self.costs.fixed
-        return cost(first.phase)
+        if self._missing(chosen):
+            return self.costs.whole(first.phase)
+        tokens = sum(math.prod(request.size) for request in chosen)
+        return 0.0 if tokens >= self._most(first.phase) else self.costs.fixed(first.phase)
 
     def _comes(self, chosen: list[Request], end: float) -> bool:
         """Whether somebody is expected by then who is not here."""
@@ -154,18 +163,24 @@ class Line:
     def _chosen(self, line: list[Request]) -> list[Request]:
         """The first one and all who fit with it."""
         first, chosen, seen = line[0], list[Request](), set[str]()
+        most = self._most(first.phase)
         rows = longest = real = 0
         for request in line:
             if request.client in seen:
                 continue
             seen.add(request.client)
             n, length = request.size
-            most = (rows + n) * max(longest, length)
-            fits = most <= MOST and most <= FILLED * (real + n * length)
+            filled = (rows + n) * max(longest, length)
+            fits = filled <= most and filled <= FILLED * (real + n * length)
             if request is first or (fits and self._goes_with(request, first)):
                 chosen.append(request)
                 rows, longest, real = rows + n, max(longest, length), real + n * length
         return chosen
+
+    def _most(self, phase: Phase) -> float:
+        """Tokens of a pass; in lockstep it does not depend on how long anything took."""
+        most = min(MOST, self.room())
+        return most if self.lockstep else min(most, self.costs.enough(phase))
 
     def _goes_with(self, request: Request, first: Request) -> bool:
         if first.kind is None or request.kind != first.kind:

@@ -6,6 +6,7 @@ once more. Everything that it depends on is kept or drawn by counter, so the bit
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -79,6 +80,7 @@ class Waiting:
     clock: Callable[[], float] = time.monotonic
     held: dict[str, dict[int, Pending]] = field(default_factory=dict[str, dict[int, Pending]])
     sizes: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
+    dearest: float = 0.0  # bytes of a graph per token, the most so far
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def keep(self, client: str, call: int, pending: Pending) -> None:
@@ -93,10 +95,15 @@ class Waiting:
             if self.budget is not None:
                 self._fit(self.budget)
 
-    def measured(self, shape: Hashable, again: Callable[[], T], tokens: int = 1) -> tuple[T, int]:
+    @property
+    def room(self) -> float:
+        """Tokens of a pass whose graphs fit into the budget, as far as that is known."""
+        return math.inf if self.budget is None or not self.dearest else self.budget / self.dearest
+
+    def measured(self, shape: Hashable, again: Callable[[], T], tokens: int) -> tuple[T, int]:
         """What it computes and the bytes of that, which are measured at the first of its shape.
 
-        With ``tokens``, a shape of any length: bytes go by tokens as at the first one.
+        If lengths are none of the shape's, bytes go by tokens as at the first one.
         """
         if self.budget is None:
             return again(), 0
@@ -107,6 +114,7 @@ class Waiting:
         if len(self.sizes) >= SIZES:
             self.sizes.clear()
         self.sizes[shape] = meter.live / tokens
+        self.dearest = max(self.dearest, self.sizes[shape])
         return found, meter.live
 
     def of(self, client: str, call: int, step: int) -> Pending:

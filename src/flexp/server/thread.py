@@ -30,7 +30,7 @@ class ComputeThread:
     def __init__(self, compute: Compute) -> None:
         self.compute = compute
         self.flops: dict[str, int] | None = None
-        self.line = Line()
+        self.line = Line(room=lambda: compute.waiting.room)
         self.beside: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="flexp-trunk")
 

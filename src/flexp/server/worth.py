@@ -11,6 +11,7 @@ from flexp.link.messages import Phase
 FADES = 0.9  # what an older pass counts, of the one after it
 LONGEST = 0.25  # seconds that nobody is waited for beyond
 ALIKE, AT_ONCE = 1.5, 0.01  # how many times as long, and seconds beside, is about the same time
+LITTLE = 0.1  # of a pass's time, what its fixed part may be at most for it to be long enough
 GUESS = 0.1  # of a pass, what it costs whatever its size, until passes of two sizes were seen
 
 
@@ -33,13 +34,18 @@ class Cost:
         )
 
     @property
-    def fixed(self) -> float:
-        """Seconds of a pass of no tokens; while all had as many, a guess: a part of the mean."""
+    def line(self) -> tuple[float, float]:
+        """Seconds of a pass of no tokens, and of one token more.
+
+        While all passes had as many, the first is a guess: a part of the mean.
+        """
+        if not self.n:
+            return 0.0, 0.0
         spread = self.n * self.xx - self.x * self.x
         if spread <= 1e-9 * self.n * self.xx:
-            return GUESS * self.y / self.n if self.n else 0.0
+            return GUESS * self.y / self.n, (1 - GUESS) * self.y / max(self.x, 1.0)
         slope = (self.n * self.xy - self.x * self.y) / spread
-        return max(0.0, (self.y - slope * self.x) / self.n)
+        return max(0.0, (self.y - slope * self.x) / self.n), max(0.0, slope)
 
 
 @dataclass
@@ -54,12 +60,17 @@ class Costs:
 
     def fixed(self, phase: Phase) -> float:
         """Seconds that coming along with such a pass saves, and so is waited for at most."""
-        return min(LONGEST, self.held.get(phase, Cost()).fixed)
+        return min(LONGEST, self.held.get(phase, Cost()).line[0])
 
     def whole(self, phase: Phase) -> float:
         """Seconds of such a pass in the mean."""
         held = self.held.get(phase, Cost())
         return min(LONGEST, held.y / held.n if held.n else 0.0)
+
+    def enough(self, phase: Phase) -> float:
+        """Tokens of a pass beyond which one more saves little, and all of it answer later."""
+        fixed, slope = self.held.get(phase, Cost()).line
+        return fixed / (LITTLE * slope) if slope else math.inf
 
 
 @dataclass
