@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from msgspec import structs
 
+from flexp.audit import printable
 from flexp.client.desk import Desk, Training
 from flexp.data.tasks import Task
 from flexp.dice import Dice
@@ -293,5 +294,6 @@ class NetworkEngine(Host):
             job = self.guests[call.name].job
             if job is not None and job.order.number == outcome.order and call.alive:
                 job.cells = outcome.cells
-                self.guests.end(job, outcome.error)
+                lacks = "it ended without a reply" if job.order.kind == "train" else ""
+                self.guests.end(job, printable(outcome.error, 80) or lacks)
         return Noted()

@@ -140,8 +140,7 @@ class Reception:
     def refused(self, call: Call, text: str) -> None:
         """Something that a client said was refused: whoever runs the server reads why."""
         who_asked = f"{call.name} ({call.address})" if call.name else call.address
-        shown = "".join(c if c.isprintable() else "?" for c in f"{who_asked}: {text}")
-        self.gate.log.alert(call.name or call.peer, f"refused {shown:.1000}")
+        self.gate.log.alert(call.name or call.peer, f"refused {who_asked}: {text}")
 
     def gone(self, call: Call) -> None:
         """A call has ended."""
@@ -172,8 +171,10 @@ class Reception:
             return Data(bytes(min(body.back, ECHO)))
         if isinstance(body, Bye):
             if self.stage is not None:
-                self.stage.engine.guests.left(call)
-            told = f"gives up: {body.why:.80}" if body.why else "has left; it may come back"
+                self.stage.engine.guests.left(call, back=body.back)
+            told = "has left; it may come back"
+            if body.why or body.back:
+                told = f"gives up: {body.why:.80}" if body.why else "has left, and will be back"
             self.gate.log.note(call.name, f"{call.name} {told}")
             return Noted()
         raise LinkError(f'A client does not say "{type(body).__name__}".')
