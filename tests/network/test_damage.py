@@ -11,11 +11,17 @@ from typing import Any, cast
 import pytest
 
 from flexp import recipe_file
+from flexp.engine.network import NetworkEngine
 from flexp.errors import CheckpointError, LinkError
 from flexp.joining.folder import OWNER, take
+from flexp.link.control import Refused
+from flexp.link.listen import Call
+from flexp.link.messages import Fetch, StepKey
 from flexp.recipe import Recipe
+from flexp.server.thread import ComputeThread
 from flexp.serving.floor import LABELS, Floor, labels_of, space_in
 from flexp.serving.log import LONGEST, Log
+from flexp.serving.reception import Reception
 from flexp.serving.roster import Entry, Roster
 from flexp.serving.serve import _told
 
@@ -120,3 +126,19 @@ def test_what_a_client_says_does_not_move_an_operators_terminal() -> None:
     log.alert("anna", "x" * 5000)
     assert said[0].isprintable()
     assert len(said[1]) == LONGEST
+
+
+def test_a_server_that_ends_sends_nobody_away_for_good() -> None:
+    """Its thread is closed before its port is: who asks in between goes on with the next server."""
+    closed: Any = ComputeThread(cast("Any", None))
+    closed.close()
+    engine: Any = NetworkEngine.__new__(NetworkEngine)
+    engine.trunk = closed
+    engine._carry_out = lambda *_: closed.between(lambda: None)
+    stage, none = SimpleNamespace(engine=engine), cast("Any", None)
+    desk = Reception(none, none, lambda text: None, none, stage=cast("Any", stage))
+    said = desk.answer(
+        Call(None, "here", name="anna"), Fetch(StepKey("x", 0, 0, 0, 1, "fetch"), "s"), ""
+    )
+    assert isinstance(said, Refused)
+    assert said.again

@@ -249,12 +249,12 @@ class NetworkEngine(Host):
             job.ledger = Ledger()
 
     def message(self, call: Call, message: Message, digest: str) -> Body:
-        """Carries out a message of a step, once, and gives its answer, or what was wrong."""
+        """Carries out a message of a step, once, and gives its answer, or says what was wrong."""
         try:
             work = self._carry_out(call, message, digest)
             return self.trunk.carry_out(call.name, message, work)
-        except FlexpError as problem:
-            return Problem(type(problem).__name__, str(problem))
+        except FlexpError:
+            raise
         except Exception as problem:  # noqa: BLE001 no message, however odd, ends a run
             text = f"It cannot be carried out ({type(problem).__name__}: {str(problem)[:200]})."
             return Problem("LinkError", text)

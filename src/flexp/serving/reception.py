@@ -37,6 +37,7 @@ from flexp.link.frame import Body
 from flexp.link.listen import Call
 from flexp.link.messages import Message
 from flexp.model.files import Manifest, manifest, read_part
+from flexp.server.thread import Ended
 from flexp.serving.floor import Floor, labels_of, space_in
 from flexp.serving.gate import Gate
 from flexp.serving.roster import WAITS, Entry, Roster
@@ -131,6 +132,8 @@ class Reception:
             raise LinkError("Say hello first.")
         try:
             answer = self._ask(call, body, digest)
+        except Ended as problem:  # who was in goes on with the server that is started next
+            return Refused(str(problem), again=True)
         except FlexpError as problem:
             answer = Problem(type(problem).__name__, str(problem))
         if isinstance(answer, Problem):
@@ -172,9 +175,7 @@ class Reception:
         if isinstance(body, Bye):
             if self.stage is not None:
                 self.stage.engine.guests.left(call, back=body.back)
-            told = "has left; it may come back"
-            if body.why or body.back:
-                told = f"gives up: {body.why:.80}" if body.why else "has left, and will be back"
+            told = f"gives up: {body.why:.80}" if body.why else "has left; it may come back"
             self.gate.log.note(call.name, f"{call.name} {told}")
             return Noted()
         raise LinkError(f'A client does not say "{type(body).__name__}".')
