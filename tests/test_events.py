@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -163,6 +164,17 @@ def test_a_kill_between_a_checkpoint_and_its_event_is_noticed(tmp_path: Path) ->
         assert not recorder.rewind(1)
         recorder(one_round(1)[-1])
     assert list(read(tmp_path / "e")) == [*one_round(0), *one_round(1)]
+
+
+def test_a_round_is_on_the_disk_before_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut there would else be a checkpoint that the log does not know."""
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append((tmp_path / "e").read_bytes()))
+    record(tmp_path / "e", one_round(0))
+    assert b'"Merged"' in synced[0].splitlines()[-1]
+    assert b'"Checkpointed"' not in synced[0]
 
 
 def test_rewinding_to_a_round_without_checkpoint_changes_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,14 @@ from torch import nn
 from flexp import assets, headers, safe
 from flexp.client.memory import Memory
 from flexp.client.store import StoredMemory
-from flexp.errors import AssetError, ExportError, FlexpError, ModelError, ParcelError
+from flexp.errors import (
+    AssetError,
+    CheckpointError,
+    ExportError,
+    FlexpError,
+    ModelError,
+    ParcelError,
+)
 from flexp.export import open_with_peft
 from flexp.headers import MODEL, PARCEL, Caps, of_file, of_model, read, shards
 from flexp.model.backbone import Backbone
@@ -158,7 +165,7 @@ WAYS: dict[str, tuple[Callable[[Path, Path], None], type[FlexpError]]] = {
     "parcel": (as_parcel, ParcelError),
     "bytes": (as_bytes, ParcelError),
     "memory": (as_memory, ParcelError),
-    "turn": (as_turn, ParcelError),
+    "turn": (as_turn, CheckpointError),
     "adapter": (as_adapter, ExportError),
     "model": (as_model, ModelError),
     "part": (as_part, ModelError),

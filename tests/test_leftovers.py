@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flexp.client.store import StoredMemory
+from flexp.errors import CheckpointError
 from flexp.holding import hold
 from flexp.joining.folder import take
 
@@ -46,3 +49,16 @@ def test_every_folder_is_swept_by_its_owner(tmp_path: Path) -> None:
         assert list(out.glob("*.tmp")) == []
     assert [p.name for p in tmp_path.rglob("*.tmp")] == []
     assert all(path.read_bytes() == b"old" for path in files)
+
+
+def test_a_disk_that_gives_way_is_an_error_of_one_line(tmp_path: Path) -> None:
+    """Of a run in one process as of a served one, and even if its folder is gone by then."""
+    out = tmp_path / "out"
+
+    def run() -> None:
+        with hold(out, resume=True):
+            shutil.rmtree(out)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "events.jsonl")
+
+    with pytest.raises(CheckpointError, match=r"events\.jsonl cannot be used: No space left"):
+        run()

@@ -104,6 +104,19 @@ def test_a_damaged_checkpoint_is_passed_over(recipe_of: Recipe) -> None:
     assert resumed == outcome(run(recipe))
 
 
+def test_what_was_not_written_with_a_checkpoint_is_no_part_of_it(recipe_of: Recipe) -> None:
+    """Programs that make backups or show folders leave files in them, and of those is no digest."""
+    recipe = recipe_of()
+    with pytest.raises(Killed):
+        run(recipe, die_at=7)
+    newest = max((recipe.parent / "runs" / "mine" / "checkpoint").iterdir())
+    (newest / "clients" / ".DS_Store").write_bytes(b"a view of a folder")
+    shutil.copy(newest / "tenants" / "anna.parcel", newest / "tenants" / "zoe.parcel")
+    resumed = outcome(run(recipe, resume=True))
+    shutil.rmtree(recipe.parent / "runs")
+    assert resumed == outcome(run(recipe))
+
+
 def test_no_usable_checkpoint_is_an_error_that_names_each(recipe_of: Recipe) -> None:
     recipe = recipe_of()
     with pytest.raises(Killed):

@@ -137,9 +137,11 @@ def _inspected(folder: Path) -> Iterator[tuple[Path, dict[str, Any], str]]:
 def read(path: Path, strategy: Strategy[Any], engine: Host) -> Any:
     """Puts memories and tenancies back into an engine and returns the strategy's state."""
     try:
-        for file in sorted((path / "clients").iterdir()):
+        # Of what else lies there no digest is known.
+        listed = sorted(json.loads((path / "checkpoint.json").read_bytes())["files"])
+        for file in (path / name for name in listed if name.startswith("clients/")):
             engine.memories[unquote(file.stem)] = Memory.load(file)
-        for file in sorted((path / "tenants").iterdir()):
+        for file in (path / name for name in listed if name.startswith("tenants/")):
             client, parcel = unquote(file.stem), load(file)
             facts = cast("dict[str, Any]", parcel.facts)
             a, b, labels, rank, *how = facts["seat"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -198,9 +199,14 @@ class Recorder(AbstractContextManager["Recorder", None]):
         self._cut(lambda lines: sum(len(line) for line in lines if line.endswith(b"\n")))
 
     def __call__(self, event: Event) -> None:
-        """Append the event; it is with the operating system when this returns."""
+        """Append the event; it is with the operating system when this returns.
+
+        Those of a round are on the disk before its checkpoint is, which is gone on from.
+        """
         self._file.write(_line(event, self._clock()))
         self._file.flush()
+        if isinstance(event, Merged):
+            os.fsync(self._file.fileno())
 
     def rewind(self, to_round: int) -> bool:
         """Drop what came after that round's checkpoint, before the run goes on from there.
@@ -220,7 +226,8 @@ class Recorder(AbstractContextManager["Recorder", None]):
             if last == to_round:
                 return size
             raise CheckpointError(
-                f'"{self.path}" has no checkpoint of round {to_round}. Resume from one that it has.'
+                f'"{self.path}" has no checkpoint of round {to_round}, but there is one on disk. '
+                "Restore the log and the checkpoints from one backup of this folder."
             )
 
         self._cut(end)

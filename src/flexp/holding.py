@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from flexp.errors import FlexpError
+from flexp.errors import CheckpointError, FlexpError
 from flexp.parcel import sweep
 
 LOCK = ".lock"
@@ -18,8 +18,8 @@ LOCK = ".lock"
 def hold(out: Path, *, resume: bool) -> Generator[None]:
     """Makes the folder of a run and keeps other processes out of it, until this one ends or dies.
 
-    FlexpError if it cannot be written, is held already, or holds another run. A folder in which
-    nothing was written is removed.
+    FlexpError if it cannot be written, is held already, or holds another run; so it is for a file
+    that cannot be used while it is held. A folder in which nothing was written is removed.
     """
     if (out / "checkpoint").exists() and not resume:
         raise FlexpError(
@@ -42,9 +42,15 @@ def hold(out: Path, *, resume: bool) -> Generator[None]:
         ) from problem
     try:
         yield
+    except OSError as problem:
+        raise CheckpointError(
+            f"{problem.filename or out} cannot be used: {problem.strerror or problem}. Make room "
+            "or put it right, and start the same command again, a run with --resume: it goes on "
+            "from the last checkpoint."
+        ) from problem
     finally:
-        if [p.name for p in out.iterdir()] == [LOCK]:
-            with suppress(OSError):  # on Windows nobody removes what is open
+        with suppress(OSError):  # on Windows nobody removes what is open
+            if [p.name for p in out.iterdir()] == [LOCK]:
                 (out / LOCK).unlink()
                 out.rmdir()
         lock.release()

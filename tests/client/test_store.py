@@ -9,6 +9,7 @@ import torch
 
 from flexp.client.store import StoredMemory
 from flexp.errors import CheckpointError
+from flexp.parcel import Parcel, save
 
 
 def turn(memory: StoredMemory, value: float) -> None:
@@ -67,6 +68,31 @@ def test_files_that_are_no_turns_are_passed_over(stray: str, tmp_path: Path) -> 
     assert (tmp_path / "m" / stray).is_file()
     with pytest.raises(CheckpointError, match="turn -1"):
         memory.open(-1)
+
+
+@pytest.mark.parametrize("hurt", ["a bit", "another turn's", "cut", "without a digest"])
+def test_a_turn_that_is_not_as_it_was_written_is_refused(hurt: str, tmp_path: Path) -> None:
+    """Tensors have no digest of their own: a flipped bit would be trained on, and nobody see it."""
+    memory = StoredMemory(tmp_path)
+    memory.open(0)
+    turn(memory, 1.0)
+    turn(memory, 2.0)
+    file = tmp_path / "000002.parcel"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    if hurt == "a bit":
+        file.write_bytes(data)
+    elif hurt == "cut":
+        file.write_bytes(data[:-4])
+    elif hurt == "another turn's":
+        file.write_bytes((tmp_path / "000001.parcel").read_bytes())
+    else:
+        save(file, Parcel(memory.slots, facts=memory.facts))
+    again = StoredMemory(tmp_path)
+    with pytest.raises(CheckpointError, match=r"000002\.parcel cannot be gone on from"):
+        again.open(2)
+    again.open(1)
+    assert again.slots["slot/personal"]["w"].tolist() == [1.0, 1.0]
 
 
 def test_a_turn_that_is_not_there_is_said(tmp_path: Path) -> None:

@@ -60,9 +60,13 @@ class Fault(Enum):
     )
     F06 = Case(
         "SIGTERM, SIGINT",
-        "what counts is on disk; a client says that it leaves; exit code 0, 130",
-        SAME,
-        ("network/test_faults.py::test_who_is_asked_to_end_ends_well",),
+        "what counts is on disk; exit code 0, 130; a client that SIGTERM ends is waited for as if "
+        "its connection were lost, and one that Ctrl-C ends is not",
+        f"{SAME}, unless it is Ctrl-C at a client",
+        (
+            "network/test_faults.py::test_who_is_asked_to_end_ends_well",
+            "network/test_policy.py::test_whom_its_system_ends_has_the_patience_of_a_lost_connection",
+        ),
     )
     F07 = Case(
         "a machine sleeps and wakes",
@@ -179,6 +183,7 @@ class Fault(Enum):
         (
             "faults/test_kill_storm.py::test_damaged_checkpoints_are_passed_over",
             "test_resume.py::test_a_damaged_checkpoint_is_passed_over",
+            "client/test_store.py::test_a_turn_that_is_not_as_it_was_written_is_refused",
         ),
     )
     F23 = Case(

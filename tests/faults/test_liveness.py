@@ -1,6 +1,6 @@
 """Partitions, real ones and black holes: how soon each side notices, and how soon all goes on.
 
-Times are printed; one fails only at three times its figure, and it is the median of five.
+Times are in the result; one fails only at three times its figure, and it is the median of five.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from statistics import median
 
 import psutil
 import pytest
+import suites
 from network import wire
 from network.cluster import CLIENTS, CUTS, Cluster, Program, Recipe, alone, same, until
 from network.proxy import Proxy
@@ -86,7 +87,9 @@ def at_work(server: Program, link: Proxy) -> None:
     until(lambda: link.up.passed > passed + 100_000, "steps", PATIENCE, server.text)
 
 
-def judge(found: tuple[float, float, float]) -> None:
+def judge(case: suites.Case, found: tuple[float, float, float]) -> None:
+    names = ("server_notices_s", "client_notices_s", "back_s")
+    case.count(**{name: round(took, 2) for name, took in zip(names, found, strict=True)})
     assert max(found[:2]) < 3 * NOTICED
     assert found[2] < 3 * HEALED
 
@@ -96,7 +99,9 @@ def join(whole: Cluster, client: str, mine: Path, at: str = "", **how: str) -> P
 
 
 @pytest.mark.parametrize("way", ["both", "up", "down"])
-def test_a_black_hole(whole: Cluster, endless: Path, mine: Path, way: str) -> None:
+def test_a_black_hole(
+    whole: Cluster, endless: Path, mine: Path, case: suites.Case, way: str
+) -> None:
     """In the middle of a round: nothing passes, or nothing one way."""
     server = whole.serve(endless, "--clients", ",".join(CLIENTS[:2]))
     join(whole, CLIENTS[1], mine)
@@ -104,11 +109,11 @@ def test_a_black_hole(whole: Cluster, endless: Path, mine: Path, way: str) -> No
         client = join(whole, CLIENTS[0], mine, at=f"127.0.0.1:{proxy.port}")
         at_work(server, proxy)
         dark = proxy.cut if way == "both" else (lambda: proxy.drop("up" if way == "up" else "down"))
-        judge(outages(server, client, CLIENTS[0], dark, proxy.heal))
+        judge(case, outages(server, client, CLIENTS[0], dark, proxy.heal))
 
 
 def test_a_cable_that_is_pulled(
-    whole: Cluster, endless: Path, mine: Path, recipe_of: Recipe, tmp_path: Path
+    whole: Cluster, endless: Path, mine: Path, case: suites.Case
 ) -> None:
     """A partition between two kernels, over TLS."""
     if why := wire.missing():
@@ -124,7 +129,7 @@ def test_a_cable_that_is_pulled(
         client = join(whole, CLIENTS[0], mine, at=where, netns=cable.name)
         server.wait_for(f"{CLIENTS[0]} on")
         time.sleep(2)
-        judge(outages(server, client, CLIENTS[0], cable.pull, cable.plug))
+        judge(case, outages(server, client, CLIENTS[0], cable.pull, cable.plug))
 
 
 def test_a_cable_that_is_pulled_changes_nothing_of_what_is_learned(
@@ -156,7 +161,7 @@ def test_a_cable_that_is_pulled_changes_nothing_of_what_is_learned(
 
 
 def test_the_others_keep_their_pace_while_one_is_dark(
-    whole: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
+    whole: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path, case: suites.Case
 ) -> None:
     """A B A B, by the bytes that two healthy clients send."""
     endless = recipe_of(out=str(tmp_path / "served"), train__steps=1_000_000)
@@ -186,11 +191,12 @@ def test_the_others_keep_their_pace_while_one_is_dark(
                 )
         share = median(rates["B"]) / median(rates["A"])
         print(f"\nwhile one is dark the others have {share:.2f} of their rate: {rates}")
+        case.count(rate_of_the_others=round(share, 2))
         assert share > 0.3
 
 
 def test_a_server_that_is_killed_twenty_times_has_everybody_back(
-    whole: Cluster, endless: Path, mine: Path
+    whole: Cluster, endless: Path, mine: Path, case: suites.Case
 ) -> None:
     server = whole.serve(endless, "--clients", ",".join(CLIENTS))
     joined = [join(whole, c, mine) for c in CLIENTS]
@@ -211,6 +217,7 @@ def test_a_server_that_is_killed_twenty_times_has_everybody_back(
         took.append(time.monotonic() - begin)
         threads.append(sum(psutil.Process(p.pid).num_threads() for p in joined))
     print(f"\nback after {median(took):.2f} s, at most {max(took):.2f} s; threads {threads}")
+    case.count(back_s=round(median(took), 2), back_at_most_s=round(max(took), 2))
     assert not any(program.over() for program in joined)
     assert threads[-1] <= max(threads[:5]) + 3
     assert median(took) < 3 * 5.0

@@ -13,7 +13,6 @@ from fuzz.draws import Draws, scratch
 from flexp.client.store import StoredMemory
 from flexp.errors import CheckpointError, StepError
 from flexp.link.messages import Answer, Phase, StepKey
-from flexp.parcel import Parcel, encode
 from flexp.server.steps import KEPT, StepTable
 
 Sent = tuple[StepKey, str]
@@ -210,9 +209,11 @@ def run_resume(data: bytes) -> None:
     folder.mkdir(parents=True)
     numbers = (0, 1, 2, 3, 7, 999_999, 1_000_000)
     held = {n for n in numbers[1:] if draws.whole(0, 1)}
+    writer = StoredMemory(folder)
     for n in held:
-        slot = {"slot/personal": {"w": torch.tensor(float(n))}}
-        (folder / f"{n:06d}.parcel").write_bytes(encode(Parcel(slot, facts={"turn": n})))
+        writer.put("slot/personal", {"w": torch.tensor(float(n))})
+        writer.facts["turn"], writer.turns = n, n - 1
+        writer.settle()
     strays = ("1.parcel", "x.parcel", "000001.parcel.bak", ".000009.parcel.a.tmp", "0000007.parcel")
     for name in strays:
         if not draws.whole(0, 3):

@@ -148,7 +148,6 @@ def test_who_sleeps_for_too_long_is_back_in_a_later_round(
     assert cluster.adapter("carl dee").is_dir()
 
 
-@pytest.mark.slow
 def test_who_is_asked_to_end_ends_well(
     cluster: Cluster, long: Path, mine: Path, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from flexp.data.formats import Value
 from flexp.data.sources import Row
@@ -18,8 +18,16 @@ _INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
 def label_names(rows: Sequence[Row], column: str) -> tuple[str, ...]:
-    """The labels that occur, sorted; integers in the order of numbers."""
-    names = {label_of(row, column) for row in rows}
+    """The labels that occur, in their order."""
+    return in_order({label_of(row, column) for row in rows})
+
+
+def in_order(names: Collection[str]) -> tuple[str, ...]:
+    """Names of labels, sorted; integers in the order of numbers.
+
+    >>> in_order({"10", "9", "007", "7"}), in_order({"10", "9", "--1"})
+    (('007', '7', '9', '10'), ('--1', '10', '9'))
+    """
     if all(is_integer(name) for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))  # 7 and 007 are two
     return tuple(sorted(names))

@@ -180,12 +180,13 @@ class Guests:
             guest.call, guest.ready, guest.lost = None, False, self.clock()
             return True
 
-    def left(self, call: Call) -> None:
-        """A client goes by itself: an order that it has is not waited for."""
+    def left(self, call: Call, *, back: bool = False) -> None:
+        """A client goes by itself: an order that it has is waited for only if it will be back."""
         with self.lock:
             guest = self[call.name]
             if guest.call is call:
-                guest.call, guest.ready, guest.lost = None, False, -math.inf
+                guest.call, guest.ready = None, False
+                guest.lost = self.clock() if back else -math.inf
 
     def _give_up(self, jobs: Sequence[Job]) -> None:
         with self.lock:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from msgspec import structs
 
+from flexp.audit import printable
 from flexp.client.desk import Desk, Training
 from flexp.data.tasks import Task
 from flexp.dice import Dice
@@ -248,12 +249,12 @@ class NetworkEngine(Host):
             job.ledger = Ledger()
 
     def message(self, call: Call, message: Message, digest: str) -> Body:
-        """Carries out a message of a step, once, and gives its answer, or what was wrong."""
+        """Carries out a message of a step, once, and gives its answer, or says what was wrong."""
         try:
             work = self._carry_out(call, message, digest)
             return self.trunk.carry_out(call.name, message, work)
-        except FlexpError as problem:
-            return Problem(type(problem).__name__, str(problem))
+        except FlexpError:
+            raise
         except Exception as problem:  # noqa: BLE001 no message, however odd, ends a run
             text = f"It cannot be carried out ({type(problem).__name__}: {str(problem)[:200]})."
             return Problem("LinkError", text)
@@ -293,5 +294,6 @@ class NetworkEngine(Host):
             job = self.guests[call.name].job
             if job is not None and job.order.number == outcome.order and call.alive:
                 job.cells = outcome.cells
-                self.guests.end(job, outcome.error)
+                lacks = "it ended without a reply" if job.order.kind == "train" else ""
+                self.guests.end(job, printable(outcome.error, 80) or lacks)
         return Noted()

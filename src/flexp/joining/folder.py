@@ -13,7 +13,7 @@ OWNER = "client"  # the file that says it
 def owner_of(folder: Path) -> str:
     """The client whose folder it is; nothing if nobody's."""
     note = folder / OWNER
-    return note.read_text("utf-8") if note.is_file() else ""
+    return note.read_text("utf-8", errors="replace") if note.is_file() else ""
 
 
 def take(folder: Path, name: str) -> None:

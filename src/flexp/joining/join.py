@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,11 +19,19 @@ from flexp.client.store import StoredMemory
 from flexp.data import sources
 from flexp.data.sources import Row
 from flexp.data.tokens import open_tokenizer, tokenizer_digest
-from flexp.errors import DataError, FlexpError, LinkError, ParcelError, RecipeError, Stopped
+from flexp.errors import (
+    DataError,
+    ExportError,
+    FlexpError,
+    LinkError,
+    ParcelError,
+    RecipeError,
+    Stopped,
+)
 from flexp.identity.credentials import Credentials
 from flexp.joining.folder import owner_of, take
 from flexp.joining.member import Member, spaces_of
-from flexp.joining.parts import check_local, fetch_small, manifest_of
+from flexp.joining.parts import bones_of, check_local, fetch_small, manifest_of
 from flexp.joining.terms import Terms
 from flexp.link.control import (
     PROTOCOL,
@@ -41,8 +50,8 @@ from flexp.link.control import (
 )
 from flexp.link.dial import GrpcLink, TurnLost
 from flexp.link.grpc import Keepalive
-from flexp.model.files import Manifest, check_config
-from flexp.model.skeleton import Skeleton, bare, read_config
+from flexp.model.files import Manifest
+from flexp.model.skeleton import Skeleton
 from flexp.parcel import file_name, write_atomic
 from flexp.plan.devices import measure, measure_flops, measure_link
 from flexp.recipe import Recipe
@@ -112,9 +121,10 @@ def join(asked: Joining, cache: assets.Cache, agree: Agree, say: Say) -> dict[st
     stay = Stay(asked, link, rows, cache, agree, say)
     try:
         return stay.until_the_end()
-    except (Stopped, KeyboardInterrupt):
+    except (Stopped, KeyboardInterrupt) as end:
+        back = isinstance(end, Stopped) and end.signal == signal.SIGTERM
         with suppress(FlexpError, TimeoutError):
-            link.post(Bye()).result(timeout=2)
+            link.post(Bye(back=back)).result(timeout=2)
         raise
     except (FlexpError, OSError) as problem:
         with suppress(FlexpError):  # the server may be what has gone
@@ -141,6 +151,7 @@ class Stay:
     agree: Agree
     say: Say
     member: Member | None = None
+    lacking: str = ""  # why the adapter of the end was not written
 
     def until_the_end(self) -> dict[str, Any]:
         """Does what the server says until the run is over."""
@@ -156,6 +167,8 @@ class Stay:
                 elif isinstance(told, Order):
                     self._obey(self.member, told)
                 elif isinstance(told, End):
+                    if self.lacking:
+                        raise ExportError(f"The run is over, without an adapter: {self.lacking}")
                     return self._ended(self.member, told)
             except TurnLost as lost:
                 self.say(str(lost))
@@ -168,11 +181,13 @@ class Stay:
     def _obey(self, member: Member, order: Order) -> None:
         try:
             member.obey(order)
+            self.lacking = ""
         except TurnLost:
             raise
         except Exception as problem:  # noqa: BLE001 whatever goes wrong, the server hears of it
             kind = type(problem).__name__
             self.say(f"{kind}: {problem}")
+            self.lacking = f"{kind}: {problem}" if order.kind == "adapter" else ""
             self.link.ask(Outcome(order.number, error=kind))
 
     def come_in(self, welcome: Welcome) -> Member:
@@ -188,7 +203,7 @@ class Stay:
         strategy = build(recipe.strategy.name, recipe.strategy.options)
         if self.asked.wants == "train":
             self._agreed(recipe, strategy, welcome)
-        bones = _bones(recipe, welcome, self.asked.folder)
+        bones = bones_of(recipe, welcome, self.asked.folder)
         self.link.limit = frame_limit(recipe, bones, len(strategy.specs()))
         if member is None:
             model, theirs = self._model(recipe, welcome)
@@ -222,12 +237,12 @@ class Stay:
 
     def _agreed(self, recipe: Recipe, strategy: Strategy[Any], welcome: Welcome) -> None:
         """Goes on only if the owner has agreed to this very recipe, now or before."""
-        device = self._measured(recipe, _bones(recipe, welcome, self.asked.folder))
+        device = self._measured(recipe, bones_of(recipe, welcome, self.asked.folder))
         proposal = cast("Proposal", self.link.ask(device))
         note, wanted = self.asked.folder / "accepted", welcome.hash
         agreed = {self.asked.accept} if self.asked.accept else set[str]()
         if note.is_file():
-            agreed.add(note.read_text("utf-8").strip())
+            agreed.add(note.read_text("utf-8", errors="replace").strip())
         address, memory = self.asked.address, device.memory
         terms = Terms(welcome.client, address, recipe, strategy, welcome, proposal, memory)
         if wanted not in agreed and not self.agree(terms):
@@ -285,15 +300,3 @@ class Stay:
             "adapter": str(adapter) if adapter.is_dir() else None,
             "scores": dict(member.scores),
         }
-
-
-def _bones(recipe: Recipe, welcome: Welcome, folder: Path) -> Skeleton:
-    """The model's skeleton, from the config that came with the welcome."""
-    place = folder / "model"
-    place.mkdir(parents=True, exist_ok=True)
-    check_config(welcome.config)
-    path, config = place / "config.json", welcome.config.encode()
-    if not path.is_file() or path.read_bytes() != config:
-        write_atomic(path, config)
-    read = read_config(place, recipe.task.kind, 2, None)
-    return bare(read, recipe.task.kind, blocks_at=recipe.model.blocks_at)

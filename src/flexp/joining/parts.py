@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from flexp.errors import LinkError, ModelError
-from flexp.link.control import Data, Read
+from flexp.link.control import Data, Read, Welcome
 from flexp.link.dial import GrpcLink
 from flexp.model.files import (
     Manifest,
@@ -24,8 +24,10 @@ from flexp.model.files import (
     wanted,
     write_index,
 )
+from flexp.model.skeleton import Skeleton, bare, read_config
 from flexp.parcel import write_atomic
 from flexp.plan.devices import format_bytes
+from flexp.recipe import Recipe
 
 STEP = 1 << 19
 
@@ -61,6 +63,18 @@ def check_local(folder: Path, theirs: Manifest) -> None:
                 f'{folder} is another model than the server\'s: its tensor "{name}" differs. Leave '
                 "--model out to fetch the blocks from the server."
             )
+
+
+def bones_of(recipe: Recipe, welcome: Welcome, folder: Path) -> Skeleton:
+    """The model's skeleton, from the config that came with the welcome."""
+    place = folder / "model"
+    place.mkdir(parents=True, exist_ok=True)
+    check_config(welcome.config)
+    path, config = place / "config.json", welcome.config.encode()
+    if not path.is_file() or path.read_bytes() != config:
+        write_atomic(path, config)
+    read = read_config(place, recipe.task.kind, 2, None)
+    return bare(read, recipe.task.kind, blocks_at=recipe.model.blocks_at)
 
 
 def fetch_small(link: GrpcLink, theirs: Manifest, folder: Path) -> None:

@@ -175,9 +175,12 @@ class Bye(Part, frozen=True):
     """The client goes: until it comes back.
 
     ``why`` is the kind of an error of its own, without its text, which may speak of its data.
+    ``back``: its system ends it and will start it again, so its turn waits for it as for anybody
+    who has lost the connection.
     """
 
     why: str = ""
+    back: bool = False
 
 
 Control = (

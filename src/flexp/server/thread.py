@@ -11,6 +11,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
+from flexp.errors import LinkError
 from flexp.link.messages import Answer
 from flexp.model.meter import Meter
 from flexp.server.compute import Compute, Job
@@ -19,6 +20,10 @@ from flexp.server.line import Line, Request
 T = TypeVar("T")
 Work = Generator[Job, Any, Answer]  # what carries out a message; it gets what it has computed
 PARKED = 0.005  # seconds between two looks at whether the compute thread may go on
+
+
+class Ended(LinkError):
+    """The server ends, so this one thread of it computes nothing more."""
 
 
 class ComputeThread:
@@ -37,19 +42,25 @@ class ComputeThread:
     def served(self, request: Request) -> Answer:
         """The answer to a request, after those before it; raises what went wrong."""
         self.line.put(request)
-        self.thread.submit(self._serve)
+        self._later(self._serve)
         return request.done.result()
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """Does something on the compute thread, after the messages that came before it."""
-        return self.thread.submit(work).result()
+        return self._later(work).result()
 
     def between(self, work: Callable[[], T]) -> T:
         """Does something on the compute thread between two messages, also while it is parked."""
         done: Future[T] = Future()
         self.beside.put(partial(_settle, done, work))
-        self.thread.submit(self._beside)
+        self._later(self._beside)
         return done.result()
+
+    def _later(self, work: Callable[[], T]) -> Future[T]:
+        try:
+            return self.thread.submit(work)
+        except RuntimeError as problem:  # it was closed, while others still ask
+            raise Ended("The server is about to end.") from problem
 
     def park(self, until: threading.Event, tell: Callable[[], None]) -> None:
         """On the compute thread: tells, and waits; messages wait too, what is between them not."""

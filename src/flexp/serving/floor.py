@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexp import assets
+from flexp.data.columns import in_order
 from flexp.data.examples import Examples, Shard
 from flexp.data.federation import Federation, make_task
 from flexp.data.tasks import Task
@@ -31,6 +32,8 @@ from flexp.serving.roster import Entry, Roster, planned
 from flexp.stage import Say, Stage, Survey, check_ahead, seats_for, training
 from flexp.strategies import build
 from flexp.strategies.base import ClientId, Strategy
+
+LABELS, LONGEST = 4096, 500  # of one client, and characters of one
 
 
 @dataclass(frozen=True)
@@ -151,14 +154,31 @@ def labels_of(recipe: Recipe, entries: Mapping[ClientId, Entry]) -> tuple[str, .
         return recipe.task.labels
     own = {c for c, asked in recipe.clients.items() if asked.task or asked.label}
     names = {label for c, e in entries.items() if c not in own for label in e.space[1:]}
-    numbers = all(name.lstrip("-").isdigit() for name in names)
-    return tuple(sorted(names, key=int) if numbers else sorted(names))
+    return in_order(names)
+
+
+def _check_space(recipe: Recipe, name: ClientId, space: tuple[str, ...]) -> None:
+    asked, labels = recipe.clients.get(name), space[1:]
+    own = None if asked is None or asked.task is None else asked.task.kind
+    if not space or space[0] not in (recipe.task.kind, own):
+        raise LinkError(f"{name} has no rows of this run's kind of task, {recipe.task.kind}.")
+    if len(labels) > LABELS or any(not 0 < len(label) <= LONGEST for label in labels):
+        raise LinkError(
+            f"{name} has {len(labels)} labels; a run takes {LABELS} of at most {LONGEST} "
+            "characters. Is the recipe's data.label the column of the labels?"
+        )
+    if len(set(labels)) < len(labels):
+        raise LinkError(f"{name} names a label twice.")
 
 
 def space_in(
     floor: Floor, roster: Roster, name: ClientId, space: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """A client's kind of task and labels; those of a run that has begun stay as they are."""
+    """A client's kind of task and labels; those of a run that has begun stay as they are.
+
+    LinkError for what no rows have: it would be on disk, and no server could begin with it.
+    """
+    _check_space(floor.recipe, name, space)
     entries, own = roster.members(), floor.has_own(name)
     member = name in entries
     if not roster.started or (own and not member):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from flexp.audit import AuditLog
+from flexp.audit import AuditLog, printable
 from flexp.errors import AuditError
 from flexp.events import Event, Noted, RoundStarted, RunEnded, Stream
 from flexp.link.rate import Buckets, Rate
 from flexp.stage import Say
 
 LINES = Rate(60, 1)  # of one peer
+LONGEST = 1000  # characters of one
 
 
 @dataclass
@@ -57,7 +58,8 @@ class Log:
                 self.left[peer] = self.left.get(peer, 0) + 1
             return
         left = self.left.pop(peer, 0)
-        line = f"{text} ({left} lines before it were left out)" if left else text
+        line = printable(text, LONGEST)
+        line = f"{line} ({left} lines before it were left out)" if left else line
         say(line)
         self._record(what, peer, line)
 

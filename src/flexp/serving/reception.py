@@ -37,6 +37,7 @@ from flexp.link.frame import Body
 from flexp.link.listen import Call
 from flexp.link.messages import Message
 from flexp.model.files import Manifest, manifest, read_part
+from flexp.server.thread import Ended
 from flexp.serving.floor import Floor, labels_of, space_in
 from flexp.serving.gate import Gate
 from flexp.serving.roster import WAITS, Entry, Roster
@@ -131,6 +132,8 @@ class Reception:
             raise LinkError("Say hello first.")
         try:
             answer = self._ask(call, body, digest)
+        except Ended as problem:  # who was in goes on with the server that is started next
+            return Refused(str(problem), again=True)
         except FlexpError as problem:
             answer = Problem(type(problem).__name__, str(problem))
         if isinstance(answer, Problem):
@@ -140,8 +143,7 @@ class Reception:
     def refused(self, call: Call, text: str) -> None:
         """Something that a client said was refused: whoever runs the server reads why."""
         who_asked = f"{call.name} ({call.address})" if call.name else call.address
-        shown = "".join(c if c.isprintable() else "?" for c in f"{who_asked}: {text}")
-        self.gate.log.alert(call.name or call.peer, f"refused {shown:.1000}")
+        self.gate.log.alert(call.name or call.peer, f"refused {who_asked}: {text}")
 
     def gone(self, call: Call) -> None:
         """A call has ended."""
@@ -172,7 +174,7 @@ class Reception:
             return Data(bytes(min(body.back, ECHO)))
         if isinstance(body, Bye):
             if self.stage is not None:
-                self.stage.engine.guests.left(call)
+                self.stage.engine.guests.left(call, back=body.back)
             told = f"gives up: {body.why:.80}" if body.why else "has left; it may come back"
             self.gate.log.note(call.name, f"{call.name} {told}")
             return Noted()

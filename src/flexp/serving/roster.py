@@ -20,6 +20,11 @@ from flexp.parcel import write_atomic
 from flexp.recipe import Recipe
 
 WAITS = -1
+# What reading a file of another shape than ours can raise.
+_DAMAGE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+    msgspec.ValidationError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,13 @@ class Roster:
                 )
             for name, row in plain["clients"].items():
                 self.entries[name] = msgspec.convert(row, Entry)
-            self.started, self.server = plain["started"], plain["server"]
-        except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError) as problem:
-            raise CheckpointError(f"{self.path} cannot be read: {problem}") from problem
+            self.started, self.server = plain["started"] is True, plain["server"]
+            planned(recipe, self.members(), self.server)
+        except _DAMAGE as problem:
+            raise CheckpointError(
+                f"{self.path} cannot be read: {problem!s:.300}. Restore it from a backup of this "
+                "folder, or serve another folder with out=FOLDER."
+            ) from problem
 
     def write(self, recipe: Recipe) -> None:
         """Puts all entries on disk."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -67,14 +67,8 @@ def serve(
     """Serves a recipe to its end; started again in the same folder, it goes on where it was."""
     out = Path(recipe.out) / recipe.name
     floor = floor_of(recipe, cache, say)
-    try:
-        with hold(out, resume=True):
-            return _serve(floor, out, asked, sinks, say)
-    except OSError as problem:
-        raise CheckpointError(
-            f"{problem.filename or out} cannot be written: {problem.strerror or problem}. Make "
-            "room, and start the same command again: it goes on from the last checkpoint."
-        ) from problem
+    with hold(out, resume=True):
+        return _serve(floor, out, asked, sinks, say)
 
 
 def _serve(
@@ -138,9 +132,10 @@ def _play(
         reception.over = End(stage.recipe.rounds)  # nobody is told meanwhile that it goes on
     reception.open(stage)
     if done:
+        document = _told(out / "result.json")
         Epilogue(reception, stage, done, say).play(asked.stay)
         stage.engine.close()
-        return json.loads((out / "result.json").read_text("utf-8"))
+        return document
 
     def after(result: running.Result) -> None:
         Epilogue(reception, result.stage, result, say).play(asked.stay)
@@ -156,6 +151,20 @@ def _play(
         say=say,
         stream=log.stream,
     )
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """What a run that is over has left."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError("it is no document")
+    except (OSError, ValueError, TypeError, RecursionError) as problem:
+        raise CheckpointError(
+            f"{path} cannot be read: {problem!s:.200}. Remove it and start the same command again: "
+            "it is made anew from the last checkpoint."
+        ) from problem
+    return cast("dict[str, Any]", found)
 
 
 def _wait(reception: Reception, roster: Roster, asked: Serving, say: Say) -> None:
