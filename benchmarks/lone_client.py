@@ -7,13 +7,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from checkpoints import CLASSES
+from torch import nn
 from transformers.utils import logging
 
-from flexp.client.desk import Training
+from flexp.client.desk import Desk, Training
 from flexp.client.heap import give_back
 from flexp.client.memory import Memory
 from flexp.client.turn import Client
@@ -25,6 +26,7 @@ from flexp.link.messages import Answer, Backward, Forward, Join, Message
 from flexp.model.adapter import Lora
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Labels, Seat
+from flexp.model.quantize import Quantize
 from flexp.model.skeleton import TaskKind, bare, read_config
 from flexp.strategies.local import Local
 
@@ -47,6 +49,7 @@ class Case:
     recompute: bool = False
     accumulate: int = 1
     threads: int = 1
+    quantize: Literal["none", "int8", "nf4"] = "none"
 
     @property
     def seat(self) -> Seat:
@@ -72,17 +75,9 @@ def measured(case: Case) -> dict[str, Any]:
     config = read_config(case.source, case.task, CLASSES, None)
     depth = bare(config, case.task).depth  # imports the family's own module
     before = memory("VmRSS")
-    client, seat = opened(case, depth), case.seat
-    strategy = Local()
-    desk, _ = client.open(
-        LocalLink("me", Mirror(case.labels)),
-        seat,
-        client.training.specs(strategy.slots),
-        leaves=strategy.leaves,
-        run="memory",
-        round=0,
-        wave=0,
-    )
+    client = opened(case, depth)
+    held, opening = memory("VmRSS"), memory("VmHWM")
+    desk = seated(client, case)
     began = time.monotonic()
     for step in range(STEPS):
         facts = desk.fit(batches=iter([batch(case, client.backbone.config.vocab_size, step)]))
@@ -90,7 +85,37 @@ def measured(case: Case) -> dict[str, Any]:
             raise RuntimeError("A loss was not finite.")
     seconds = (time.monotonic() - began) / STEPS
     most = memory("VmHWM")
-    return {"peak": most - before, "absolute_peak": most, "step_seconds": round(seconds, 2)}
+    return {
+        "weights": sum(size(client.backbone).values()),
+        "opened": held - before,
+        "opening_peak": opening - before,
+        "peak": most - before,
+        "absolute_peak": most,
+        "step_seconds": round(seconds, 2),
+    }
+
+
+def size(body: Backbone) -> dict[str, int]:
+    """Bytes of a backbone's parameters and buffers, codes of quantized weights among them."""
+    held = {id(t): t.nbytes for t in (*body.model.parameters(), *body.model.buffers())}
+    inside = cast(nn.Module, body.model.get_submodule(body.blocks_path))
+    blocks = {id(t): t.nbytes for t in (*inside.parameters(), *inside.buffers())}
+    return {"blocks": sum(blocks.values()), "outside": sum(held.values()) - sum(blocks.values())}
+
+
+def seated(client: Client, case: Case) -> Desk:
+    """The client's desk, with nobody at the other end."""
+    strategy = Local()
+    desk, _ = client.open(
+        LocalLink("me", Mirror(case.labels)),
+        case.seat,
+        client.training.specs(strategy.slots),
+        leaves=strategy.leaves,
+        run="memory",
+        round=0,
+        wave=0,
+    )
+    return desk
 
 
 def opened(case: Case, depth: int) -> Client:
@@ -103,6 +128,7 @@ def opened(case: Case, depth: int) -> Client:
         dtype=getattr(torch, case.dtype),
         blocks=frozenset([*range(front), *range(depth - back, depth)]),
         chunked=case.mode == "fast",
+        quantize=None if case.quantize == "none" else Quantize(case.quantize, Lora()),
     )
     nothing: Any = None  # batches come ready
     labels = tuple(map(str, range(CLASSES)))

@@ -83,7 +83,7 @@ def predicted(case: Case) -> dict[str, int]:
         {
             "mode": case.mode,
             "task": {"kind": case.task, "max_length": case.length},
-            "model": {"source": case.model, "dtype": case.dtype},
+            "model": {"source": case.model, "dtype": case.dtype, "quantize": case.quantize},
             "train": {"batch": case.batch},
             "plan": {"labels": case.labels},
         }

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from flexp import planning
+from flexp import assets, planning, recipe_file
+from flexp.model.adapter import Lora
+from flexp.model.backbone import Backbone
+from flexp.model.quantize import Quantize
 from flexp.plan import PROFILES
 from flexp.plan import devices as measuring
 from flexp.terminal.plans import selection
@@ -311,3 +314,21 @@ def test_doctor_measures_the_model_of_a_recipe(flexp: Flexp, recipe_of: Recipe) 
     torch.set_num_threads(threads)
     assert code == 0
     assert json.loads(out)["block_gflops"] > 0
+
+
+def test_a_plan_counts_what_a_device_would_hold_as_codes(
+    recipe_of: Recipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_file.read(recipe_of(model__quantize="nf4"))
+    told = planning.of_recipe(recipe, assets.Cache(tmp_path))
+    body = Backbone.open(
+        tiny_model,
+        task="classification",
+        blocks=frozenset({0, 3}),
+        quantize=Quantize("nf4", Lora()),
+    )
+    codes = [b for n, b in body.model.named_buffers() if n.endswith((".codes", ".scales"))]
+    held = sum(t.nbytes for t in (*body.model.parameters(), *codes))
+    assert len(codes) == 2 * 2 * 6
+    assert told["quantize"] == "nf4"
+    assert {seat["bytes"]["weights"] for seat in told["seats"]} == {held}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flexp import precision
+from flexp import precision, quantized
 from flexp.model.meter import Meter
 
 
@@ -20,7 +20,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 def wide(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
     """Wide products, in tiles of so many numbers."""
     monkeypatch.setattr(precision, "wide_is_faster", lambda: True)
-    monkeypatch.setattr(precision, "TILE", request.param)
+    monkeypatch.setattr(quantized, "TILE", request.param)
     return request.param
 
 
@@ -56,7 +56,7 @@ def test_where_bfloat16_is_fast_nothing_changes(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_weight_is_never_wide_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "wide_is_faster", lambda: True)
-    monkeypatch.setattr(precision, "TILE", 1 << 10)
+    monkeypatch.setattr(quantized, "TILE", 1 << 10)
     model = nn.Linear(1024, 1024, bias=False).to(torch.bfloat16).requires_grad_(requires_grad=False)
     precision.widen(model)
     x = numbers(precision.FEW, 1024)
@@ -86,6 +86,6 @@ def test_what_is_known_of_processors(
 
 def test_few_rows_are_multiplied_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "wide_is_faster", lambda: True)
-    monkeypatch.setattr(precision, "TILE", 1)
+    monkeypatch.setattr(quantized, "TILE", 1)
     x, weight = numbers(precision.FEW - 1, 24), numbers(40, 24, seed=1)
     assert torch.equal(precision.product(x, weight), functional.linear(x, weight))

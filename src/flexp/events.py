@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # so that a report can read events without loading torch
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Once, before anything else; ``facts`` holds the model, its blocks and the dtype."""
+    """Once, before anything else; ``facts`` holds the model and its weights."""
 
     name: str
     method: str

@@ -31,7 +31,7 @@ from flexp.plan.reasons import Problem, problem_of, too_small
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
 from flexp.recipe_file import make
-from flexp.seating import Placed, adapter_kind, costs, dtype_name, dtype_of, work
+from flexp.seating import Placed, adapter_kind, costs, dtype_name, dtype_of, quantize_of, work
 from flexp.stage import Say, Survey, survey
 from flexp.strategies.base import ClientId
 
@@ -56,6 +56,7 @@ class Asked:
     server: str = "gpu-server"
     goal: str | None = None
     dtype: str = "float32"
+    quantize: str = "none"
 
 
 def of_recipe(
@@ -76,6 +77,7 @@ def fleet(found: Survey) -> dict[str, Any]:
         "model": found.recipe.model.source,
         "blocks": found.bones.depth,
         "dtype": dtype_name(found.recipe),
+        "quantize": found.recipe.model.quantize,
         "batch": found.costs.batch,
         "seats": seats,
         "changes": moves,
@@ -170,7 +172,7 @@ def _recipe(asked: Asked, bones: Skeleton, say: Say) -> Recipe:
     plain: dict[str, Any] = {
         "mode": "fast",
         "task": {"kind": asked.task, "max_length": asked.length},
-        "model": {"source": asked.model, "dtype": asked.dtype},
+        "model": {"source": asked.model, "dtype": asked.dtype, "quantize": asked.quantize},
         "adapter": {"rank": asked.rank},
         "train": {"batch": asked.batch},
     }
@@ -208,6 +210,7 @@ def measured(recipe: Recipe, bones: Skeleton) -> Device:
         batch=recipe.train.batch,
         length=recipe.task.max_length,
         dtype=dtype_of(recipe),
+        quantize=quantize_of(recipe),
     )
     return replace(measure(), flops=speed)
 

@@ -1,13 +1,12 @@
-"""Products with frozen bfloat16 weights, in float32 where the processor is faster that way.
+"""Products with frozen narrow weights, made wide a tile at a time.
 
-Many processors know bfloat16 and multiply it at half the speed of float32. There a weight is made
-wide a tile at a time, so no more memory is taken than a tile's. Both ways sum in float32 and round
-once, at the end.
+Many processors know bfloat16 and multiply it at half the speed of float32. There such a weight is
+made wide, and quantized ones are everywhere, a tile at a time, so no more memory is taken than a
+tile's. Both ways sum in float32 and round once, at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any, cast
 
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-TILE = 1 << 20  # numbers of a weight that are made wide at a time
+from flexp.quantized import Quantized, tiles
+
 FEW = 48  # rows; for fewer it is not worth while
 
 
@@ -39,9 +39,9 @@ def suits(weight: Tensor) -> bool:
     return narrow and not weight.requires_grad and wide_is_faster()
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None) -> Tensor:
     """``x`` [..., in] times a frozen ``weight`` [out, in], as ``functional.linear`` has it."""
-    if x.numel() < FEW * x.shape[-1] or not suits(weight):
+    if isinstance(weight, Tensor) and (x.numel() < FEW * x.shape[-1] or not suits(weight)):
         return functional.linear(x, weight, bias)
     return cast(Tensor, _Wide.apply(x, weight, bias))  # pyright: ignore[reportUnknownMemberType]
 
@@ -60,36 +60,46 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
 class _Wide(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor | Quantized, bias: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.weight = weight  # frozen, so nothing can change it before the backward
         return _product(x, weight, bias)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, None, None]:
-        (weight,) = cast("tuple[Tensor]", ctx.saved_tensors)
-        return _back(grads[0], weight), None, None
+        return _back(grads[0], ctx.weight), None, None
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    wide = x.float()
-    parts = [functional.linear(wide, weight[rows].float()) for rows in _tiles(weight)]
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    return (out if bias is None else out.add_(bias)).to(x.dtype)
+def _product(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None) -> Tensor:
+    wide = x.to(_wide_type(x))
+    parts = [
+        functional.linear(
+            wide, _tile(weight, rows, wide), None if bias is None else bias[rows].to(wide.dtype)
+        )
+        for rows in tiles(weight.shape)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(x.dtype)
 
 
-def _back(grad: Tensor, weight: Tensor) -> Tensor:
+def _back(grad: Tensor, weight: Tensor | Quantized) -> Tensor:
     out: Tensor | None = None
-    for rows in _tiles(weight):
-        part = grad[..., rows].float() @ weight[rows].float()
+    wide = grad.to(_wide_type(grad))
+    total = torch.promote_types(wide.dtype, torch.float32)
+    for rows in tiles(weight.shape):
+        part = (wide[..., rows] @ _tile(weight, rows, wide)).to(total)
         out = part if out is None else out.add_(part)
     assert out is not None
-    return out.to(weight.dtype)
+    return out.to(grad.dtype)
 
 
-def _tiles(weight: Tensor) -> Iterator[slice]:
-    """Rows of a weight, a tile at a time."""
-    rows = max(1, TILE // max(1, weight.shape[1]))
-    return (slice(at, at + rows) for at in range(0, len(weight), rows))
+def _tile(weight: Tensor | Quantized, rows: slice, like: Tensor) -> Tensor:
+    tile = weight[rows] if isinstance(weight, Tensor) else weight.tile(rows)
+    return tile.to(like.dtype)
+
+
+def _wide_type(x: Tensor) -> torch.dtype:
+    """In which type something is multiplied by a tile."""
+    slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and wide_is_faster()
+    return torch.float32 if slow else x.dtype

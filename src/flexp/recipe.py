@@ -57,6 +57,7 @@ class ModelRecipe(_Part):
     source: str = "minilm"
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantize: Literal["none", "int8", "nf4"] = "none"
     device: str = "cpu"
     blocks_at: str | None = None
 

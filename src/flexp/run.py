@@ -143,6 +143,7 @@ def begin(stage: Stage[Host], stream: Stream, out: Path | None, resume: bool) ->
     backbone = stage.backbone
     dtype = str(backbone.dtype).removeprefix("torch.")
     facts = {"model": backbone.name, "blocks": backbone.depth, "dtype": dtype}
+    facts["quantize"] = recipe.model.quantize
     method = stage.strategy.name
     stream.write(RunStarted(recipe.name, method, recipe.seed, recipe.mode, recipe.hash(), facts))
     for client, p in stage.placed.items():

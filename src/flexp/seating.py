@@ -15,6 +15,7 @@ from flexp.errors import CutError, ModelError, PlanError
 from flexp.link.wire import Wire, packed_bytes
 from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, dropout_of, layout
 from flexp.model.cut import Cut, Seat
+from flexp.model.quantize import Quantize
 from flexp.model.skeleton import Skeleton, bare, head_leaves
 from flexp.plan import (
     BlockCosts,
@@ -37,7 +38,7 @@ from flexp.plan import (
     tried,
 )
 from flexp.plan.declared import FORMS
-from flexp.plan.sizes import adapter_bytes
+from flexp.plan.sizes import adapter_bytes, quantized_costs
 from flexp.plan.trial import Shape
 from flexp.recipe import AdapterRecipe, PlanRecipe, Recipe
 from flexp.strategies.base import ClientId
@@ -96,13 +97,20 @@ def dtype_name(recipe: Recipe) -> str:
     return str(dtype_of(recipe)).removeprefix("torch.")
 
 
+def quantize_of(recipe: Recipe) -> Quantize | None:
+    """What becomes of the frozen linear maps; None if they stay as they are."""
+    form = recipe.model.quantize
+    return None if form == "none" else Quantize(form, adapter_kind(recipe.adapter))
+
+
 def costs(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockCosts:
     """Bytes of the model's parts and of a step on them, from its skeleton alone."""
     sized, shapes = _sizes(recipe, bones, kind)
     shape = Shape(
         recipe.train.batch, recipe.task.max_length, recipe.mode == "fast", dropout_of(kind)
     )
-    return tried(sized, bones, recipe.task.kind, shapes, shape, dtype=dtype_of(recipe))
+    how: dict[str, Any] = {"dtype": dtype_of(recipe), "quantize": quantize_of(recipe)}
+    return tried(sized, bones, recipe.task.kind, shapes, shape, **how)
 
 
 def frame_limit(recipe: Recipe, bones: Skeleton, slots: int) -> int:
@@ -131,6 +139,9 @@ def _sizes(
         itemsize=dtype.itemsize,
     )
     stored = getattr(bones.config, "dtype", None) or torch.float32
+    quantize = quantize_of(recipe)
+    if quantize is not None:
+        sized = quantized_costs(sized, bones, quantize)
     shapes = layout(bones.model, kind, bones.blocks_path, head)
     per_block, outside = adapter_bytes(shapes, bones.blocks_path, sized.blocks, 4)
     sized = replace(

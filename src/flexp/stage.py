@@ -31,7 +31,7 @@ from flexp.own_tasks import check_own, classes_of, own_costs, own_of
 from flexp.plan.costs import BlockCosts
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
-from flexp.seating import Placed, adapter_kind, costs, dtype_of, work
+from flexp.seating import Placed, adapter_kind, costs, dtype_of, quantize_of, work
 from flexp.strategies import build
 from flexp.strategies.base import ClientId, Setting, Strategy
 
@@ -164,6 +164,7 @@ def _backbone(found: Survey, kind: TaskKind, classes: int) -> Backbone:
         classes=classes,
         seed=recipe.seed,
         dtype=dtype_of(recipe),
+        quantize=quantize_of(recipe),
         device=recipe.model.device,
         blocks_at=recipe.model.blocks_at,
         name=recipe.model.source,

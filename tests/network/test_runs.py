@@ -55,6 +55,7 @@ def play(cluster: Cluster, recipe: Path, mine: Path, *argv: str) -> None:
             {"strategy": {"name": "fedavg"}, "link": {"window": 2}, "train__clip_norm": 0.5},
             id="two parts at once",
         ),
+        pytest.param({"model__quantize": "nf4", "strategy": {"name": "flexp"}}, id="nf4"),
         pytest.param({"link": {"ahead": True}, "train__steps": 3}, id="ahead"),
         pytest.param(
             {"strategy": {"name": "fedavg"}, "link": {"ahead": True, "window": 2}},

@@ -16,6 +16,7 @@ from flexp.model.adapter import Dense, Kind, Lora
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.model.meter import Meter
+from flexp.model.quantize import Quantize, quantizable, quantize_maps
 from flexp.model.skeleton import TaskKind, bare
 from flexp.plan import BlockCosts, measure_costs, near_bytes, tried
 from flexp.plan.sizes import adapter_bytes
@@ -25,12 +26,15 @@ ROWS, LENGTH, DEPTH = 24, 32, 4
 U = Seat(Cut(2, 1))
 
 
-def costs_of(config: Any, task: TaskKind, adapter: Any, head: tuple[str, ...] = ()) -> BlockCosts:
+def costs_of(
+    config: Any, task: TaskKind, adapter: Any, quantize: Quantize | None = None
+) -> BlockCosts:
     bones = bare(config, task)
     sized = measure_costs(bones.model, bones.blocks_path, {}, batch=ROWS, length=LENGTH, itemsize=4)
     blocks, outside = adapter_bytes(adapter, bones.blocks_path, bones.depth, 4)
     sized = replace(sized, adapter_block_bytes=blocks, adapter_head_bytes=outside)
-    return tried(sized, bones, task, adapter, Shape(ROWS, LENGTH), dtype=torch.float32)
+    how: dict[str, Any] = {"dtype": torch.float32, "quantize": quantize}
+    return tried(sized, bones, task, adapter, Shape(ROWS, LENGTH), **how)
 
 
 def peak(body: Backbone, seat: Seat, kind: Kind) -> int:
@@ -68,7 +72,7 @@ def peak(body: Backbone, seat: Seat, kind: Kind) -> int:
 def test_a_prediction_is_what_the_meter_counts(family: str, seat: Seat, kind: Kind) -> None:
     body = backbone(family, DEPTH)
     body.config.max_position_embeddings = LENGTH
-    costs = costs_of(body.config, body.task, body.layout(kind), body.head)
+    costs = costs_of(body.config, body.task, body.layout(kind))
     assert costs.full is not None
     assert not costs.full.rough
     parts = near_bytes(
@@ -81,6 +85,23 @@ def test_a_prediction_is_what_the_meter_counts(family: str, seat: Seat, kind: Ki
     )
     expected = parts["activations"] + parts["link"] + parts["adapters"]
     assert peak(body, seat, kind) == pytest.approx(expected, rel=0.15)
+
+
+def test_a_prediction_counts_tiles_of_codes() -> None:
+    body = backbone("bert-cls", DEPTH)
+    body.config.max_position_embeddings = LENGTH
+    kind, how = Lora(rank=2), Quantize("nf4", Lora(rank=2))
+    quantize_maps(body.model, quantizable(body.model, body.blocks_path, kind), "nf4")
+    narrow = Backbone(body.model, task=body.task)
+    costs = costs_of(body.config, body.task, body.layout(kind), how)
+    plain = costs_of(body.config, body.task, body.layout(kind))
+    assert costs.single is not None
+    assert plain.single is not None
+    assert not costs.single.rough
+    assert costs.single.blocks[0].work > plain.single.blocks[0].work
+    parts = near_bytes(costs, U.cut.front, U.cut.back)
+    expected = parts["activations"] + parts["link"] + parts["adapters"]
+    assert peak(narrow, U, kind) == pytest.approx(expected, rel=0.15)
 
 
 def test_images_are_tried_too() -> None:

@@ -159,6 +159,9 @@ def plan(
         str | None, typer.Option(help="optimized, memory_only or static; else optimized.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    quantize: Annotated[
+        str, typer.Option(help="Of linear maps in blocks: none, int8 or nf4.")
+    ] = "none",
     every: Annotated[bool, typer.Option("--all", help="Show every cut.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -177,7 +180,8 @@ def plan(
         document = planning.of_recipe(recipes.read(recipe, overrides or []), cache())
     else:
         devices = tuple(device or ())
-        how: dict[str, Any] = {"task": task, "labels": labels, "goal": goal, "dtype": dtype}
+        how: dict[str, Any] = {"task": task, "labels": labels, "goal": goal}
+        how |= {"dtype": dtype, "quantize": quantize}
         sizes = {"batch": batch, "length": length, "rank": rank}
         asked = planning.Asked(str(model), devices, server=server, **sizes, **how)
         document = planning.of_model(asked, cache())

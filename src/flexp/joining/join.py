@@ -56,7 +56,7 @@ from flexp.parcel import file_name, write_atomic
 from flexp.plan.devices import measure, measure_flops, measure_link
 from flexp.recipe import Recipe
 from flexp.recipe_file import make
-from flexp.seating import dtype_of, frame_limit
+from flexp.seating import dtype_of, frame_limit, quantize_of
 from flexp.strategies import build
 from flexp.strategies.base import Strategy
 
@@ -261,6 +261,7 @@ class Stay:
             batch=recipe.train.batch,
             length=recipe.task.max_length,
             dtype=dtype_of(recipe),
+            quantize=quantize_of(recipe),
             runs=3,
         )
 

@@ -38,7 +38,7 @@ from flexp.model.skeleton import skeleton
 from flexp.own_tasks import classes_of
 from flexp.parcel import Parcel
 from flexp.recipe import Recipe
-from flexp.seating import adapter_kind, dtype_of
+from flexp.seating import adapter_kind, dtype_of, quantize_of
 from flexp.stage import training
 from flexp.strategies.base import Strategy
 from flexp.tensors import Tensors
@@ -173,6 +173,7 @@ class Member:
             classes=classes_of(self._task()),
             seed=recipe.seed,
             dtype=dtype_of(recipe),
+            quantize=quantize_of(recipe),
             device=self.device,
             blocks_at=recipe.model.blocks_at,
             name=recipe.model.source,

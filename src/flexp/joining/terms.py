@@ -46,6 +46,7 @@ class Terms:
             "method": self.strategy.name,
             "model": self.recipe.model.source,
             "model_digest": self.welcome.model,
+            "quantize": self.recipe.model.quantize,
             "rounds": self.recipe.rounds,
             "front": cut.front,
             "back": cut.back,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -135,7 +135,7 @@ def dense_paths(net: nn.Module, kind: Dense, blocks: str, head: tuple[str, ...] 
     is that module; any other is a name. Raises AdapterError for a name that no linear map of the
     blocks has.
     """
-    inside = [p for p in _maps(net) if p.startswith(f"{blocks}.")]
+    inside = [p for p in linear_maps(net) if p.startswith(f"{blocks}.")]
     if not (kind.targets or inside):
         raise AdapterError("adapter.targets: the blocks have no linear map. Name modules by path.")
     holding = (p for p, m in modules(net).items() if any(True for _ in m.parameters()))
@@ -154,7 +154,7 @@ def _outermost(paths: list[str]) -> list[str]:
     return [p for p in dict.fromkeys(paths) if not p.startswith(stems)]
 
 
-def _maps(net: nn.Module) -> dict[str, nn.Module]:
+def linear_maps(net: nn.Module) -> dict[str, nn.Module]:
     """The linear maps of a model, by path; the weight of GPT-2's own class is transposed."""
     linear = nn.Linear, libraries.transformers().Conv1D
     return {p: m for p, m in modules(net).items() if isinstance(m, linear)}
@@ -218,7 +218,7 @@ def _targets(
     Names come from the recipe, else from PEFT's table, else all linear maps of the blocks. They
     stay a list unless a name also occurs outside the blocks; then a pattern confines it.
     """
-    maps = _maps(net)
+    maps = linear_maps(net)
     inside = [p for p in maps if p.startswith(f"{blocks}.")]
     listed = table.get(_type_of(net))
     names = list(wanted) or (listed if isinstance(listed, list) else [])
@@ -266,11 +266,11 @@ def layout(
     return dict(sorted(out.items()))
 
 
-def initial(shapes: Layout, dice: Dice, base: Mapping[str, Tensor]) -> Tensors:
+def initial(shapes: Layout, dice: Dice, base: Callable[[str], Tensor]) -> Tensors:
     """The tensors that every client and the server begin with: the pretrained model, unchanged.
 
     LoRA's A is Kaiming-uniform from a stream per name (so it does not depend on which blocks are
-    loaded), B zero; scales are one; direct parameters copy the backbone's, given in ``base``.
+    loaded), B zero; scales are one; direct parameters copy the backbone's, which ``base`` gives.
     """
     out: Tensors = {}
     for name, shape in shapes.items():
@@ -283,13 +283,13 @@ def initial(shapes: Layout, dice: Dice, base: Mapping[str, Tensor]) -> Tensors:
         elif name.endswith(".ia3_l"):
             value = torch.ones(shape)
         elif name.endswith(".lora_magnitude_vector"):
-            value = base[path.replace(".lora_magnitude_vector", ".weight")]
+            value = base(path.replace(".lora_magnitude_vector", ".weight"))
             value = value if value.shape[0] == shape[0] else value.T
             value = lengths(value.float())
         elif name == "prompt_embeddings":
             value = torch.empty(shape).normal_(generator=_stream(dice, name)) * 0.02
         else:
-            value = base[path].detach().float().clone()
+            value = base(path).detach().float().clone()
         out[name] = value
     return out
 

@@ -6,6 +6,7 @@ A check at open compares a cut forward with a whole one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,8 @@ from flexp.dice import Dice
 from flexp.errors import ModelError
 from flexp.model.adapter import Kind, Layout, initial, layout
 from flexp.model.cut import PASS, Pass, Seat, Station, Tap, run
-from flexp.model.hollow import Absent, absent, beginnable, lent, part
+from flexp.model.hollow import Absent, absent, beginnable, lent
+from flexp.model.quantize import Quantize, QuantizedLinear, value_of
 from flexp.model.skeleton import (
     TaskKind,
     bare,
@@ -27,7 +29,7 @@ from flexp.model.skeleton import (
     read_config,
     reads_ids,
 )
-from flexp.model.weights import fill, load
+from flexp.model.weights import Checkpoint
 from flexp.model.worn import PREFIX, Wearing, Worn
 from flexp.selection import Place
 from flexp.tensors import Tensors
@@ -88,6 +90,7 @@ class Backbone:
         chunked: bool = False,
         blocks: frozenset[int] | None = None,
         outside: bool = True,
+        quantize: Quantize | None = None,
     ) -> Backbone:
         """Loads a folder or hub id (safetensors only), frozen and cuttable.
 
@@ -97,22 +100,19 @@ class Backbone:
 
         Parameters that the checkpoint lacks begin the same everywhere, from ``seed``. ``pad`` is
         the tokenizer's padding id. ``chunked`` lets a loss take the logits of a wide vocabulary a
-        few tokens at a time, which adds in another order than whole logits do. Raises ModelError.
+        few tokens at a time, which adds in another order than whole logits do. With ``quantize``
+        the blocks' linear maps hold codes, made on the processor. Raises ModelError.
         """
         config = read_config(source, task, classes, revision)
         if pad is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = pad
-        wanted = None
-        if blocks is not None or not outside:
-            bones = bare(config, task, blocks_at=blocks_at)
-            blocks_at, wanted = bones.blocks_path, part(bones, blocks, outside)
-        model, lacking = load(source, config, task, dtype=dtype, revision=revision, part=wanted)
-        fill(model, lacking, Dice(seed)("head"))
-        model = model.to(device)
-        shown = name or str(source)
-        return cls(
-            model, task=task, name=shown, lacking=lacking, blocks_at=blocks_at, chunked=chunked
+        checkpoint = Checkpoint(source, config, task, dtype, revision, Dice(seed)("head"))
+        model, lacking, blocks_at = checkpoint.load(
+            blocks, outside=outside, quantize=quantize, blocks_at=blocks_at
         )
+        model = model.to(device)
+        more: dict[str, Any] = {"lacking": lacking, "blocks_at": blocks_at, "chunked": chunked}
+        return cls(model, task=task, name=name or str(source), **more)
 
     # ---- names
 
@@ -140,7 +140,7 @@ class Backbone:
         What begins as a copy of the backbone's own values is there for held modules only.
         """
         shapes = beginnable(self.layout(kind, rank), self.absent)
-        return initial(shapes, dice, dict(self.model.named_parameters()))
+        return initial(shapes, dice, partial(value_of, self.model))
 
     def scaled(self, adapter: Tensors, length: float) -> Tensors:
         """The adapter with every row of the head's matrices at that length."""
@@ -288,9 +288,10 @@ def equip(
         block.forward = Station(block, index, len(blocks), in_tuple[index])
     for name, module in modules(model).items():
         inside = name.startswith(f"{path}.")
-        leaf = not list(module.children()) and list(module.parameters(recurse=False))
+        own = isinstance(module, QuantizedLinear) or list(module.parameters(recurse=False))
+        leaf = not list(module.children()) and own
         if name in head or (inside and leaf):
-            module.forward = Wearing(module, name, _worn_now)
+            cast(Any, module).forward = Wearing(module, name, _worn_now)
 
 
 def _worn_now() -> Worn | None:

@@ -97,7 +97,12 @@ def part(bones: Skeleton, blocks: Iterable[int] | None, outside: bool) -> Part:
     if not held or not held <= set(every):
         shown = ", ".join(map(str, sorted(held))) or "no blocks"
         raise ModelError(f"Blocks 0 to {bones.depth - 1} can be held, not {shown}. Name some.")
-    absent = [f"{bones.blocks_path}.{i}" for i in every if i not in held]
+    return without(bones, [i for i in every if i not in held], outside=outside)
+
+
+def without(bones: Skeleton, blocks: Iterable[int], *, outside: bool) -> Part:
+    """The part of a model without these blocks, and without its embeddings unless ``outside``."""
+    absent = [f"{bones.blocks_path}.{i}" for i in blocks]
     if not outside and reads_ids(bones.model):
         net = cast(Any, bones.model)
         ends = [net.get_input_embeddings(), net.get_output_embeddings()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flexp.errors import ModelError
 from flexp.model.adapter import Kind
@@ -46,7 +46,11 @@ def _far(body: Backbone, kind: Kind) -> dict[str, tuple[int, ...]]:
 
 
 def _named(body: Backbone) -> dict[str, Tensor]:
-    named = body.model.named_parameters(remove_duplicate=False)
+    model = body.model
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),  # codes of quantized weights are among them
+    ]
     stem = f"{body.blocks_path}."
     return {f"blocks.{k.removeprefix(stem)}" if k.startswith(stem) else k: v for k, v in named}
 
@@ -64,7 +68,8 @@ def _share(mine: Backbone, server: Backbone) -> None:
         if k in theirs and theirs[k].dtype == v.dtype and torch.equal(theirs[k], v)
     }
     for module in mine.model.modules():
-        held = cast("dict[str, Any]", module.__dict__["_parameters"])
-        for leaf, value in held.items():
-            if isinstance(value, nn.Parameter) and id(value) in twins:
-                held[leaf] = twins[id(value)]
+        for kind in ("_parameters", "_buffers"):
+            held = cast("dict[str, Any]", module.__dict__[kind])
+            for leaf, value in held.items():
+                if id(value) in twins:
+                    held[leaf] = twins[id(value)]

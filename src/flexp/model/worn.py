@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -246,7 +246,7 @@ class Wearing:
         low = F.linear(F.linear(x, pair.a), pair.b)
         if pair.magnitude is None:
             return low * pair.scaling
-        weight: Tensor = self.module.get_parameter("weight")
+        weight: Tensor = cast(Any, self.module).weight
         weight = weight.T if self.transposed else weight
         eye = torch.eye(pair.a.shape[1], dtype=pair.a.dtype, device=pair.a.device)
         product = F.linear(F.linear(eye, pair.a), pair.b).T

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flexp.errors import CutError, PlanError
+from flexp.model.quantize import together
 from flexp.plan.trial import Held, Trial
 
 Form = Literal["u", "logits", "loss"]
@@ -22,9 +23,11 @@ class BlockCosts:
     ``logits_bytes`` and ``label_bytes`` are of one batch, as they cross the link. ``full`` is a
     step tried at ``batch`` rows and ``single`` at one; without them activations count as nothing.
     ``moments`` are kept by the optimizer per number; ``file_itemsize`` is that of the checkpoint
-    where it is another (None: the same). ``packed_bytes`` is one hidden state as it
-    crosses the link (None: as it is held). ``window`` parts of a batch are under way at a time;
-    with ``ahead`` the fronts of as many more are there while these wait for their gradients.
+    where it is another (None: the same). ``wide_bytes`` are of each block before it is
+    quantized, a few at a time (empty: blocks stay as they are). ``packed_bytes`` is one
+    hidden state as it crosses the link (None: as it is held). ``window`` parts of a batch are under
+    way at a time; with ``ahead`` the fronts of as many more are there while these wait for their
+    gradients.
     """
 
     blocks: int
@@ -42,6 +45,7 @@ class BlockCosts:
     label_bytes: int = 0
     moments: int = 2
     file_itemsize: int | None = None
+    wide_bytes: tuple[int, ...] = ()
     process_bytes: int = 0
     packed_bytes: int | None = None
     window: int = 1
@@ -80,25 +84,35 @@ def near_bytes(
     _check(costs, cut_front, cut_back, head_near)
     near = [*range(cut_front), *range(costs.blocks - cut_back, costs.blocks)]
     whole = head_near and len(near) == costs.blocks
-    weights = costs.embed_bytes + sum(costs.block_bytes[i] for i in near)
-    weights += costs.head_bytes if head_near else 0
+    outside = costs.embed_bytes + (costs.head_bytes if head_near else 0)
+    weights = outside + sum(costs.block_bytes[i] for i in near)
     adapter = sum(costs.adapter_block_bytes[i] for i in near)
     adapter += costs.adapter_head_bytes if head_near else 0
     window, ahead = (1, False) if whole else (costs.window, costs.ahead)
     rows = min(costs.batch, window * -(-costs.batch // accumulate))
-    file = 0 if costs.file_itemsize is None else weights * costs.file_itemsize // costs.itemsize
+    reading = _reading(costs, near, outside, weights)
     training = _training(_Rows(costs, rows, recompute), (cut_front, cut_back), head_near, ahead)
     # A step copies what it moves: the tensors, the scaled gradient and the moments.
     parts = {
         "weights": weights,
         "adapters": (2 + ahead + window + costs.moments) * adapter,
-        "activations": max(training, (2 + costs.moments) * adapter, file),
+        "activations": max(training, (2 + costs.moments) * adapter, reading),
         "link": 0 if whole else (2 + 2 * ahead) * message_bytes(costs) * rows // costs.batch,
         "process": costs.process_bytes,
     }
     if not head_near:  # logits that come back, their softmax and their gradient
         parts["link"] += 3 * costs.logits_bytes * rows // costs.batch
     return parts | {"total": sum(parts.values())}
+
+
+def _reading(costs: BlockCosts, near: list[int], outside: int, weights: int) -> int:
+    """Bytes beside the weights while they are read: a file of another type, blocks still wide."""
+    extra = costs.file_itemsize or 0
+    if not costs.wide_bytes:
+        return weights * extra // costs.itemsize
+    sizes = {i: costs.wide_bytes[i] for i in near}
+    most = max((sum(sizes[i] for i in some) for some in together(sizes)), default=0)
+    return max(outside * extra, most * (costs.itemsize + extra)) // costs.itemsize
 
 
 def _check(costs: BlockCosts, front: int, back: int, head_near: bool) -> None:

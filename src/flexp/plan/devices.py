@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from flexp.errors import PlanError
 from flexp.model.meter import Meter
+from flexp.model.quantize import Quantize, quantizable, quantize_maps
 from flexp.model.skeleton import Skeleton, TaskKind, bare
 from flexp.plan.calls import calls, state_of
 
@@ -155,6 +156,7 @@ def measure_flops(
     batch: int,
     length: int,
     dtype: torch.dtype = torch.float32,
+    quantize: Quantize | None = None,
     runs: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
@@ -164,7 +166,12 @@ def measure_flops(
     """
     call = calls(bones, task, length)[0]
     net = bare(bones.config, task, blocks_at=bones.blocks_path).model.eval()
-    block = _filled(cast(nn.ModuleList, net.get_submodule(bones.blocks_path))[0], dtype)
+    blocks = cast(nn.ModuleList, net.get_submodule(bones.blocks_path))
+    block = _filled(blocks[0], dtype)
+    if quantize is not None:
+        paths = quantizable(net, bones.blocks_path, quantize.kind)
+        first = f"{bones.blocks_path}.0."
+        quantize_maps(net, [p for p in paths if p.startswith(first)], quantize.form)
     width = int(call.hidden.shape[-1])
     hidden = torch.randn(batch, int(call.hidden.shape[1]), width).to(dtype).requires_grad_()
     call = call.on(hidden)

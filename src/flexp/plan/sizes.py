@@ -14,9 +14,11 @@ from torch import nn
 
 from flexp.errors import ModelError
 from flexp.model.adapter import Layout
+from flexp.model.quantize import Quantize, quantizable, shape_of
 from flexp.model.skeleton import Skeleton, TaskKind
 from flexp.plan.costs import BlockCosts, message_bytes
-from flexp.plan.trial import Held, Shape, Trial, attempt
+from flexp.plan.trial import Held, Shape, Trial, Weights, attempt
+from flexp.quantized import quantized_bytes
 
 PROCESS = 20_000_000  # bytes that no tensor holds, measured: benchmarks/results/memory.json
 ROUGH = 20  # hidden states that a block keeps, where it cannot be tried
@@ -30,12 +32,14 @@ def tried(
     shape: Shape,
     *,
     dtype: torch.dtype,
+    quantize: Quantize | None = None,
 ) -> BlockCosts:
     """The costs with a step tried at the batch's rows and at one.
 
     A family that does not run on fake tensors gets a rough formula: so many hidden states.
     """
-    asked = _Asked(bones.config.to_json_string(), task, tuple(adapter.items()), shape, dtype, bones)
+    config = bones.config.to_json_string()
+    asked = _Asked(config, task, tuple(adapter.items()), shape, dtype, quantize, bones)
     try:
         trials = _trials(asked)
     except Exception:  # noqa: BLE001 what a family's own code raises on fake tensors is not known
@@ -52,6 +56,7 @@ class _Asked:
     adapter: tuple[tuple[str, tuple[int, ...]], ...]
     shape: Shape
     dtype: torch.dtype
+    quantize: Quantize | None
     bones: Skeleton = field(compare=False)
 
 
@@ -60,7 +65,8 @@ def _trials(asked: _Asked) -> list[Trial]:
     """At the batch's rows and at one; a recipe is planned more than once in a process."""
     bones, adapter = asked.bones, dict(asked.adapter)
     shapes = [replace(asked.shape, rows=n) for n in (asked.shape.rows, 1)]
-    return [attempt(bones, asked.task, adapter, shape, asked.dtype) for shape in shapes]
+    how = Weights(asked.dtype, asked.quantize)
+    return [attempt(bones, asked.task, adapter, shape, how) for shape in shapes]
 
 
 def _rough(costs: BlockCosts, rows: int) -> Trial:
@@ -117,6 +123,16 @@ def measure_costs(
         itemsize=itemsize,
         tied_bytes=_tied(model, blocks_path, early) * itemsize,
     )
+
+
+def quantized_costs(costs: BlockCosts, bones: Skeleton, how: Quantize) -> BlockCosts:
+    """The costs with codes in the blocks' linear maps."""
+    sizes = list(costs.block_bytes)
+    for path in quantizable(bones.model, bones.blocks_path, how.kind):
+        index, shape = _block_of(f"{path}.", bones.blocks_path), shape_of(bones.model, path)
+        assert index is not None
+        sizes[index] += quantized_bytes(shape, how.form) - prod(shape) * costs.itemsize
+    return replace(costs, block_bytes=tuple(sizes), wide_bytes=costs.block_bytes)
 
 
 def _block_list(model: nn.Module, path: str) -> nn.ModuleList:

@@ -27,6 +27,7 @@ from flexp.model.backbone import equip
 from flexp.model.cut import Pass, Stopped, Tap, run
 from flexp.model.dress import dropping
 from flexp.model.meter import Meter
+from flexp.model.quantize import Quantize, blank_maps, quantizable
 from flexp.model.skeleton import Skeleton, TaskKind, bare, head_leaves, modules, reads_ids
 from flexp.model.worn import PREFIX, read
 
@@ -71,8 +72,16 @@ class Shape:
     dropout: float = 0.0
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Of the model: their type, and what becomes of linear maps."""
+
+    dtype: torch.dtype
+    quantize: Quantize | None = None
+
+
 def attempt(
-    bones: Skeleton, task: TaskKind, adapter: Layout, shape: Shape, dtype: torch.dtype
+    bones: Skeleton, task: TaskKind, adapter: Layout, shape: Shape, weights: Weights
 ) -> Trial:
     """The bytes of a step from a skeleton's config, and an adapter's names and shapes.
 
@@ -82,7 +91,10 @@ def attempt(
     config.use_cache = False
     fresh = bare(config, task, blocks_at=bones.blocks_path)
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
-        _fake(fresh.model.eval().requires_grad_(False), dtype)
+        _fake(fresh.model.eval().requires_grad_(False), weights.dtype)
+        if (how := weights.quantize) is not None:
+            paths = quantizable(fresh.model, fresh.blocks_path, how.kind)
+            blank_maps(fresh.model, paths, how.form)
         return _Model(fresh, task, adapter, shape).trial()
 
 

@@ -74,6 +74,7 @@ def facts(run: Run) -> dict[str, str]:
         "model": str(told.get("model", "")),
         "blocks": str(told.get("blocks", "")),
         "dtype": str(told.get("dtype", "")),
+        "quantized": str(told.get("quantize", "")),
         "mode": start.mode if start else "",
         "seed": str(start.seed) if start else "",
         "recipe hash": start.recipe_hash[:12] if start else "",

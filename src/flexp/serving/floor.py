@@ -27,7 +27,7 @@ from flexp.plan.costs import BlockCosts, near_bytes
 from flexp.planning import measured
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
-from flexp.seating import Placed, adapter_kind, costs, dtype_of, work
+from flexp.seating import Placed, adapter_kind, costs, dtype_of, quantize_of, work
 from flexp.serving.roster import Entry, Roster, planned
 from flexp.stage import Say, Stage, Survey, check_ahead, seats_for, training
 from flexp.strategies import build
@@ -215,6 +215,7 @@ def open_stage(
         classes=found.classes,
         seed=recipe.seed,
         dtype=dtype_of(recipe),
+        quantize=quantize_of(recipe),
         device=recipe.model.device,
         blocks_at=recipe.model.blocks_at,
         name=recipe.model.source,

@@ -50,6 +50,11 @@ def value_of(rows: Sequence[Row], client: str, data: str, metric: str) -> float 
     return None
 
 
+def codes(document: Row) -> str:
+    """What a model's linear maps hold, behind a comma; blank if they are as in the checkpoint."""
+    return BLANK if document["quantize"] == "none" else f", {document['quantize']} linear maps"
+
+
 def short(client: str) -> str:
     """A client's name without what stands in brackets behind it."""
     return client.partition(" (")[0] or client

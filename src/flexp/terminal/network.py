@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from flexp.plan.devices import format_bytes
-from flexp.terminal.grids import Row, grid, shown
+from flexp.terminal.grids import Row, codes, grid, shown
 
 
 def show_terms(document: Mapping[str, Any], console: Console) -> None:
@@ -18,7 +18,10 @@ def show_terms(document: Mapping[str, Any], console: Console) -> None:
     lines = [
         ["run", f"{document['run']} on {document['server']}, as {document['client']}"],
         ["method", f"{document['method']}, {document['rounds']} rounds"],
-        ["model", f"{document['model']} (sha256 {document['model_digest'][:16]}…)"],
+        [
+            "model",
+            f"{document['model']} (sha256 {document['model_digest'][:16]}…){codes(document)}",
+        ],
         ["runs here", f"{document['front']} front and {document['back']} back blocks"],
         [
             "memory",

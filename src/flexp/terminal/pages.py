@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from flexp.plan.devices import format_bytes
-from flexp.terminal.grids import Row, grid, short, shown, value_of
+from flexp.terminal.grids import Row, codes, grid, short, shown, value_of
 
 
 def show_run(document: Row, console: Console) -> None:
@@ -53,7 +53,7 @@ def show_fleet(document: Row, console: Console) -> None:
         for seat in document["seats"]
     ]
     title = (
-        f"{document['model']}, {document['blocks']} blocks, {document['dtype']}: "
+        f"{document['model']}, {document['blocks']} blocks, {document['dtype']}{codes(document)}: "
         "█ front and ▓ back on the device, ░ at the server"
     )
     console.print(grid(title, ["client", "device", "blocks", "memory"], lines))

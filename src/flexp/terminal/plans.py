@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from flexp.plan.devices import format_bytes, format_seconds
-from flexp.terminal.grids import BLANK, Row, grid
+from flexp.terminal.grids import BLANK, Row, codes, grid
 
 MANY = 8  # depths that are shown one by one
 
@@ -32,8 +32,8 @@ def show_plan(document: Row, console: Console) -> None:
         )
     columns = ["client", "device", "front|server|back", "weights", "training", "total", "link"]
     title = (
-        f"{document['model']}, {document['blocks']} blocks: what runs on each device, and memory; "
-        f"link and time of a step of {document['batch']} rows"
+        f"{document['model']}, {document['blocks']} blocks{codes(document)}: what runs on each "
+        f"device, and memory; link and time of a step of {document['batch']} rows"
     )
     console.print(grid(title, [*columns, *(["time"] if timed else [])], lines))
     for reason in dict.fromkeys(f"{s['device']}: {s['reason']}" for s in document["seats"]):
@@ -47,8 +47,9 @@ def show_plan(document: Row, console: Console) -> None:
 def show_cuts(document: Row, console: Console, *, every: bool = False) -> None:
     """A table of cuts for each device, what is chosen and why."""
     server = document["server"]
+    weights = f"{document['dtype']}{codes(document)}"
     title = (
-        f"{document['model']}, {document['blocks']} blocks, {document['dtype']}, LoRA of rank "
+        f"{document['model']}, {document['blocks']} blocks, {weights}, LoRA of rank "
         f"{document['rank']}: a step of {document['batch']} rows of {document['length']} tokens"
     )
     console.print(title, highlight=False, markup=False)
