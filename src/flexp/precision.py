@@ -46,6 +46,18 @@ def product(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None) -
     return cast(Tensor, _Wide.apply(x, weight, bias))  # pyright: ignore[reportUnknownMemberType]
 
 
+def in_full(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same product of a float32 result that was never rounded, outside of the graph."""
+    if suits(weight):
+        return _product(x.float(), weight, bias)
+    return functional.linear(x, weight, bias).float()
+
+
+def back_in_full(slope: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of ``x`` from the float32 one of that result."""
+    return _back(slope, weight) if suits(weight) else slope.to(weight.dtype) @ weight
+
+
 def widen(model: nn.Module) -> None:
     """Lets a frozen model's linear maps, on the instances, make their products as ``product``."""
     for module in model.modules():
@@ -73,14 +85,13 @@ class _Wide(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None) -> Tensor:
-    wide = x.to(_wide_type(x))
-    parts = [
-        functional.linear(
-            wide, _tile(weight, rows, wide), None if bias is None else bias[rows].to(wide.dtype)
-        )
-        for rows in tiles(weight.shape)
-    ]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(x.dtype)
+    wide = x.to(_wide_type(x)).reshape(-1, x.shape[-1])
+    out = wide.new_empty(len(wide), weight.shape[0])
+    for rows in tiles(weight.shape):
+        torch.mm(wide, _tile(weight, rows, wide).T, out=out[:, rows])
+    if bias is not None:
+        out.add_(bias.to(wide.dtype))
+    return out.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def _back(grad: Tensor, weight: Tensor | Quantized) -> Tensor:
