@@ -22,12 +22,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from flexp.engine.network import NetworkEngine
 
 WIDTH, DEPTH, WORDS = 16, 4, 64
 BIG = ("transformers", "peft")
@@ -284,7 +287,7 @@ class Gauge:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(self._now(self.engines[-1])) + "\n")
 
-    def _now(self, engine: Any) -> Mapping[str, int]:
+    def _now(self, engine: NetworkEngine) -> Mapping[str, int]:
         here = psutil.Process()
         return {
             "steps": self.steps,
@@ -293,7 +296,7 @@ class Gauge:
             "files": here.num_fds(),
             "guests": len(engine.guests.held),
             "tables": len(engine.trunk.tables),
-            "pending": sum(len(held) for held in list(engine.trunk.pending.values())),
+            "pending": sum(len(held) for held in list(engine.trunk.pending.held.values())),
             "rows": sum(len(table.rows) for table in list(engine.trunk.tables.values())),
         }
 
