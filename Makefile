@@ -56,7 +56,8 @@ faults: $(STAMP)  ## Kills and broken connections by the hundred (up to 40 minut
 	$(BIN)/python benchmarks/tables.py --write
 
 soak: $(STAMP)  ## Clients that come and go for a long time: make soak FOR=20m
-	$(TESTENV) $(BIN)/python -m pytest -q --timeout 0 -m soak --suite soak --for $(FOR)
+	$(TESTENV) $(BIN)/python -m pytest -q --timeout 0 -m soak --suite steps --for $(FOR) tests/faults/test_exactly_once.py
+	$(TESTENV) $(BIN)/python -m pytest -q --timeout 0 -m soak --suite soak --for $(FOR) tests/faults/test_soak.py
 	$(BIN)/python benchmarks/tables.py --write
 
 check: $(STAMP)  ## Format, lint, types, layers, dependencies, spelling, then `make test`

@@ -325,7 +325,7 @@ def suites() -> str:
 
 
 def _suites() -> list[dict[str, Any]]:
-    names = ("suite-faults.json", "suite-soak.json")
+    names = ("suite-faults.json", "suite-steps.json", "suite-soak.json")
     return [json.loads((HERE / "results" / name).read_text("utf-8")) for name in names]
 
 
