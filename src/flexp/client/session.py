@@ -24,8 +24,8 @@ from flexp.link.messages import (
     Submit,
 )
 from flexp.model.cut import Seat
+from flexp.model.far import Ask
 from flexp.model.ops import Op, Optim
-from flexp.model.personal import Ask
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Egress
 from flexp.selection import ALL, Where
