@@ -23,6 +23,7 @@ from flexp.model.ops import Optim
 from flexp.model.prefix import Prefix
 from flexp.recipe import Recipe
 from flexp.selection import ALL, FAR, FRONT, Where
+from flexp.server.trunk import Trunk
 from flexp.stage import training
 from flexp.strategies.flexp import FlexP
 from flexp.tensors import PerRow, Tensors, Term
@@ -214,7 +215,7 @@ def test_the_budget_is_kept_and_padding_takes_none_of_it() -> None:
     with at_desk(backbone(), U, kind=Lora(rank=3), optim=SGD, cache=ROOM) as (desk, _):
         desk.fit(train=LAST, batches=desk.batches(epochs=1, size=5))
         (shelf,) = prefix(desk).shelves.values()
-        lengths = sorted(len(state) for state in shelf.rows.values())
+        lengths = sorted(len(state) for _, state in shelf.rows.values())
         assert lengths == sorted(9 - n % 3 for n in range(12))
         assert prefix(desk).bytes == sum(n * (32 * 4 + 16) for n in lengths)
         room = prefix(desk).bytes // 2
@@ -262,3 +263,55 @@ def test_exact_mode_keeps_nothing_and_sizes_are_read() -> None:
         training(recipe("much"))
     with pytest.raises(RecipeError, match="other last bits"):
         recipe_file.make({"train": {"cache": "64MB"}})
+
+
+# ---- rows that the server keeps
+
+
+class Nothing(dict[int, int]):
+    """What a client knows of sent rows that never names one."""
+
+    def get(self, _: int, otherwise: Any = None) -> Any:
+        return otherwise
+
+
+def crossed(seat: Seat, what: str, *, ahead: bool = False, window: int = 1) -> tuple[Tensors, int]:
+    """The adapter after three epochs, and how many rows of hidden states went up."""
+    body, optim = backbone(), replace(SGD, momentum=0.9)
+    how: dict[str, Any] = {"kind": Lora(rank=3), "optim": optim, "cache": ROOM}
+    with at_desk(body, seat, keep_crossings=True, **how) as (desk, ledger):
+        rows = server_of(desk).pending.rows
+        rows.each = 0 if what == "never kept" else ROOM
+        desk.session.there = Nothing() if what == "never named" else {}
+
+        def batches() -> Generator[Batch]:
+            for n, each in enumerate(desk.batches(epochs=3, size=5)):
+                if n == 4 and what == "lost":
+                    rows.drop("me")
+                yield each
+
+        desk.training = replace(desk.training, ahead=ahead)
+        with posting(desk, window) if window > 1 or ahead else nullcontext():
+            desk.fit(train=FAR, batches=batches())
+        up = [c for c in ledger.crossings or () if (c.way, c.name) == ("up", "hidden")]
+        down = [c for c in ledger.crossings or () if (c.phase, c.way) == ("backward", "down")]
+        assert not down  # nobody asks for a gradient at the front
+        return desk.whole(), sum(c.shape[0] for c in up)
+
+
+def server_of(desk: Desk) -> Trunk:
+    link: Any = desk.session.link
+    return link.inner.handle.__self__
+
+
+@pytest.mark.parametrize(
+    ("seat", "window", "ahead"), [(U, 1, False), (V, 1, True), (U, 2, False), (U, 2, True)]
+)
+def test_rows_cross_once_and_train_the_same_bits(seat: Seat, window: int, ahead: bool) -> None:
+    seat = replace(seat, accumulate=window)
+    ways = ("never named", "kept", "lost", "never kept")
+    left = {what: crossed(seat, what, ahead=ahead, window=window) for what in ways}
+    counts = {what: count for what, (_, count) in left.items()}
+    assert (counts["never named"], counts["kept"], counts["never kept"]) == (36, 12, 36)
+    assert 12 < counts["lost"] < 36
+    assert all(same(left["never named"][0], adapter) for adapter, _ in left.values())

@@ -64,12 +64,11 @@ class LocalEngine(Host):
         together: bool = False,
     ) -> None:
         super().__init__(backbone, task, kind=kind, training=training, dice=dice, together=together)
-        self.shards = shards
+        self.shards, self.name, self.keep_crossings = shards, run, keep_crossings
         self.profile: Profile = profile
         self.own, self.pool = own or {}, pool  # all rows, for a method that is not federated
         self.wires: Mapping[ClientId, Wire] = wires or {}
         self.tasks = {client: own.task for client, own in self.own.items()}
-        self.name, self.keep_crossings = run, keep_crossings
         self.wrap: Callable[[ClientId, Link], Link] = wrap
         self.memories = {c: Memory() for c in shards}
         self.prefixes = {c: Prefix(training.cache) for c in shards if training.cache}
@@ -297,4 +296,5 @@ class LocalEngine(Host):
         """Takes both sides back to before the turn."""
         self.memories[client].rollback()
         self.tenants.rollback(client)
+        self.trunk.pending.drop(client)
         self.trunk.talks.drop(client)

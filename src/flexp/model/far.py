@@ -31,7 +31,11 @@ class Far(Protocol):
 
 @dataclass(frozen=True)
 class Ask:
-    """What a far forward is to do: wear, trainable slots, and where it ends."""
+    """What a far forward is to do: wear, trainable slots, and where it ends.
+
+    ``rows`` are numbers of hidden states that come again in later batches; 0 of those that do not.
+    ``wants``: the hidden state has a gradient.
+    """
 
     wear: Wear
     train: Train
@@ -40,6 +44,8 @@ class Ask:
     mask: Tensor | None
     labels: Tensor | None = None
     dropout: Dice | None = None
+    rows: tuple[int, ...] = ()
+    wants: bool = True
 
 
 class Crossing(torch.autograd.Function):
@@ -47,9 +53,9 @@ class Crossing(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, far: Far, ask: Ask, wants: bool, hidden: Tensor, *coefs: Tensor
+        ctx: Any, far: Far, ask: Ask, hidden: Tensor, *coefs: Tensor
     ) -> Tensor:
-        ctx.far, ctx.wants = far, wants
+        ctx.far, ctx.wants = far, ask.wants
         ctx.call, out = far.forward(ask, hidden.detach(), [c.detach() for c in coefs], keep=True)
         return out
 
@@ -63,4 +69,4 @@ class Crossing(torch.autograd.Function):
                 "A gradient has NaN or infinity. Lower the learning rate, or set train.clip_norm."
             )
         hidden, coefs = ctx.far.backward(ctx.call, grads[0], hidden=ctx.wants)
-        return None, None, None, hidden, *coefs
+        return None, None, hidden, *coefs

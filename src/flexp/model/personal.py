@@ -191,6 +191,8 @@ class PersonalModel:
                 mask=inputs.get("attention_mask"),
                 labels=batch.labels if until == "loss" else None,
                 dropout=dice,
+                rows=entry.rows if entry is not None and entry.first == cut.front else (),
+                wants=front.requires_grad,
             )
             out = self._cross(ask, front, [c for c in coefs if c is not None])
             if not ends_far:
@@ -233,11 +235,10 @@ class PersonalModel:
         if not keep:
             plain = [c.detach() for c in coefs]
             return far.forward(ask, hidden.detach(), plain, keep=False)[1]
-        wants = hidden.requires_grad
         # Far slots train even when nothing in the front does, so the graph must reach the trunk.
-        hidden = hidden if wants else hidden.detach().requires_grad_()
+        hidden = hidden if ask.wants else hidden.detach().requires_grad_()
         apply = cast(Callable[..., Tensor], Crossing.apply)  # pyright: ignore[reportUnknownMemberType]
-        return apply(far, ask, wants, hidden, *coefs)
+        return apply(far, ask, hidden, *coefs)
 
     def _far_trains(self, ask: Ask) -> bool:
         places = [(k, self.near.place(k)) for k in self.layout]

@@ -71,7 +71,7 @@ class Shelf:
     """Rows as they enter a block, and what was worn below it when they were computed."""
 
     below: dict[str, Tensors]
-    rows: dict[Key, Tensor] = field(default_factory=dict[Key, Tensor])
+    rows: dict[Key, tuple[int, Tensor]] = field(default_factory=dict[Key, tuple[int, Tensor]])
     bytes: int = 0
     used: bool = True  # in this turn
 
@@ -88,10 +88,14 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a forward begins, and what enters the block there."""
+    """Where a forward begins, and what enters the block there.
+
+    ``rows`` are numbers of the rows that are kept, 0 of others. None is another row's, ever.
+    """
 
     first: int
     feed: Tensor
+    rows: tuple[int, ...]
 
 
 @dataclass
@@ -104,6 +108,7 @@ class Prefix:
 
     budget: int
     shelves: dict[tuple[Wear, int], Shelf] = field(default_factory=dict[tuple[Wear, int], Shelf])
+    newest: int = 0  # number of a row
 
     @property
     def bytes(self) -> int:
@@ -121,15 +126,15 @@ class Prefix:
         if first < 1 or set(inputs) != READ:
             return None
         shelf, keys = self._shelf(worn, first), keys_of(inputs)
-        found = {n: shelf.rows[key] for n, key in enumerate(keys) if key in shelf.rows}
-        lacking = [n for n in range(len(keys)) if n not in found]
-        if lacking:
+        states = {n: shelf.rows[key][1] for n, key in enumerate(keys) if key in shelf.rows}
+        if lacking := [n for n in range(len(keys)) if n not in states]:
             with torch.no_grad():
                 fresh = compute({k: v[lacking] for k, v in inputs.items()}, first)
             for n, state in zip(lacking, fresh, strict=True):
-                found[n] = state[: keys[n].length]
-                self._keep(shelf, keys[n], found[n])
-        return Entry(first, filled(found, inputs["input_ids"].shape[1]))
+                states[n] = state[: keys[n].length]
+                self._keep(shelf, keys[n], states[n])
+        rows = tuple(shelf.rows[key][0] if key in shelf.rows else 0 for key in keys)
+        return Entry(first, filled(states, inputs["input_ids"].shape[1]), rows)
 
     def end_turn(self) -> None:
         """Drops what the turn did not use."""
@@ -151,9 +156,10 @@ class Prefix:
         return self.shelves[wanted]
 
     def _keep(self, shelf: Shelf, key: Key, state: Tensor) -> None:
-        size = state.numel() * state.itemsize + len(key.ids) + len(key.mask)
+        size = state.nbytes + len(key.ids) + len(key.mask)
         if key not in shelf.rows and self.bytes + size <= self.budget:
-            shelf.rows[key] = state.clone()
+            self.newest += 1
+            shelf.rows[key] = self.newest, state.clone()
             shelf.bytes += size
 
 
