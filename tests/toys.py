@@ -256,6 +256,7 @@ def at_desk(
     offer: Parcel | None = None,
     task: ToyTask | None = None,
     keep_crossings: bool = False,
+    cache: int = 0,
 ) -> Generator[tuple[Desk, Ledger]]:
     """A desk on that seat, with a server behind it, whatever the cut."""
     strategy = Local()
@@ -266,7 +267,7 @@ def at_desk(
         task or toy_task(body),
         {"me": shard(1)},
         kind=kind or Lora(rank=3, alpha=6.0),
-        training=Training(optim or Optim(lr=1e-2), batch=4),
+        training=Training(optim or Optim(lr=1e-2), batch=4, cache=cache),
         dice=Dice(3),
         profile="open",
         keep_crossings=keep_crossings,

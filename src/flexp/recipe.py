@@ -80,7 +80,8 @@ class TrainRecipe(_Part):
     """How clients train: steps of a turn (or epochs), optimizer, clipping.
 
     ``label_prior`` trains a classifier relative to each client's own label frequencies and serves
-    it on the client's own rows with them added (logit adjustment).
+    it on the client's own rows with them added (logit adjustment). ``cache`` is how many bytes of
+    hidden states a client keeps in front of the first block that trains, for later epochs.
     """
 
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -94,6 +95,7 @@ class TrainRecipe(_Part):
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     label_prior: bool = False
     still: Literal["refuse", "allow"] = "refuse"
+    cache: int | str = 0
 
     @model_validator(mode="after")
     def _one(self) -> TrainRecipe:
@@ -244,6 +246,15 @@ class Recipe(_Part):
             raise ValueError(
                 "link.ahead: the far step is sent before the near gradient is there, so it cannot "
                 "be clipped by the norm of both; remove train.clip_norm, or switch link.ahead off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _alike(self) -> Recipe:
+        if self.train.cache and self.mode == "exact":
+            raise ValueError(
+                "train.cache: a row that was computed in another batch has other last bits, so "
+                "nothing is kept in exact mode; set mode to fast, or train.cache to 0"
             )
         return self
 

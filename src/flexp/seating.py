@@ -38,6 +38,7 @@ from flexp.plan import (
     tried,
 )
 from flexp.plan.declared import FORMS
+from flexp.plan.devices import parse_bytes
 from flexp.plan.sizes import adapter_bytes, quantized_costs
 from flexp.plan.trial import Shape
 from flexp.recipe import AdapterRecipe, PlanRecipe, Recipe
@@ -103,6 +104,15 @@ def quantize_of(recipe: Recipe) -> Quantize | None:
     return None if form == "none" else Quantize(form, adapter_kind(recipe.adapter))
 
 
+def cache_of(recipe: Recipe) -> int:
+    """Bytes of hidden states that a client keeps; PlanError if the recipe names no size."""
+    asked = recipe.train.cache
+    try:
+        return parse_bytes(asked) if asked else 0
+    except PlanError as problem:
+        raise PlanError(f"train.cache: {problem}") from problem
+
+
 def costs(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockCosts:
     """Bytes of the model's parts and of a step on them, from its skeleton alone."""
     sized, shapes = _sizes(recipe, bones, kind)
@@ -150,6 +160,7 @@ def _sizes(
         adapter_head_bytes=outside,
         moments=2 if train.optimizer == "adamw" else int(train.momentum > 0),
         file_itemsize=None if stored == dtype else stored.itemsize,
+        cache_bytes=cache_of(recipe),
     )
     return packed(sized, recipe, recipe.link.wire), shapes
 

@@ -31,7 +31,7 @@ from flexp.own_tasks import check_own, classes_of, own_costs, own_of
 from flexp.plan.costs import BlockCosts
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
-from flexp.seating import Placed, adapter_kind, costs, dtype_of, quantize_of, work
+from flexp.seating import Placed, adapter_kind, cache_of, costs, dtype_of, quantize_of, work
 from flexp.strategies import build
 from flexp.strategies.base import ClientId, Setting, Strategy
 
@@ -227,7 +227,7 @@ def training(recipe: Recipe) -> Training:
     t = recipe.train
     optim = Optim(t.optimizer, t.lr, t.head_lr, weight_decay=t.weight_decay, momentum=t.momentum)
     more = t.clip_norm, t.label_prior, t.still, recipe.link.ahead
-    return Training(optim, t.batch, t.steps, t.epochs, *more)
+    return Training(optim, t.batch, t.steps, t.epochs, *more, cache=cache_of(recipe))
 
 
 def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Fleet:

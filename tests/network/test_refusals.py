@@ -241,6 +241,7 @@ def odd_forwards(turn: Turn) -> Iterator[tuple[Forward, str]]:
     yield turn.forward(torch.ones(2, 5, 31)), "A hidden state is"
     yield turn.forward(torch.ones(5, 32)), "A hidden state is"
     yield turn.forward(torch.ones(0, 5, 32)), "this one has 0"
+    yield turn.forward(wants=False, rows=(1, -2)), "1 should have come"
     for odd in (nan, inf):
         yield turn.forward(ones.index_fill(0, torch.tensor([1]), odd)), "NaN or infinity"
     yield turn.forward(mask=torch.ones(2, 6)), "A mask of"

@@ -64,6 +64,11 @@ COSTS = BlockCosts(
 )
 
 
+def test_what_may_be_kept_in_front_of_what_trains_counts() -> None:
+    more, plain = near_bytes(replace(COSTS, cache_bytes=50), 1, 1), near_bytes(COSTS, 1, 1)
+    assert more == {**plain, "cache": 50, "total": plain["total"] + 50}
+
+
 def test_bytes_by_part_are_those_worked_out_by_hand() -> None:
     # What blocks 0 and 2 keep, then the end, which needs most. Block 0's input, the embeddings'
     # output, is there as well, but one of the link's two messages is not.

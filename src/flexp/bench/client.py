@@ -21,6 +21,7 @@ from flexp.tensors import Tensors
 
 LAST = FRONT & Where(nearest=1)
 BATCHES, LATER = 2, 4  # of an epoch, and epochs after the first
+CACHE = 64 << 20  # bytes of hidden states, more than there are
 
 
 @dataclass
@@ -70,13 +71,14 @@ def seated(blocks: int) -> Seat:
 
 
 def last_of(scale: Scale, body: Backbone, blocks: int, target: float, floor: float) -> Row:
-    """All of a client's blocks against the last of them."""
+    """All of a client's blocks against the last of them, of which it has kept what enters."""
     job = scale.job
-    with at_work(job, body, seat=seated(blocks), wrap=echoed) as place:
+    work = partial(at_work, job, body, seat=seated(blocks), wrap=echoed, cache=CACHE)
+    with work() as whole, work() as some:
         batch = job.batch()
         works = {
-            "all": partial(step, place.desk, batch, train=FRONT),
-            "last": partial(step, place.desk, batch, train=LAST),
+            "all": partial(step, whole.desk, batch, train=FRONT),
+            "last": partial(step, some.desk, batch, train=LAST),
         }
         took = in_turns(works, scale.rounds)
     return Row(
@@ -109,17 +111,19 @@ def gradient(job: Job, body: Backbone, blocks: int, where: Where) -> Tensors:
     """A client's gradient; the server's is drawn, and the same every time."""
     small = replace(job, rows=1, length=min(16, job.length))
     adapter = small.adapted(body)
-    with at_work(small, body, seat=seated(blocks), wrap=echoed, adapter=adapter) as place:
+    work = partial(at_work, small, body, seat=seated(blocks), wrap=echoed, adapter=adapter)
+    with work(cache=CACHE) as place:
         desk = place.desk
-        with desk.model.training({"personal": where}, None):
-            desk.grad(desk.model.loss(small.batch()), ["personal"], ["personal@g"])
+        for _ in range(2):  # the second time from what was kept
+            with desk.model.training({"personal": where}, None):
+                desk.grad(desk.model.loss(small.batch()), ["personal"], ["personal@g"])
         return dict(desk.model.near["personal@g"])
 
 
 def still(job: Job, body: Backbone, blocks: int) -> Row:
     """A later epoch against the first, where nothing of the client trains."""
     batches = [job.batch(n) for n in range(BATCHES)]
-    with at_work(job, body, seat=seated(blocks), wrap=echoed) as place:
+    with at_work(job, body, seat=seated(blocks), wrap=echoed, cache=CACHE) as place:
         epoch = partial(step, place.desk, *batches, train=FAR)
         first = timed(epoch)[0]
         later = statistics.median(timed(epoch)[0] for _ in range(LATER))

@@ -191,10 +191,11 @@ def at_work(
     wire: Wire = "fp32",
     adapter: Tensors | None = None,
     texts: Examples | None = None,
+    cache: int = 0,
 ) -> Generator[Place]:
     """Opens the turns of some clients, who all have these ``texts``, if any.
 
-    ``adapter`` is what all begin with, else the beginning.
+    ``adapter`` is what all begin with, else the beginning. ``cache``: bytes of ``train.cache``.
     """
     names = [f"c{n}" for n in range(clients)]
     engine = LocalEngine(
@@ -202,7 +203,7 @@ def at_work(
         CausalLM(TOKENIZER),
         {name: Shard(texts or Examples()) for name in names},
         kind=job.adapter,
-        training=Training(Optim(lr=LR), batch=job.rows),
+        training=Training(Optim(lr=LR), batch=job.rows, cache=cache),
         dice=Dice(0),
         profile="open",
         wrap=wrap,

@@ -46,6 +46,7 @@ class Training:
     label_prior: bool = False
     still: Literal["refuse", "allow"] = "refuse"
     ahead: bool = False  # the front of a batch lacks the last step, and need not wait for it
+    cache: int = 0  # bytes of hidden states that a client keeps in front of what trains
 
     def specs(self, slots: Mapping[str, SlotSpec]) -> dict[str, SlotSpec]:
         """A strategy's slots, with this optimizer where they name none."""

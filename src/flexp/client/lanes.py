@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flexp.client.session import Session
 from flexp.link.messages import Answer, Message, Posting
-from flexp.model.personal import Ask
+from flexp.model.far import Ask
 
 
 class _Ended(Exception):

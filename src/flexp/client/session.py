@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 from torch import Tensor
 
@@ -24,8 +25,8 @@ from flexp.link.messages import (
     Submit,
 )
 from flexp.model.cut import Seat
+from flexp.model.far import Ask
 from flexp.model.ops import Op, Optim
-from flexp.model.personal import Ask
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Egress
 from flexp.selection import ALL, Where
@@ -52,6 +53,7 @@ class Session:
     call: int = 0
     talks: int = 0
     waiting: list[Op] = field(default_factory=list[Op])
+    there: dict[int, int] = field(default_factory=dict[int, int])  # how rows go that were sent
 
     def _key(self, phase: Phase, call: int | None = None) -> StepKey:
         if call is None:
@@ -94,15 +96,20 @@ class Session:
         part: int = 0,
         send: Callable[[Message], Answer] | None = None,
     ) -> tuple[int, Tensor]:
-        """One far forward; waiting operations run before it. ``send`` is another way to send."""
-        key = self._key("forward")
+        """One far forward; waiting operations run before it. ``send`` is another way to send.
+
+        A row that the server keeps is not sent; if it does not keep it any more, all are, and that
+        row is not to be kept in this turn.
+        """
         ops, self.waiting = tuple(self.waiting), []
+        rows = tuple(self.there.get(n, n) for n in ask.rows)
+        here = [k for k, n in enumerate(rows) if n >= 0]
         message = Forward(
-            key,
+            self._key("forward"),
             ask.wear,
             ask.train,
             ask.until,
-            hidden,
+            hidden if len(here) == len(rows) else hidden[here],
             tuple(coefs),
             ask.shapes,
             ask.mask,
@@ -111,8 +118,16 @@ class Session:
             keep,
             ops,
             part,
+            ask.wants,
+            rows,
         )
-        return key.call, self._send(message, send).tensors[ask.until]
+        answer = self._send(message, send)
+        if lacks := cast("list[int]", answer.facts.get("lacks", [])):
+            self.there |= dict.fromkeys(lacks, 0)
+            message = replace(message, key=self._key("forward"), hidden=hidden, ops=(), rows=())
+            answer = self._send(message, send)
+        self.there |= {n: -n for n in message.rows if n > 0}
+        return message.key.call, answer.tensors[ask.until]
 
     def backward(
         self,

@@ -26,6 +26,7 @@ from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
 from flexp.model.ops import Initial, Optim, SlotSpec
 from flexp.model.personal import PersonalModel
+from flexp.model.prefix import Prefix
 from flexp.model.slots import Slots
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Egress, Leave, Profile
@@ -41,7 +42,8 @@ class Client:
     """One client as it comes to every turn: what is its own, and the backbone of its process.
 
     ``pool`` are training rows that stand in for its own, where a method is not federated.
-    ``objective`` is what it minimises instead of its task's loss.
+    ``objective`` is what it minimises instead of its task's loss. ``prefix`` are hidden states of
+    earlier turns.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Client:
     profile: Profile = "u-shape"
     pool: Examples | None = None
     objective: Loss | None = None
+    prefix: Prefix | None = None
 
     def open(
         self,
@@ -192,6 +195,7 @@ class Client:
             far=None if seat.near_only(self.backbone.depth) else session,
             layout=sorted(layout),
             dropout=dropout_of(self.kind),
+            prefix=self.prefix,
         )
 
 
@@ -211,6 +215,8 @@ def hand_in(desk: Desk, reply: Parcel, *, alone: int | None = None) -> None:
     desk.memory.settle()
     desk.session.leave()
     desk.memory.commit()
+    if desk.model.prefix is not None:
+        desk.model.prefix.end_turn()
 
 
 def _put_away(desk: Desk) -> None:

@@ -170,7 +170,8 @@ def refusals(whole: Comparison, found: Survey) -> dict[str, str]:
 def side_by_side(found: Survey, memory: int | None) -> int:
     """How many processes fit: as many as processors, within the memory budget, at least one."""
     whole = near_bytes(found.costs, found.bones.depth, 0)
-    each = LIBRARIES + whole["total"] + len(found.placed) * whole["adapters"]
+    client = whole["adapters"] + whole.get("cache", 0)
+    each = LIBRARIES + whole["total"] + len(found.placed) * client
     budget = int(SHARE * measure().memory) if memory is None else memory
     return max(1, min(os.cpu_count() or 1, budget // each))
 

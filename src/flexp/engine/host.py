@@ -55,7 +55,9 @@ class Host(ABC):
         self.measures = False  # whether turns are measured, which takes a little time
         self.tenants = Tenants(backbone, self.initial, still=training.still)
         drops = dropout_of(kind)
-        self.trunk = Trunk(backbone, self.tenants, task, dropout=drops, together=together)
+        self.trunk = Trunk(
+            backbone, self.tenants, task, dropout=drops, together=together, kept=training.cache
+        )
 
     def close(self) -> None:
         """Stops the trunk's thread."""

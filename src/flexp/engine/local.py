@@ -33,6 +33,7 @@ from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
 from flexp.model.meter import Meter
 from flexp.model.ops import SlotSpec
+from flexp.model.prefix import Prefix
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Profile
 from flexp.strategies.base import ClientId, Served, Strategy, Turn
@@ -63,15 +64,14 @@ class LocalEngine(Host):
         together: bool = False,
     ) -> None:
         super().__init__(backbone, task, kind=kind, training=training, dice=dice, together=together)
-        self.shards = shards
+        self.shards, self.name, self.keep_crossings = shards, run, keep_crossings
         self.profile: Profile = profile
-        self.pool = pool  # everybody's training rows, for a method that is not federated
-        self.own = own or {}
+        self.own, self.pool = own or {}, pool  # all rows, for a method that is not federated
         self.wires: Mapping[ClientId, Wire] = wires or {}
         self.tasks = {client: own.task for client, own in self.own.items()}
-        self.name, self.keep_crossings = run, keep_crossings
         self.wrap: Callable[[ClientId, Link], Link] = wrap
         self.memories = {c: Memory() for c in shards}
+        self.prefixes = {c: Prefix(training.cache) for c in shards if training.cache}
 
     def initial_of(self, client: ClientId, spec: SlotSpec, rank: int | None = None) -> Tensors:
         """The adapter that a slot begins with for a client, whose head may be its own."""
@@ -289,10 +289,12 @@ class LocalEngine(Host):
             training=self.training,
             initial=partial(self.initial_of, name),
             profile=self.profile,
+            prefix=self.prefixes.get(name),
         )
 
     def _undo(self, client: ClientId) -> None:
         """Takes both sides back to before the turn."""
         self.memories[client].rollback()
         self.tenants.rollback(client)
+        self.trunk.pending.drop(client)
         self.trunk.talks.drop(client)

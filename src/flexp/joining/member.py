@@ -34,6 +34,7 @@ from flexp.model.cut import Seat
 from flexp.model.files import Manifest
 from flexp.model.hollow import part
 from flexp.model.ops import SlotSpec
+from flexp.model.prefix import Prefix
 from flexp.model.skeleton import skeleton
 from flexp.own_tasks import classes_of
 from flexp.parcel import Parcel
@@ -68,6 +69,7 @@ class Member:
     seat: Seat | None = None
     scores: Cells = field(default_factory=dict[str, dict[str, float]])
     begun: dict[Any, Tensors] = field(default_factory=dict[Any, Tensors])
+    prefix: Prefix | None = None
 
     def counts(self) -> tuple[int, int, int]:
         """How many rows there are for training, validation and test."""
@@ -96,6 +98,8 @@ class Member:
         if asked is not None and asked.objective is not None and self.rows:
             self.objective = objective_of(asked.objective, task, shard.train, self.name)
         self.task, self.shard = task, shard
+        budget = training(self.recipe).cache
+        self.prefix = Prefix(budget) if budget else None
         self._open(told.seat)
 
     def _encoded(self, labels: tuple[str, ...], *, note: Say) -> tuple[Task, Shard]:
@@ -201,6 +205,7 @@ class Member:
             training=learning,
             initial=self._initial,
             profile=recipe.privacy.profile,
+            prefix=self.prefix,
         )
         return client.open(
             MeteredLink(self.link, self.ledger, self.link.wire),

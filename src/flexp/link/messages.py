@@ -84,6 +84,10 @@ class Forward:
     """One far forward. ``keep`` holds its graph until ``Backward``; ``ops`` run before it.
 
     ``part`` tells parts of a batch apart that share a step because they are under way together.
+    ``wants``: the gradient of the hidden state may be asked for. With ``rows`` it is not, and each
+    row of the batch has a number there: under n the server keeps the row for the turn if it can,
+    -n is the row that came under n and is not in ``hidden`` now, 0 is not to be kept. What it has
+    no more it names in the answer's facts as ``lacks``; it has computed nothing then.
     """
 
     key: StepKey
@@ -99,6 +103,8 @@ class Forward:
     keep: bool
     ops: tuple[Op, ...] = ()
     part: int = 0
+    wants: bool = True
+    rows: tuple[int, ...] = ()
 
     def tensors(self) -> Tensors:
         """The tensors on board, by name."""

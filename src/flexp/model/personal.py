@@ -5,25 +5,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from flexp.dice import Dice
-from flexp.errors import AdapterError, CutError, GradientError
+from flexp.errors import AdapterError, CutError
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
 from flexp.model.dress import Leaves, Train, dress, dropping, spread
+from flexp.model.far import Ask, Crossing, Far, Until
+from flexp.model.prefix import Entry, Prefix, Wearer
 from flexp.model.slots import Slots
 from flexp.model.worn import Worn
 from flexp.selection import ALL
-from flexp.tensors import PerRow, Stacked, Tensors, Wear, finite, slots_of, terms
-
-Until = Literal["hidden", "logits", "loss"]
+from flexp.tensors import PerRow, Stacked, Tensors, Wear, slots_of, terms
 
 
 class Inputs(Protocol):
@@ -48,54 +47,6 @@ class Fused(Protocol):
     def fused(self, hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tensor: ...
 
 
-class Far(Protocol):
-    """The server's part of one forward, as the client sees it."""
-
-    def forward(
-        self, ask: Ask, hidden: Tensor, coefs: Sequence[Tensor], *, keep: bool
-    ) -> tuple[int, Tensor]: ...
-    def backward(
-        self, call: int, grad: Tensor, *, hidden: bool
-    ) -> tuple[Tensor | None, list[Tensor]]: ...
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What a far forward is to do: wear, trainable slots, and where it ends."""
-
-    wear: Wear
-    train: Train
-    until: Until
-    shapes: Mapping[str, tuple[int, ...]]
-    mask: Tensor | None
-    labels: Tensor | None = None
-    dropout: Dice | None = None
-
-
-class _Trunk(torch.autograd.Function):
-    """The far part of a forward in the client's graph: what comes back has a gradient."""
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, far: Far, ask: Ask, wants: bool, hidden: Tensor, *coefs: Tensor
-    ) -> Tensor:
-        ctx.far, ctx.wants = far, wants
-        ctx.call, out = far.forward(ask, hidden.detach(), [c.detach() for c in coefs], keep=True)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        if not finite({"grad": grads[0]}):
-            raise GradientError(
-                "A gradient has NaN or infinity. Lower the learning rate, or set train.clip_norm."
-            )
-        hidden, coefs = ctx.far.backward(ctx.call, grads[0], hidden=ctx.wants)
-        return None, None, None, hidden, *coefs
-
-
 class PersonalModel:
     """One client's model on the shared backbone: near slots here, far slots behind ``far``.
 
@@ -112,10 +63,12 @@ class PersonalModel:
         far: Far | None = None,
         layout: Sequence[str] = (),
         dropout: float = 0.0,
+        prefix: Prefix | None = None,
     ) -> None:
         self.backbone, self.seat, self.near = backbone, seat, near
         self.past: Slots | None = None  # what the front wears instead, if it lacks a step
         self.task, self.far, self.layout = task, far, tuple(layout)
+        self.prefix = prefix  # what the front gave for rows of earlier batches, if it is kept
         self.leaves = Leaves()
         self.train: Train = None
         self.dropout_rate = dropout
@@ -222,11 +175,13 @@ class PersonalModel:
             raise AdapterError(f"{len(wear.row)} rows wear something, but the batch has {rows}.")
         depth, cut = self.backbone.depth, self.seat.cut
         stop = depth if until == "hidden" else None
-        tap = until == "tap"
-        if self.seat.near_only(depth):
-            out = self._near(inputs, worn, last=stop, tap=tap)
+        tap, whole = until == "tap", self.seat.near_only(depth)
+        entry = None if near else self._entry(inputs, wear, worn, depth if whole else cut.front)
+        way = {} if entry is None else {"first": entry.first, "feed": entry.feed}
+        if whole:
+            out = self._near(inputs, worn, last=stop, tap=tap, **way)
         else:
-            front = self._near(inputs, worn, last=cut.front)
+            front = self._near(inputs, worn, last=cut.front, **way)
             ends_far = self.seat.labels != "keep"
             ask = Ask(
                 wear=_bare(wear),
@@ -236,6 +191,8 @@ class PersonalModel:
                 mask=inputs.get("attention_mask"),
                 labels=batch.labels if until == "loss" else None,
                 dropout=dice,
+                rows=entry.rows if entry is not None and entry.first == cut.front else (),
+                wants=front.requires_grad,
             )
             out = self._cross(ask, front, [c for c in coefs if c is not None])
             if not ends_far:
@@ -249,6 +206,17 @@ class PersonalModel:
             count = partial(self._count, rows)
             out.register_hook(count)  # pyright: ignore[reportUnknownMemberType]
         return out
+
+    def _entry(
+        self, inputs: Mapping[str, Tensor], wear: Wear, worn: Worn, most: int
+    ) -> Entry | None:
+        """Where a forward that trains begins, if what is in front of that is kept."""
+        if self.prefix is None or self.train is None or not torch.is_grad_enabled():
+            return None
+        now = Wearer(self.past or self.near, wear, self.train, drops=worn.dice is not None)
+        return self.prefix.entry(
+            now, inputs, most, lambda some, last: self._near(some, worn, last=last)
+        )
 
     def _near(self, inputs: Mapping[str, Tensor], worn: Worn, **way: Any) -> Tensor:
         return self.backbone.run(inputs, worn, recompute=self.seat.recompute, **way)
@@ -267,11 +235,10 @@ class PersonalModel:
         if not keep:
             plain = [c.detach() for c in coefs]
             return far.forward(ask, hidden.detach(), plain, keep=False)[1]
-        wants = hidden.requires_grad
         # Far slots train even when nothing in the front does, so the graph must reach the trunk.
-        hidden = hidden if wants else hidden.detach().requires_grad_()
-        apply = cast(Callable[..., Tensor], _Trunk.apply)  # pyright: ignore[reportUnknownMemberType]
-        return apply(far, ask, wants, hidden, *coefs)
+        hidden = hidden if ask.wants else hidden.detach().requires_grad_()
+        apply = cast(Callable[..., Tensor], Crossing.apply)  # pyright: ignore[reportUnknownMemberType]
+        return apply(far, ask, hidden, *coefs)
 
     def _far_trains(self, ask: Ask) -> bool:
         places = [(k, self.near.place(k)) for k in self.layout]

@@ -28,6 +28,7 @@ class BlockCosts:
     hidden state as it crosses the link (None: as it is held). ``window`` parts of a batch are under
     way at a time; with ``ahead`` the fronts of as many more are there while these wait for their
     gradients.
+    ``cache_bytes`` of hidden states may be kept in front of what trains.
     """
 
     blocks: int
@@ -50,6 +51,7 @@ class BlockCosts:
     packed_bytes: int | None = None
     window: int = 1
     ahead: bool = False
+    cache_bytes: int = 0
     full: Trial | None = None
     single: Trial | None = None
 
@@ -79,7 +81,7 @@ def near_bytes(
     out and one in, and as many again if the next forward goes ahead. Parts under way together have
     activations and a gradient each; that they do not work at the same moment is not counted. A
     front that lacks a step keeps the adapters from before it. The process is what no tensor holds:
-    code, buffers of libraries, the allocator.
+    code, buffers of libraries, the allocator. The cache counts whole, even where all trains.
     """
     _check(costs, cut_front, cut_back, head_near)
     near = [*range(cut_front), *range(costs.blocks - cut_back, costs.blocks)]
@@ -100,6 +102,8 @@ def near_bytes(
         "link": 0 if whole else (2 + 2 * ahead) * message_bytes(costs) * rows // costs.batch,
         "process": costs.process_bytes,
     }
+    if costs.cache_bytes:
+        parts["cache"] = costs.cache_bytes
     if not head_near:  # logits that come back, their softmax and their gradient
         parts["link"] += 3 * costs.logits_bytes * rows // costs.batch
     return parts | {"total": sum(parts.values())}

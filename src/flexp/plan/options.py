@@ -114,11 +114,15 @@ def option(
 
 
 def tenant_bytes(costs: BlockCosts, limits: Limits, cut: Cut, accumulate: int) -> int:
-    """Bytes at the server for one client: adapters, moments and activations of what is far."""
+    """Bytes at the server for one client: adapters, moments and activations of what is far.
+
+    So much as a client may keep of hidden states the server may keep, too.
+    """
     costs = replace(costs, ahead=False)  # the server has no batch beside another
     whole = near_bytes(costs, costs.blocks, 0, accumulate=accumulate)
     near = near_bytes(costs, *cut, head_near=limits.head_near, accumulate=accumulate)
-    return sum(max(0, whole[part] - near[part]) for part in ("adapters", "activations"))
+    far = sum(max(0, whole[part] - near[part]) for part in ("adapters", "activations"))
+    return far + (0 if near["link"] == 0 else costs.cache_bytes)
 
 
 def menu(costs: BlockCosts, work: BlockWork | None, limits: Limits) -> list[Option]:

@@ -15,6 +15,8 @@ from flexp.selection import ALL, FAR, Place, Where
 
 Profile = Literal["open", "u-shape"]
 
+STAYS = "with train.cache it goes there once per row and may stay for the turn"
+
 
 @dataclass(frozen=True)
 class Leave:
@@ -42,7 +44,7 @@ class Egress:
     def structural(self) -> tuple[Leave, ...]:
         """What the cut alone sends, whatever the method."""
         out = (
-            Leave("hidden", when="every step", why="the server's blocks start from it"),
+            Leave("hidden", when="every step", why=f"the server's blocks start from it; {STAYS}"),
             Leave("hidden", when="every token", why="in a chat the server's blocks go on from it"),
             Leave("mask", when="every step", why="which positions are padding"),
             Leave("grad", when="every step", why="the server's adapters learn from it"),

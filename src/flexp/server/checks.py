@@ -19,19 +19,29 @@ from flexp.selection import NEAR, select
 from flexp.tensors import PerRow, Tensors, finite, terms
 
 
+def check_rows(backbone: Backbone, m: Forward) -> None:
+    """LinkError unless what is on board are hidden states, and as many as it is said."""
+    width, shape = backbone.width, list(m.hidden.shape)
+    if m.hidden.dim() != 3 or shape[-1] != width:
+        raise LinkError(f"A hidden state is [rows, length, {width}]; this one is {shape}.")
+    here = sum(n >= 0 for n in m.rows)
+    if m.rows and (here != shape[0] or m.wants):
+        raise LinkError(
+            f"Of {len(m.rows)} rows {here} should have come, without a wish for their gradient; "
+            f"{shape[0]} came."
+        )
+    if m.hidden.dtype != backbone.dtype:
+        raise LinkError(
+            f"A hidden state has numbers of type {backbone.dtype}; this one has {m.hidden.dtype}."
+        )
+
+
 def check(backbone: Backbone, seat: Seat, m: Forward) -> None:
     """LinkError unless types, shapes and numbers are those of a batch at that seat."""
-    width = backbone.width
-    if m.hidden.dim() != 3 or m.hidden.shape[-1] != width:
-        shape = list(m.hidden.shape)
-        raise LinkError(f"A hidden state is [rows, length, {width}]; this one is {shape}.")
     if seat.labels == "keep" and m.until != "hidden":
         raise LinkError(f'A seat with labels "keep" cannot ask for {m.until}.')
-    if m.hidden.dtype != backbone.dtype or not m.hidden.numel():
-        raise LinkError(
-            f"A hidden state has numbers of type {backbone.dtype}; this one has "
-            f"{m.hidden.numel()} of {m.hidden.dtype}."
-        )
+    if not m.hidden.numel():
+        raise LinkError("A hidden state has numbers; this one has 0.")
     rows, length = m.hidden.shape[:2]
     for name, shape in m.shapes.items():
         size = (rows, length) if name != "pixel_values" else (rows,)

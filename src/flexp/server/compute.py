@@ -47,7 +47,8 @@ class ForwardJob:
     def shape(self) -> Hashable:
         """What its graph's bytes depend on."""
         m = self.message
-        return self.seat.cut, m.until, tuple(m.hidden.shape), m.hidden.dtype, len(self.slots.values)
+        size, slots = tuple(m.hidden.shape), len(self.slots.values)
+        return self.seat.cut, m.until, size, m.hidden.dtype, m.wants, slots
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Compute:
         if backwards:
             return self._gradients(backwards)
         forwards = [job for job in jobs if isinstance(job, ForwardJob)]
-        shape = frozenset((job.seat.cut, len(job.slots.values)) for job in forwards)
+        alike = ((job.seat.cut, job.message.wants, len(job.slots.values)) for job in forwards)
+        shape = frozenset(alike)
         tokens = sum(job.tokens for job in forwards)
         graphs, size = self.waiting.measured(shape, partial(self._graphs, forwards), tokens)
         return [(g, size * j.tokens // tokens) for g, j in zip(graphs, forwards, strict=True)]
@@ -165,7 +167,7 @@ class Compute:
             else None
             for t in terms(m.wear)
         ]
-        hidden = m.hidden.detach().requires_grad_(m.keep)
+        hidden = m.hidden.detach().requires_grad_(m.keep and m.wants)
         worn = dress(job.slots, m.wear, coefs, m.train, leaves)
         worn = dropping(worn, self.dropout, m.dropout)
         return worn, Graph(hidden, hidden, [c for c in coefs if c is not None], leaves)
@@ -180,8 +182,9 @@ class Compute:
         for job in jobs:
             if job.graph.shared is not None:
                 job.graph.shared.done = True
-        if inputs:
-            outs, grads = [job.graph.out for job in jobs], [job.message.grad for job in jobs]
+        some = [job for job in jobs if job.graph.out.requires_grad]
+        if inputs and some:
+            outs, grads = [job.graph.out for job in some], [job.message.grad for job in some]
             found = cast(Gradients, torch.autograd.grad(outs, inputs, grads, allow_unused=True))
-        each = iter(found)
-        return [tuple(next(each) for _ in some) for some in wanted]
+        each = iter(found or (None,) * len(inputs))
+        return [tuple(next(each) for _ in mine) for mine in wanted]

@@ -40,8 +40,10 @@ class Request:
     @property
     def size(self) -> tuple[int, int]:
         """Rows and length of what it computes with."""
-        tensor = self.message.hidden if isinstance(self.message, Forward) else None
-        return (0, 0) if tensor is None else (int(tensor.shape[0]), int(tensor.shape[1]))
+        if not isinstance(self.message, Forward):
+            return 0, 0
+        rows, length = self.message.hidden.shape[:2]
+        return len(self.message.rows) or int(rows), int(length)
 
 
 class Line:

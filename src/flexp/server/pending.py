@@ -18,6 +18,7 @@ from torch import Tensor
 from flexp.errors import StepError
 from flexp.model.dress import Leaves
 from flexp.model.meter import Meter
+from flexp.server.rows import Rows
 
 T = TypeVar("T")
 MAX_PENDING = 16  # forwards of one client that wait for their backward
@@ -72,7 +73,8 @@ class Waiting:
     """All clients' forwards that wait; graphs beyond ``budget`` bytes go, the oldest first.
 
     So do those that are older than ``patience`` seconds when ``sweep`` is called: of a client that
-    is gone, or whose way is slow. Without either, all stay. Any thread may call any method.
+    is gone, or whose way is slow. Without either, all stay. Rows that are kept take what graphs
+    leave. Any thread may call any method.
     """
 
     budget: int | None = None
@@ -82,6 +84,7 @@ class Waiting:
     sizes: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
     dearest: float = 0.0  # bytes of a graph per token, the most so far
     lock: threading.Lock = field(default_factory=threading.Lock)
+    rows: Rows = field(default_factory=Rows)
 
     def keep(self, client: str, call: int, pending: Pending) -> None:
         """Keeps a forward, and forgets those of the client's earlier steps."""
@@ -139,11 +142,13 @@ class Waiting:
 
     def begin(self, client: str) -> None:
         """Nothing waits at the beginning of a turn."""
+        self.rows.drop(client)
         with self.lock:
             self.held[client] = {}
 
     def drop(self, client: str) -> None:
         """Nothing waits at the end of one."""
+        self.rows.drop(client)
         with self.lock:
             self.held.pop(client, None)
 
@@ -166,6 +171,7 @@ class Waiting:
     def _fit(self, budget: int) -> None:
         graphs = sorted(self._graphs(), key=lambda p: p.at)
         over = sum(p.bytes for p in graphs) - budget
+        self.rows.fit(max(0, -over))
         for pending in graphs:
             if over <= 0:
                 return

@@ -27,10 +27,11 @@ from flexp.model.backbone import Backbone
 from flexp.model.personal import Objective
 from flexp.parcel import JSON, Parcel
 from flexp.selection import select
-from flexp.server.checks import check, check_finite, odd_reply, refuse_odd
+from flexp.server.checks import check, check_finite, check_rows, odd_reply, refuse_odd
 from flexp.server.compute import BackwardJob, Compute, ForwardJob, Gradients
 from flexp.server.line import Request
 from flexp.server.pending import Graph, Pending, Waiting
+from flexp.server.rows import Rows
 from flexp.server.steps import StepTable
 from flexp.server.talks import Talks
 from flexp.server.tenants import Tenancy, Tenants
@@ -42,7 +43,7 @@ class Trunk(ComputeThread):
     """Answers messages, each exactly once, on one compute thread.
 
     One after another; ``together``, forwards that wait are computed in one pass with others, and
-    backwards of one pass too.
+    backwards of one pass too. ``kept``: bytes of hidden states that a client may leave here.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class Trunk(ComputeThread):
         *,
         dropout: float = 0.0,
         together: bool = False,
+        kept: int = 0,
     ) -> None:
         self.backbone, self.tenants, self.together = backbone, tenants, False
         self.tables: dict[str, StepTable] = {}
-        self.pending = Waiting()
+        self.pending = Waiting(rows=Rows(kept))
         self.talks = Talks(backbone)
         super().__init__(Compute(backbone, task, self.pending, dropout=dropout))
         if together:
@@ -208,13 +210,21 @@ class Trunk(ComputeThread):
     # ---- what is computed
 
     def _forward(self, home: Tenancy, m: Forward) -> Work:
-        check(self.backbone, home.seat, m)
+        check_rows(self.backbone, m)
+        rows, lacks = self.pending.rows, self.pending.rows.lacking(home.client, m)
+        if not lacks:
+            m = rows.whole(home.client, m)
+            check(self.backbone, home.seat, m)
         self.tenants.do(home.client, m.ops)
         home.seen = self.tenants.steps
+        if lacks:
+            # Not an error: messages may be on their way that count on these operations.
+            return Answer(facts={"lacks": lacks})
         self.tenants.wear_shared(home)
         worn = {slot: home.slots[slot] for slot in slots_of(m.wear)}
         job = ForwardJob(home.client, home.seat, replace(home.slots, values=worn, grads={}), m)
         graph, size = cast("tuple[Graph, int]", (yield job))
+        rows.keep(home.client, m)
         if m.keep:
             again = partial(self.compute.graph, job)
             pending = Pending(m.key.step, m.part, again, graph, size, self.pending.clock())
@@ -229,6 +239,8 @@ class Trunk(ComputeThread):
                 f"The gradient has shape {list(m.grad.shape)} and {m.grad.dtype}, the result "
                 f"{list(graph.out.shape)} and {graph.out.dtype}."
             )
+        if m.hidden and not graph.hidden.requires_grad:
+            raise LinkError("The gradient of a hidden state was asked for that was not wanted.")
         self.pending.done(home.client, m.key.call)
         self._count(home, (pending.step, pending.part), int(graph.hidden.shape[0]))
         found = cast(Gradients, (yield BackwardJob(home.client, graph, m, pending.again)))
