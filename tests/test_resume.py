@@ -157,11 +157,9 @@ def test_codes_in_mode_fast_are_those_of_exact_within_rounding_and_are_resumed(
     assert whole.keys() == exact.keys()
     for name, tensors in exact.items():
         for key, value in tensors.items():
-            pair = (
-                torch.frombuffer(bytearray(v), dtype=torch.float32)
-                for v in (value, whole[name][key])
-            )
-            assert torch.allclose(*pair, atol=1e-4)
+            mine = torch.frombuffer(bytearray(whole[name][key]), dtype=torch.float32)
+            theirs = torch.frombuffer(bytearray(value), dtype=torch.float32)
+            assert torch.allclose(mine, theirs, atol=1e-4)
     with pytest.raises(Killed):
         run(recipe, "mode=fast", "name=again", die_at=4)
     assert outcome(run(recipe, "mode=fast", "name=again", resume=True))[0] == whole
