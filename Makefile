@@ -77,6 +77,7 @@ bench: bench-protocol  ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/splits.py
 	$(BIN)/python benchmarks/partial.py
 	$(BIN)/python benchmarks/wire.py
+	$(BIN)/python benchmarks/quantized.py
 
 bench-protocol: $(STAMP)  ## Methods against each other, as benchmarks/protocol.yaml lays down
 	$(BIN)/python benchmarks/protocol.py quick

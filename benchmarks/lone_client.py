@@ -7,11 +7,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from checkpoints import CLASSES
-from torch import nn
 from transformers.utils import logging
 
 from flexp.client.desk import Desk, Training
@@ -98,7 +97,7 @@ def measured(case: Case) -> dict[str, Any]:
 def size(body: Backbone) -> dict[str, int]:
     """Bytes of a backbone's parameters and buffers, codes of quantized weights among them."""
     held = {id(t): t.nbytes for t in (*body.model.parameters(), *body.model.buffers())}
-    inside = cast(nn.Module, body.model.get_submodule(body.blocks_path))
+    inside = body.model.get_submodule(body.blocks_path)
     blocks = {id(t): t.nbytes for t in (*inside.parameters(), *inside.buffers())}
     return {"blocks": sum(blocks.values()), "outside": sum(held.values()) - sum(blocks.values())}
 

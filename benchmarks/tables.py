@@ -21,9 +21,11 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 SECURITY = HERE.parent / "SECURITY.md"
 EXPLANATION = HERE.parent / "docs" / "explanation"
+CUTS = HERE.parent / "docs" / "how-to" / "cuts.md"
 PAGES = (
     README,
     SECURITY,
+    CUTS,
     *(EXPLANATION / f"{name}.md" for name in ("network", "reliability", "speed")),
 )
 
@@ -264,6 +266,47 @@ def _anatomy(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def quantized() -> dict[str, str]:
+    """What quantized linear maps save, take and cost, as Markdown tables."""
+    found: dict[str, Any] = json.loads((HERE / "results" / "quantized.json").read_text("utf-8"))
+    sizes = [
+        f"`{found['command']}` in {found['minutes']:.0f} minutes, with a load of "
+        f"{found['load'][0]:.1f} at the start.",
+        "",
+        "| model | linear maps | weights: in blocks / all | client with cut (2, 1): predicted / "
+        "measured | whole model: predicted / measured | at the peak of opening it | a step |",
+        f"|{' --- |' * 7}",
+    ]
+    changed = (f"{name}: {', '.join(held['changes'])}" for name, held in found["models"].items())
+    scored = [
+        f"Changed in the recipes: {'; '.join(changed)}.",
+        "",
+        "| model | linear maps | base, own / everybody's | trained, own / everybody's |",
+        f"|{' --- |' * 4}",
+    ]
+    for model, held in found["models"].items():
+        for form, step in held["step"].items():
+            blocks, outside = step["bytes"]["blocks"], step["bytes"]["outside"]
+            at = [held["memory"][where][form] for where in ("cut", "whole")]
+            pairs = [(blocks, blocks + outside), *((c["predicted"], c["peak"]) for c in at)]
+            cells = [" / ".join(map(format_bytes, pair)) for pair in pairs]
+            opening = format_bytes(at[1]["opening_peak"])
+            name = "float32" if form == "none" else form
+            ratio = f"{step['ratio']:.2f} ×"
+            sizes.append(f"| {' | '.join([model, name, *cells, opening, ratio])} |")
+            metric = next(iter(held["score"][form]["after"])).split(" ")[1]
+            own = [
+                " / ".join(
+                    _shown(held["score"][form][when][f"{data} {metric}"], metric == "accuracy")
+                    for data in ("own", "global")
+                )
+                for when in ("before", "after")
+            ]
+            unit = "%" if metric == "accuracy" else metric
+            scored.append(f"| {' | '.join([model, name, *(f'{c} {unit}' for c in own)])} |")
+    return {"quantized": "\n".join(sizes) + "\n", "quantized-scores": "\n".join(scored) + "\n"}
+
+
 def fuzzed() -> str:
     """What the last long run of the fuzzer did and found, and when, as Markdown."""
     found: dict[str, Any] = json.loads((HERE / "results" / "suite-fuzz.json").read_text("utf-8"))
@@ -355,7 +398,10 @@ def rendered(text: str) -> str:
     """A page with its tables made anew."""
     made = {**{name: table(name) for name in NAMES}, "verdicts": verdicts(), "splits": fleets()}
     made |= (
-        between_processes() | speeds() | {"fuzz": fuzzed(), "faults": matrix(), "suites": suites()}
+        between_processes()
+        | speeds()
+        | quantized()
+        | {"fuzz": fuzzed(), "faults": matrix(), "suites": suites()}
     )
     for name, lines in made.items():
         if f"<!-- {name}:begin -->" not in text:

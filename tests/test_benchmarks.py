@@ -33,6 +33,24 @@ def test_the_readme_shows_the_committed_results() -> None:
     assert "<!-- quick:begin -->" in text
 
 
+def test_the_page_on_cuts_shows_the_committed_results() -> None:
+    text = (ROOT / "docs" / "how-to" / "cuts.md").read_text("utf-8")
+    assert tables().rendered(text) == text
+    for name in ("quantized", "quantized-scores"):
+        assert f"<!-- {name}:begin -->\n<!--" not in text
+
+
+def test_quantized_weights_save_what_is_said() -> None:
+    """A quarter and a seventh of the bytes in blocks, and no client needs more than is planned."""
+    for held in quick("quantized")["models"].values():
+        wide = held["step"]["none"]["bytes"]["blocks"]
+        assert held["step"]["int8"]["bytes"]["blocks"] / wide == pytest.approx(1 / 4, rel=0.05)
+        assert held["step"]["nf4"]["bytes"]["blocks"] / wide == pytest.approx(1 / 7, rel=0.05)
+        for cases in held["memory"].values():
+            assert all(case["peak"] <= 1.15 * case["predicted"] for case in cases.values())
+            assert cases["nf4"]["peak"] < cases["none"]["peak"]
+
+
 def test_the_page_on_the_network_shows_the_committed_results() -> None:
     text = (ROOT / "docs" / "explanation" / "network.md").read_text("utf-8")
     assert tables().rendered(text) == text

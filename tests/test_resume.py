@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from flexp import assets, commands, events, recipe_file
@@ -157,3 +158,21 @@ def last(log: Path, round: int) -> str:
     """The lines of a round of a log, or of later ones."""
     found = log.read_text(encoding="utf-8").splitlines()
     return "\n".join(line for line in found if f'"round": {round - 1}' in line)
+
+
+@pytest.mark.slow
+def test_codes_in_mode_fast_are_those_of_exact_within_rounding_and_are_resumed(
+    recipe_of: Recipe,
+) -> None:
+    recipe = recipe_of(model__quantize="nf4", model__dtype="float32")
+    exact = outcome(run(recipe, "name=exact"))[0]
+    whole = outcome(run(recipe, "mode=fast", "name=whole"))[0]
+    assert whole.keys() == exact.keys()
+    for name, tensors in exact.items():
+        for key, value in tensors.items():
+            mine = torch.frombuffer(bytearray(whole[name][key]), dtype=torch.float32)
+            theirs = torch.frombuffer(bytearray(value), dtype=torch.float32)
+            assert torch.allclose(mine, theirs, atol=1e-4)
+    with pytest.raises(Killed):
+        run(recipe, "mode=fast", "name=again", die_at=4)
+    assert outcome(run(recipe, "mode=fast", "name=again", resume=True))[0] == whole
