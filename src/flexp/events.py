@@ -199,10 +199,7 @@ class Recorder(AbstractContextManager["Recorder", None]):
         self._cut(lambda lines: sum(len(line) for line in lines if line.endswith(b"\n")))
 
     def __call__(self, event: Event) -> None:
-        """Append the event; it is with the operating system when this returns.
-
-        Those of a round are on the disk before its checkpoint is, which is gone on from.
-        """
+        """Append the event; those of a round are on the disk before its checkpoint is."""
         self._file.write(_line(event, self._clock()))
         self._file.flush()
         if isinstance(event, Merged):
@@ -226,8 +223,7 @@ class Recorder(AbstractContextManager["Recorder", None]):
             if last == to_round:
                 return size
             raise CheckpointError(
-                f'"{self.path}" has no checkpoint of round {to_round}, but there is one on disk. '
-                "Restore the log and the checkpoints from one backup of this folder."
+                f'"{self.path}" has no checkpoint of round {to_round}. Restore all from one backup.'
             )
 
         self._cut(end)

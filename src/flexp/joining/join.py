@@ -122,18 +122,16 @@ def join(asked: Joining, cache: assets.Cache, agree: Agree, say: Say) -> dict[st
     try:
         return stay.until_the_end()
     except (Stopped, KeyboardInterrupt) as end:
-        back = isinstance(end, Stopped) and end.signal == signal.SIGTERM
         with suppress(FlexpError, TimeoutError):
-            link.post(Bye(back=back)).result(timeout=2)
+            link.post(Bye(back=getattr(end, "signal", 0) == signal.SIGTERM)).result(timeout=2)
         raise
     except (FlexpError, OSError) as problem:
         with suppress(FlexpError):  # the server may be what has gone
             link.post(Bye(why=type(problem).__name__))
         if isinstance(problem, OSError):
-            why = problem.strerror or problem
             raise ParcelError(
-                f"{problem.filename or asked.folder} cannot be used: {why}. Make room or name "
-                "another folder with --folder, and start the same command again."
+                f"{problem.filename or asked.folder} cannot be used: {problem.strerror}. "
+                "Make room or name another --folder, and start the same command again."
             ) from problem
         raise
     finally:
@@ -277,9 +275,8 @@ class Stay:
     def _model(self, recipe: Recipe, welcome: Welcome) -> tuple[Path, Manifest | None]:
         """The model's folder: this device's own, if it is the server's model, else a new one."""
         theirs = manifest_of(self.link, welcome.model)
-        asked = self.asked
+        asked, revision = self.asked, recipe.model.revision
         if asked.model is not None:
-            revision = recipe.model.revision
             folder = assets.resolve(asked.model, self.cache, revision=revision, say=self.say)
             check_local(folder, theirs)
             return folder, None
