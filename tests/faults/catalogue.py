@@ -189,8 +189,9 @@ class Fault(Enum):
     F23 = Case(
         "the run's own records are damaged",
         "named by `flexp verify`; a server that cannot read its roster does not start",
-        "no new record is begun over an old one",
+        "no new record is begun over an old one; that a log is gone is the next one's first line",
         (
+            "network/test_damage.py::test_a_log_that_is_lost_is_the_first_line_of_the_next",
             "test_verify.py::test_what_was_changed_is_named",
             "test_audit.py::test_any_change_of_any_byte_is_found",
         ),

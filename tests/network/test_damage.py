@@ -12,15 +12,16 @@ import pytest
 
 from flexp import recipe_file
 from flexp.engine.network import NetworkEngine
-from flexp.errors import CheckpointError, LinkError
+from flexp.errors import CheckpointError, LinkError, RecipeError
+from flexp.joining import parts
 from flexp.joining.folder import OWNER, take
-from flexp.link.control import Refused
+from flexp.link.control import Refused, Welcome
 from flexp.link.listen import Call
 from flexp.link.messages import Fetch, StepKey
 from flexp.recipe import Recipe
 from flexp.server.thread import ComputeThread
 from flexp.serving.floor import LABELS, Floor, labels_of, space_in
-from flexp.serving.log import LONGEST, Log
+from flexp.serving.log import LONGEST, Log, opened
 from flexp.serving.reception import Reception
 from flexp.serving.roster import Entry, Roster
 from flexp.serving.serve import _told
@@ -142,3 +143,22 @@ def test_a_server_that_ends_sends_nobody_away_for_good() -> None:
     )
     assert isinstance(said, Refused)
     assert said.again
+
+
+@pytest.mark.parametrize("told", ["{", "[" * 100_000, "[]", '{"name": 3}'])
+def test_a_servers_recipe_that_is_none_is_an_error_of_one_line(told: str) -> None:
+    with pytest.raises(RecipeError, match="server's recipe"):
+        parts.recipe_of(Welcome("server", recipe=told, hash="0" * 64))
+
+
+def test_a_log_that_is_lost_is_the_first_line_of_the_next(tmp_path: Path) -> None:
+    said: list[str] = []
+    for began in (False, True, True):
+        log = opened(tmp_path, said.append, began=began)
+        assert log.audit is not None
+        log.audit.close()
+    assert said == []
+    (tmp_path / "audit.jsonl").unlink()
+    opened(tmp_path, said.append, began=True)
+    assert "audit.jsonl was not there, though this run has begun" in said[0]
+    assert "was not there" in (tmp_path / "audit.jsonl").read_text("utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import signal
 from collections.abc import Callable, Sequence
@@ -25,13 +24,12 @@ from flexp.errors import (
     FlexpError,
     LinkError,
     ParcelError,
-    RecipeError,
     Stopped,
 )
 from flexp.identity.credentials import Credentials
 from flexp.joining.folder import owner_of, take
 from flexp.joining.member import Member, spaces_of
-from flexp.joining.parts import bones_of, check_local, fetch_small, manifest_of
+from flexp.joining.parts import bones_of, check_local, fetch_small, manifest_of, recipe_of
 from flexp.joining.terms import Terms
 from flexp.link.control import (
     PROTOCOL,
@@ -55,7 +53,6 @@ from flexp.model.skeleton import Skeleton
 from flexp.parcel import file_name, write_atomic
 from flexp.plan.devices import measure, measure_flops, measure_link
 from flexp.recipe import Recipe
-from flexp.recipe_file import make
 from flexp.seating import dtype_of, frame_limit, quantize_of
 from flexp.strategies import build
 from flexp.strategies.base import Strategy
@@ -190,9 +187,7 @@ class Stay:
 
     def come_in(self, welcome: Welcome) -> Member:
         """From the welcome to the waiting room; a server that began anew meets the same member."""
-        recipe = make(json.loads(welcome.recipe), "the server's recipe")
-        if recipe.hash() != welcome.hash:
-            raise RecipeError("The server's recipe has not the hash that it says. Do not join it.")
+        recipe = recipe_of(welcome)
         self.asked.tune(recipe.mode)
         name, member = welcome.client, self.member
         take(self.asked.folder, name)

@@ -7,11 +7,12 @@ if its digest is that of the server's list.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
-from flexp.errors import LinkError, ModelError
+from flexp.errors import LinkError, ModelError, RecipeError
 from flexp.link.control import Data, Read, Welcome
 from flexp.link.dial import GrpcLink
 from flexp.model.files import (
@@ -28,6 +29,7 @@ from flexp.model.skeleton import Skeleton, bare, read_config
 from flexp.parcel import write_atomic
 from flexp.plan.devices import format_bytes
 from flexp.recipe import Recipe
+from flexp.recipe_file import make
 
 STEP = 1 << 19
 
@@ -63,6 +65,18 @@ def check_local(folder: Path, theirs: Manifest) -> None:
                 f'{folder} is another model than the server\'s: its tensor "{name}" differs. Leave '
                 "--model out to fetch the blocks from the server."
             )
+
+
+def recipe_of(welcome: Welcome) -> Recipe:
+    """The server's recipe; RecipeError if it is none, or not the one that its hash says."""
+    try:
+        plain = json.loads(welcome.recipe)
+    except (ValueError, RecursionError) as problem:
+        raise RecipeError(f"The server's recipe is none: {problem!s:.100}.") from problem
+    recipe = make(plain, "the server's recipe")
+    if recipe.hash() != welcome.hash:
+        raise RecipeError("The server's recipe has not the hash that it says. Do not join it.")
+    return recipe
 
 
 def bones_of(recipe: Recipe, welcome: Welcome, folder: Path) -> Skeleton:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from flexp.audit import AuditLog, printable
 from flexp.errors import AuditError
@@ -13,6 +15,16 @@ from flexp.stage import Say
 
 LINES = Rate(60, 1)  # of one peer
 LONGEST = 1000  # characters of one
+
+
+def opened(out: Path, say: Say, *, began: bool) -> Log:
+    """The log in a folder; if a run ``began`` there and has none, that is its first line."""
+    path = out / "audit.jsonl"
+    lost = began and not path.is_file()
+    log = Log(say, AuditLog(path, time.time))
+    if lost:
+        log.alert("", f"{path} was not there, though this run has begun: a new one begins")
+    return log
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ import yaml
 
 from flexp import assets, checkpoint, commands
 from flexp import run as running
-from flexp.audit import AuditLog
 from flexp.engine.guests import WAITS_FOR_ALL, Policy
 from flexp.engine.network import NetworkEngine
 from flexp.errors import CheckpointError, FlexpError
@@ -27,10 +25,10 @@ from flexp.link.listen import Listener
 from flexp.parcel import write_atomic
 from flexp.recipe import Recipe
 from flexp.seating import frame_limit
+from flexp.serving import log as logs
 from flexp.serving.epilogue import Epilogue
 from flexp.serving.floor import Floor, floor_of, open_stage
 from flexp.serving.gate import Gate
-from flexp.serving.log import Log
 from flexp.serving.reception import Reception
 from flexp.serving.roster import Roster
 from flexp.serving.watch import GRAPHS, Watch
@@ -86,7 +84,7 @@ def _serve(
             "out=FOLDER, or another name with name=NAME."
         )
     authority = None if asked.authority is None else Authority.open(asked.authority)
-    log = Log(say, AuditLog(out / "audit.jsonl", time.time))
+    log = logs.opened(out, say, began=roster.started)
     gate = Gate(recipe.mode == "exact", log, authority)
     reception = Reception(floor, roster, say, gate)
     reception.manifest  # noqa: B018 every tensor is read now, not while a client waits
