@@ -14,8 +14,11 @@ from flexp.errors import StrategyError, nearest
 from flexp.strategies.base import Strategy
 from flexp.strategies.ditto import Ditto
 from flexp.strategies.fedavg import FedAvg
+from flexp.strategies.fedbabu import FedBabu
+from flexp.strategies.fedbn import FedBn
 from flexp.strategies.fedper import FedPer
 from flexp.strategies.fedprox import FedProx
+from flexp.strategies.fedrep import FedRep
 from flexp.strategies.ffa_lora import FfaLora
 from flexp.strategies.flexp import FlexP
 from flexp.strategies.flexp_sfl import FlexPSfl
@@ -38,6 +41,9 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     FedProx,
     Ditto,
     FedPer,
+    FedRep,
+    FedBabu,
+    FedBn,
     FfaLora,
     Sl,
     SplitFedV1,

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
-from flexp.client.desk import Desk
+from flexp.client.desk import Desk, Training
 from flexp.data.tasks import Batch
 from flexp.dice import Dice
 from flexp.model.adapter import Kind
@@ -36,7 +36,7 @@ class Setting:
     """What a method is asked to run in, known before any weight is read.
 
     ``head`` is whether the adapter has tensors after the last block. ``heads`` are the kinds of
-    task and the labels by client, where some have their own.
+    task and the labels by client, where some have their own. ``training`` is the recipe's.
     """
 
     task: str
@@ -47,6 +47,7 @@ class Setting:
     heads: Mapping[ClientId, tuple[str, ...]] = field(
         default_factory=dict[ClientId, tuple[str, ...]]
     )
+    training: Training = field(default_factory=Training)
 
 
 @dataclass(frozen=True)
