@@ -1,4 +1,4 @@
-"""Personalised methods once by hand, and what each must equal.
+"""Methods that share a part of the adapter, once by hand, and what each must equal.
 
 The bench is that of ``test_by_hand.py``: a has one row and wants (8, 16, 32), b has three and wants
 (16, 8, -16), front, trunk and head; they start at 0, and a step goes half of the way.
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from strategies.bowls import CUT, WHOLE, Bench, flat
-from toys import Played, model_of, play, same, whole
+from strategies.bowls import Bench, flat
+from strategies.pairs import alike, ran
+from toys import model_of, same
 
 from flexp.model.adapter import Dense, Lora
-from flexp.model.cut import Cut, Seat
 from flexp.selection import Place, Where
 from flexp.strategies import build
 from flexp.strategies.fedavg import FedAvg
@@ -24,13 +24,7 @@ from flexp.strategies.fedper import FedPer
 from flexp.strategies.fedrep import FedRep
 from flexp.strategies.local import Local
 
-MIXED = (Seat(Cut(1, 1)), Seat(Cut(2, 0)), whole(4))
 HEADLESS = Lora(rank=3, alpha=6.0, head=False)
-places = pytest.mark.parametrize("seats", [CUT, WHOLE, {"a": CUT, "b": WHOLE}], ids=str)
-
-
-def alike(a: Played, b: Played) -> bool:
-    return all(same(a.adapters[c], b.adapters[c]) for c in a.adapters)
 
 
 # ---- a shared part
@@ -73,11 +67,11 @@ class Swapped(FedRep):
 
 
 def test_fedrep_is_fedper_one_part_after_the_other() -> None:
-    fedrep = play(FedRep(), MIXED)
-    assert alike(play(Together(), MIXED), play(FedPer(), MIXED))
-    assert not alike(fedrep, play(FedPer(), MIXED))
-    assert not alike(fedrep, play(Swapped(), MIXED))  # the order counts
-    assert alike(play(FedRep(), MIXED, kind=HEADLESS), play(FedAvg(), MIXED, kind=HEADLESS))
+    fedrep = ran(FedRep())
+    assert alike(ran(Together()), ran(FedPer()))
+    assert not alike(fedrep, ran(FedPer()))
+    assert not alike(fedrep, ran(Swapped()))  # the order counts
+    assert alike(ran(FedRep(), kind=HEADLESS), ran(FedAvg(), kind=HEADLESS))
 
 
 def test_fedbabu_learns_under_a_fixed_head_and_tunes_at_the_end() -> None:
@@ -104,11 +98,11 @@ def test_fedbabu_goes_on_tuning_where_it_was_and_serves_the_body_to_who_missed_i
 
 
 def test_fedbabu_without_tuning_is_fedrep_without_steps_of_the_head() -> None:
-    plain = play(FedBabu(tune_rounds=0), MIXED)
-    assert alike(play(FedRep(head_steps=0), MIXED), plain)
-    assert same(plain.state, play(FedBabu(tune_rounds=1), MIXED, rounds=3).state)
-    tuned = play(FedBabu(), MIXED, rounds=1)  # a run that is all tuning
-    assert alike(tuned, play(Local(), MIXED, rounds=1))
+    plain = ran(FedBabu(tune_rounds=0))
+    assert alike(ran(FedRep(head_steps=0)), plain)
+    assert same(plain.state, ran(FedBabu(tune_rounds=1), rounds=3).state)
+    tuned = ran(FedBabu(), rounds=1)  # a run that is all tuning
+    assert alike(tuned, ran(Local(), rounds=1))
 
 
 NORMED = Dense(("query", *(f"bert.encoder.layer.{n}.output.LayerNorm" for n in range(4))))
@@ -133,9 +127,9 @@ class Trunk(FedBn):
 
 
 def test_fedbn_without_normalisations_is_fedavg() -> None:
-    assert alike(play(FedBn(), MIXED), play(FedAvg(), MIXED))
-    found = play(FedBn(), MIXED, kind=NORMED)
-    assert not alike(found, play(FedAvg(), MIXED, kind=NORMED))
+    assert alike(ran(FedBn()), ran(FedAvg()))
+    found = ran(FedBn(), kind=NORMED)
+    assert not alike(found, ran(FedAvg(), kind=NORMED))
     one, two = found.adapters["c0"], found.adapters["c1"]
     assert {k for k in one if not torch.equal(one[k], two[k])} == {k for k in one if "Norm" in k}
 
