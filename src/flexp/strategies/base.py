@@ -90,6 +90,16 @@ class Turn:
         rows = [float(self.rows.get(c, 0)) for c in clients]
         return rows if sum(rows) else [1.0] * len(rows)
 
+    def told(self, replies: Mapping[ClientId, Parcel]) -> list[float]:
+        """Rows that the replies tell of, at most those seen, as weights.
+
+        For turns in which something trains behind the trunk alone: the server sees that at some
+        cuts, and at others not.
+        """
+        told = [reply.facts.get("rows") for reply in replies.values()]
+        pairs = zip(told, self.weights(list(replies)), strict=True)
+        return [min(float(t), seen) if isinstance(t, int) and t > 0 else seen for t, seen in pairs]
+
 
 @dataclass(frozen=True)
 class Served:

@@ -107,4 +107,4 @@ class FedAla(Strategy[Tensors]):
 
     def merge(self, state: Tensors, replies: Mapping[ClientId, Parcel], turn: Turn) -> Tensors:
         trained = [reply.adapters["personal"] for reply in replies.values()]
-        return mean(trained, turn.weights(list(replies))) if trained else state
+        return mean(trained, turn.told(replies)) if trained else state

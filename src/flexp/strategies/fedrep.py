@@ -36,8 +36,4 @@ class FedRep(FedPer):
         return [(~self.body, self.head_steps), (self.body, None)]
 
     def weights(self, replies: Mapping[ClientId, Parcel], turn: Turn) -> list[float]:
-        """The rows of the body's steps: of a near head's the server sees no backward."""
-        seen = turn.weights(list(replies))
-        told = [reply.facts.get("rows") for reply in replies.values()]
-        pairs = zip(seen, told, strict=True)
-        return [min(n, float(t)) if isinstance(t, int) and t > 0 else n for n, t in pairs]
+        return turn.told(replies)  # of the body's steps
