@@ -15,13 +15,15 @@ from test_resume import outcome, run
 from torch.nn import functional
 
 from flexp import answers, assets, commands, events, planning, recipe_file
+from flexp.client.desk import Training
 from flexp.data.examples import Examples
 from flexp.data.objectives import CrossEntropy, Focal, objective_of
 from flexp.data.tasks import IGNORED
 from flexp.errors import DataError, FlexpError, ModelError, RecipeError, StrategyError
-from flexp.model.adapter import Lora
+from flexp.model.adapter import Dense, Kind, Lora
 from flexp.model.cut import Cut, Seat
 from flexp.model.kindred import join
+from flexp.model.ops import Optim
 from flexp.recipe import TaskRecipe
 from flexp.recipe_clients import ObjectiveRecipe
 from flexp.stage import opened, prepare, survey
@@ -32,7 +34,7 @@ Recipe = Callable[..., Path]
 MOODS = ("calm", "glad", "low", "mad", "tired")
 OWN = {"ben": {"label": "mood"}}
 LM = TaskRecipe(kind="causal-lm", max_length=16)
-FREE = {"base", "fedper", "flexp", "flexp_sft", "local", "splitfed_v3"}
+FREE = {"base", "fedbabu", "fedper", "fedrep", "flexp", "flexp_sft", "local", "splitfed_v3"}
 
 
 @pytest.fixture
@@ -114,10 +116,12 @@ def test_methods_that_bring_heads_together_refuse(method: str) -> None:
     seats: dict[str, Seat] = {name: Seat(Cut(1, 1)) for name in ("anna", "ben", "cy")}
     one, other = ("classification", "x", "y"), ("classification", "z", "y")
     heads: dict[str, tuple[str, ...]] = {"anna": one, "ben": other, "cy": one}
-    found = made.refuses(Setting("classification", Lora(), seats, 4, True, heads))
+    kind: Kind = Dense(("layer.0.norm",)) if method == "fedbn" else Lora()
+    how = Training(Optim("sgd"))  # scaffold takes no other
+    found = made.refuses(Setting("classification", kind, seats, 4, True, heads, how))
     assert '"ben" learn other labels or another task' in found
     assert '"anna"' not in found
-    alike = Setting("classification", Lora(), seats, 4, True, {**heads, "ben": one})
+    alike = Setting("classification", kind, seats, 4, True, {**heads, "ben": one}, how)
     assert made.refuses(alike) == ""
 
 

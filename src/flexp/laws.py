@@ -55,6 +55,7 @@ SERVER, LOGITS = "the server", "predictions"
 End = dict[tuple[str, str], Tensor]  # what a run leaves behind, by whose it is and what
 ROUNDS = (CLIENTS, ("anna", "carl"), CLIENTS)  # who takes part
 KIND = Lora(rank=2, alpha=4.0)
+TRAINING = Training(Optim(lr=5e-2), batch=4, steps=2, clip_norm=1.0)
 TASK = Classification(LABELS, cast("Any", SimpleNamespace(pad_token_id=0, eos_token_id=None)))
 WHOLE, EQUAL = (uncut(DEPTH),) * 3, (Seat(Cut(1, 1)),) * 3
 MIXED = (Seat(Cut(1, 1)), Seat(Cut(2, 0)), uncut(DEPTH))
@@ -126,7 +127,8 @@ def _refusal(strategy: Strategy[Any], seats: Sequence[Seat]) -> str:
     if cut and (strategy.kind == "centralised" or strategy.split != "yes"):
         return strategy.split
     placed = dict(zip(CLIENTS, seats, strict=True))
-    return strategy.refuses(Setting("classification", KIND, placed, DEPTH, head=True))
+    setting = Setting("classification", KIND, placed, DEPTH, head=True, training=TRAINING)
+    return strategy.refuses(setting)
 
 
 def _equal(strategy: Strategy[Any], law: str, one: End, other: End) -> None:
@@ -235,8 +237,7 @@ def _woken(strategy: Strategy[Any], state: Any, engine: LocalEngine) -> tuple[St
 def _engine(strategy: Strategy[Any], clients: Sequence[ClientId]) -> LocalEngine:
     shards = {c: Shard(_rows(c, "train", 9), _rows(c, "val", 3), _rows(c, "test")) for c in clients}
     pool = pooled(shards, None, "train") if strategy.kind == "centralised" else None
-    training = Training(Optim(lr=5e-2), batch=4, steps=2, clip_norm=1.0)
-    made = functools.partial(LocalEngine, _body(), TASK, shards, kind=KIND, training=training)
+    made = functools.partial(LocalEngine, _body(), TASK, shards, kind=KIND, training=TRAINING)
     return made(dice=Dice(0), profile="open", pool=pool)
 
 

@@ -269,4 +269,5 @@ def setting_of(found: Survey, recipe: Recipe, seats: Mapping[ClientId, Seat]) ->
     heads = {c: space_of(federation.task_of(c)) for c in federation.shards}
     head = recipe.adapter.head and any(space[0] == "classification" for space in heads.values())
     kind = adapter_kind(recipe.adapter)
-    return Setting(recipe.task.kind, kind, seats, found.bones.depth, head, heads)
+    how = training(recipe)
+    return Setting(recipe.task.kind, kind, seats, found.bones.depth, head, heads, how)

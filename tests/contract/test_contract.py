@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,7 +28,7 @@ from flexp.errors import LinkError
 from flexp.evaluate import pooled
 from flexp.link.messages import Answer, Link, Message
 from flexp.link.metered import Ledger
-from flexp.model.adapter import Lora
+from flexp.model.adapter import Dense, Kind, Lora
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim
@@ -39,6 +39,7 @@ from flexp.strategies import BUILT_IN, about
 from flexp.strategies.base import MethodKind, Scene, Strategy, Turn
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.flexp import FlexP
+from flexp.strategies.pfedme import PFedMe
 from flexp.strategies.splitfed_v2 import SplitFedV2
 from flexp.strategies.splitfed_v3 import SplitFedV3
 from flexp.strategies.splitlora import SplitLora
@@ -46,6 +47,7 @@ from flexp.tensors import Tensors
 
 KIND = Lora(rank=3, alpha=6.0)
 MIXED = (Seat(Cut(1, 1)), Seat(Cut(2, 0)), whole(4))
+TRAINING = Training(Optim(lr=5e-2), batch=4, steps=2, clip_norm=1.0)
 OTHER = (Seat(Cut(2, 1)), Seat(Cut(1), "logits"), Seat(Cut(3), "loss"))
 
 
@@ -57,8 +59,16 @@ class Row:
     alone: Strategy[Any] | None = None  # near and far learn apart: invariant for a single client
     reaches: float = 0.95  # of the untrained model's loss, after a few steps
     fixed: Where = NONE  # what never trains
+    kind: Kind = KIND
+    training: Training = TRAINING
 
 
+# Normalisations of every block and a linear map, for a method whose personal part they are.
+NORMS = tuple(
+    f"bert.encoder.layer.{n}.{path}"
+    for n in range(4)
+    for path in ("attention.self.query", "attention.output.LayerNorm", "output.LayerNorm")
+)
 SPECIAL: dict[str, Any] = {
     # What is merged depends on what is far, which is the point of it: only one client alone,
     # with nothing to align to, has the same model at any cut.
@@ -68,8 +78,18 @@ SPECIAL: dict[str, Any] = {
     "splitfed_v2": {"alone": SplitFedV2()},
     "splitfed_v3": {"alone": SplitFedV3()},
     "splitlora": {"alone": SplitLora()},
+    "fedbn": {"kind": Dense(NORMS)},
+    "scaffold": {"training": Training(Optim("sgd", lr=3.0), batch=4, steps=2)},  # no other
+    "pfedme": {"strategy": PFedMe(inner=2), "reaches": 0.995},  # lambda 15 holds tight
 }
-TABLE = {m.name: Row(m(), **SPECIAL.get(m.name, {})) for m in (*BUILT_IN, Fomo, Basis)}
+
+
+def row(method: Callable[[], Strategy[Any]], name: str) -> Row:
+    special: dict[str, Any] = {"strategy": method(), **SPECIAL.get(name, {})}
+    return Row(**special)
+
+
+TABLE = {m.name: row(m, m.name) for m in (*BUILT_IN, Fomo, Basis)}
 rows = pytest.mark.parametrize("name", TABLE)
 learners = pytest.mark.parametrize("name", [name for name in TABLE if name != "base"])
 federated = pytest.mark.parametrize(
@@ -77,6 +97,7 @@ federated = pytest.mark.parametrize(
 )
 
 
+ROUNDS = 3
 BEGUN: dict[Any, Tensors] = {}  # where everybody begins, the same in every run
 
 
@@ -107,8 +128,8 @@ class Run:
             toy_task(body()),
             shards,
             pool=pooled(shards, None, "train") if central else None,
-            kind=KIND,
-            training=Training(Optim(lr=5e-2), batch=4, steps=2, clip_norm=1.0),
+            kind=self.row.kind,
+            training=self.row.training,
             dice=Dice(0),
             profile="open",
             wrap=self.wrapped,
@@ -118,12 +139,16 @@ class Run:
         scene = Scene(tuple(self.placed), self.placed, self.engine.initial, Dice(0)("strategy"))
         self.state = self.strategy.start(scene)
 
+    @property
+    def row(self) -> Row:
+        return TABLE[self.strategy.name]
+
     def wrapped(self, client: str, link: Link) -> Link:
         return self.wrap(client, link)
 
     def turn(self, r: int, chosen: Sequence[str] = ()) -> Turn:
         places = body().block_of, body().depth
-        return Turn(r, 9, 0, True, self.placed, {}, *places, tuple(chosen))
+        return Turn(r, ROUNDS, 0, True, self.placed, {}, *places, tuple(chosen))
 
     def round(self, r: int, chosen: Sequence[str] | None = None) -> list[Arrival]:
         out: list[Arrival] = []
@@ -146,7 +171,7 @@ class Run:
         self.offers += [(one.client, one.offer) for one in given]
         return self.engine.run(strategy, given, turn)
 
-    def finish(self, rounds: int = 9) -> End:
+    def finish(self, rounds: int = ROUNDS) -> End:
         """Looks at everybody's personal model and ends the run."""
         adapters, logits, losses = dict[str, Tensors](), dict[str, Tensor](), dict[str, float]()
         for client, seat in self.placed.items():
@@ -181,7 +206,7 @@ def play(
 ) -> End:
     run = Run(strategy, seats)
     names = list(run.placed)
-    for r in range(3):
+    for r in range(ROUNDS):
         for arrival in run.round(r, [names[n] for n in order if n < len(names)]):
             assert arrival.failure is None, arrival.failure
     return run.finish()
@@ -252,7 +277,9 @@ def test_only_what_is_its_own_differs_between_clients(name: str) -> None:
         mine = strategy.owns().holds(k, body().place(k, seat))
         fixed = TABLE[name].fixed.holds(k, body().place(k, seat))
         if name != "base" and "lora_A" not in k and not fixed:
-            assert not torch.equal(one[k], BEGUN[0, KIND, None, None][k]), k  # it was trained
+            assert not torch.equal(one[k], BEGUN[0, TABLE[name].kind, None, None][k]), (
+                k
+            )  # it was trained
         equal = torch.equal(one[k], two[k]) or torch.equal(two[k], three[k])
         assert equal != mine, k
 
@@ -289,7 +316,7 @@ def test_its_adapter_opens_with_peft(name: str, tmp_path: Path) -> None:
     for client, adapter in end.adapters.items():
         folder = tmp_path / client
         card = export.Card("toy", "classification")
-        export.write(folder, adapter, body(), KIND, card, rank=None)
+        export.write(folder, adapter, body(), TABLE[name].kind, card, rank=None)
         worn: Any = peft.PeftModel.from_pretrained(fresh(), str(folder)).eval()
         data = end.run.engine.shards[client].train
         batch = toy_task(body()).collate(data, range(len(data)))
@@ -353,7 +380,7 @@ def test_offers_hold_nothing_of_anothers_memory(name: str) -> None:
     end, strategy = played(name), TABLE[name].strategy
     run = end.run
     for client in run.placed:
-        offer = strategy.offer(run.state, client, run.turn(9))
+        offer = strategy.offer(run.state, client, run.turn(ROUNDS))
         offered = [v for held in offer.adapters.values() for v in held.values()]
         offered += list(offer.tensors.values())
         for other, memory in run.engine.memories.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,14 +22,14 @@ from flexp.data.examples import Batch, Examples, Shard
 from flexp.dice import Dice
 from flexp.engine.base import Arrival, Assignment, Failure, replies
 from flexp.model.cut import Cut, Seat, uncut
-from flexp.model.dress import Leaves, Train
+from flexp.model.dress import Leaves, Train, spread
 from flexp.model.ops import Optim, SlotSpec
 from flexp.model.slots import Slots, moments
 from flexp.parcel import Parcel
 from flexp.rounds import waves_of
 from flexp.selection import ALL, FAR, NONE, select
 from flexp.strategies.base import Scene, Strategy, Turn
-from flexp.tensors import Tensors
+from flexp.tensors import Tensors, Wear, mixed, slots_of, terms
 
 FACTOR = "base_model.model.blocks.0.lora_A.weight"
 FRONT = "base_model.model.blocks.0.lora_B.weight"
@@ -71,21 +72,27 @@ class Bowl:
         yield
         self.train = None
 
-    def loss(self, batch: Batch, wear: str = "personal") -> Tensor:
+    def loss(self, batch: Batch, wear: Wear = "personal") -> Tensor:
         """The mean over rows of half the squared distance."""
-        where = ALL if self.train is None else self.train.get(wear, NONE)
+        views = {slot: self.view(slot) for slot in slots_of(wear)}
+        coefs = [spread(t.coef, DEPTH) if isinstance(t.coef, Tensor) else None for t in terms(wear)]
         found: dict[int, Tensor] = {}
-        for name, held in self.near[wear].items():
-            place = self.near.place(name)
-            moves = where.holds(name, place)
-            value = self.leaves.leaf(wear, name, held) if moves else held
-            found[place.block] = found[place.block] * value if place.block in found else value
+        for name, value in mixed(terms(wear), views, self.near.place, coefs).items():
+            block = BLOCKS[name]
+            found[block] = found[block] * value if block in found else value
         point = torch.cat([found[block].flatten() for block in sorted(found)])
         self.rows = batch.rows
-        # Split into distance and spread, so that no row's share of 1/3 rounds the gradient.
+        # Split into distance and width, so that no row's share of 1/3 rounds the gradient.
         middle = batch.labels.mean(0)
-        spread = (batch.labels - middle).square().sum(1).mean()
-        return ((point - middle).square().sum() + spread) / 2
+        wide = (batch.labels - middle).square().sum(1).mean()
+        return ((point - middle).square().sum() + wide) / 2
+
+    def view(self, slot: str) -> Tensors:
+        """A slot's tensors; those that train are leaves."""
+        where, place = ALL if self.train is None else self.train.get(slot, NONE), self.near.place
+        moving = select(self.near[slot], where, place)
+        leaves = {name: self.leaves.leaf(slot, name, held) for name, held in moving.items()}
+        return {**self.near[slot], **leaves}
 
 
 class Wanted:
@@ -109,8 +116,10 @@ class Bench:
     order: list[str] = field(default_factory=list[str])  # of all turns so far
     replies: dict[str, Parcel] = field(default_factory=dict[str, Parcel])  # each client's newest
     kept: dict[str, dict[str, Tensors]] = field(default_factory=dict[str, dict[str, Tensors]])
+    memories: dict[str, Memory] = field(default_factory=dict[str, Memory])
     shared: dict[str, Tensors] = field(default_factory=dict[str, Tensors])  # the one far copy
     done: int = 0
+    rounds: int = 9
     failing: Collection[str] = ()
 
     def __post_init__(self) -> None:
@@ -165,7 +174,9 @@ class Bench:
 
     def turn(self) -> Turn:
         places = BLOCKS.__getitem__, DEPTH
-        return Turn(self.done, 9, 0, True, self.placed, {}, *places, tuple(sorted(self.rows)))
+        return Turn(
+            self.done, self.rounds, 0, True, self.placed, {}, *places, tuple(sorted(self.rows))
+        )
 
     def arrival(self, client: str, offer: Parcel, failing: Collection[str]) -> Arrival:
         """A client's turn, which fails, if it does, when all the work is done."""
@@ -197,7 +208,7 @@ class Bench:
             model=cast("Any", Bowl(slots)),
             shard=Shard(Examples(nothing, tuple(wanted), ("by hand",) * len(wanted))),
             task=cast("Any", Wanted()),
-            memory=Memory(),
+            memory=deepcopy(self.memories.get(client, Memory())),
             dice=Dice(self.seed)("turn", client=client, round=self.done),
             session=Session(cast("Any", None), cast("Any", None), "bench", self.done, 0),
             specs=self.specs,
@@ -211,7 +222,7 @@ class Bench:
             far = select(slots[slot], FAR, slots.place)
             self.shared[slot] = {**self.shared.get(slot, {}), **far}
         slots.end_turn(self.specs)
-        self.kept[desk.client] = slots.values
+        self.kept[desk.client], self.memories[desk.client] = slots.values, desk.memory
 
 
 def at_server(specs: Mapping[str, SlotSpec]) -> set[str]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -200,6 +200,17 @@ class Fit:
 
     def _steps(self, scale: float = 1.0) -> list[Op]:
         return [Step(slot, f"{slot}@g", scale, where) for slot, where in self.chosen.items()]
+
+
+def together(runs: Sequence[Facts]) -> Facts:
+    """The facts of several runs as those of one: the loss is the mean over steps that counted."""
+    told: Any = runs
+    out = {k: sum(one[k] for one in told) for k in ("steps", "skipped", "rows")}
+    good = [(one["loss"], one["steps"] - one["skipped"]) for one in told]
+    good = [(loss, count) for loss, count in good if loss is not None and count]
+    steps = sum(count for _, count in good)
+    loss = sum(loss * count for loss, count in good) / steps if steps else None
+    return {"loss": loss, **out}
 
 
 def added(values: Iterable[Tensor]) -> float:

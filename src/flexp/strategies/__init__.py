@@ -11,18 +11,27 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from flexp.errors import StrategyError, nearest
+from flexp.strategies.apfl import Apfl
 from flexp.strategies.base import Strategy
 from flexp.strategies.ditto import Ditto
+from flexp.strategies.fedala import FedAla
 from flexp.strategies.fedavg import FedAvg
+from flexp.strategies.fedbabu import FedBabu
+from flexp.strategies.fedbn import FedBn
 from flexp.strategies.fedper import FedPer
 from flexp.strategies.fedprox import FedProx
+from flexp.strategies.fedrep import FedRep
 from flexp.strategies.ffa_lora import FfaLora
 from flexp.strategies.flexp import FlexP
 from flexp.strategies.flexp_sfl import FlexPSfl
 from flexp.strategies.flexp_sft import FlexPSft
 from flexp.strategies.local import Local
+from flexp.strategies.per_fedavg import PerFedAvg
+from flexp.strategies.pfedhn import PFedHn
+from flexp.strategies.pfedme import PFedMe
 from flexp.strategies.pooled import Pooled
 from flexp.strategies.pretrained import Base
+from flexp.strategies.scaffold import Scaffold
 from flexp.strategies.sl import Sl
 from flexp.strategies.splitfed_v1 import SplitFedV1
 from flexp.strategies.splitfed_v2 import SplitFedV2
@@ -36,8 +45,17 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     Local,
     FedAvg,
     FedProx,
+    Scaffold,
     Ditto,
+    Apfl,
+    PFedMe,
+    PerFedAvg,
+    FedAla,
+    PFedHn,
     FedPer,
+    FedRep,
+    FedBabu,
+    FedBn,
     FfaLora,
     Sl,
     SplitFedV1,

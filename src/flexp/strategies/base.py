@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
-from flexp.client.desk import Desk
+from flexp.client.desk import Desk, Training
 from flexp.data.tasks import Batch
 from flexp.dice import Dice
 from flexp.model.adapter import Kind
@@ -36,7 +36,7 @@ class Setting:
     """What a method is asked to run in, known before any weight is read.
 
     ``head`` is whether the adapter has tensors after the last block. ``heads`` are the kinds of
-    task and the labels by client, where some have their own.
+    task and the labels by client, where some have their own. ``training`` is the recipe's.
     """
 
     task: str
@@ -47,6 +47,7 @@ class Setting:
     heads: Mapping[ClientId, tuple[str, ...]] = field(
         default_factory=dict[ClientId, tuple[str, ...]]
     )
+    training: Training = field(default_factory=Training)
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,16 @@ class Turn:
         """Rows as weights of a mean; all equal if nobody trained on any."""
         rows = [float(self.rows.get(c, 0)) for c in clients]
         return rows if sum(rows) else [1.0] * len(rows)
+
+    def told(self, replies: Mapping[ClientId, Parcel]) -> list[float]:
+        """Rows that the replies tell of, at most those seen, as weights.
+
+        For turns in which something trains behind the trunk alone: the server sees that at some
+        cuts, and at others not.
+        """
+        told = [reply.facts.get("rows") for reply in replies.values()]
+        pairs = zip(told, self.weights(list(replies)), strict=True)
+        return [min(float(t), seen) if isinstance(t, int) and t > 0 else seen for t, seen in pairs]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""pFedMe (Dinh, Tran and Nguyen, 2020, arXiv 2006.08848): personal models by Moreau envelopes.
+
+Round, with w_i and theta beginning at w as received. For each batch:
+    theta <- K steps on  f(theta) + lambda/2 |theta - w_i|^2        from where it is, on that batch
+    w_i <- w_i - eta lambda (w_i - theta)
+Then  w <- (1 - beta) w + beta sum_i p_i w_i.  A client serves theta. K times the work of FedAvg.
+K = 1 and eta lambda = 1 is FedAvg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import repeat
+from typing import ClassVar
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from flexp.client.desk import Desk, Drag
+from flexp.client.fit import together
+from flexp.model.ops import SlotSpec
+from flexp.parcel import Facts, Parcel
+from flexp.privacy.egress import Leave
+from flexp.selection import ALL, Where
+from flexp.strategies.base import ClientId, MethodKind, Scene, Strategy, Turn
+from flexp.tensors import Tensors, Term, lerp, mean
+
+
+@dataclass(frozen=True)
+class PFedMe(Strategy[Tensors]):
+    """Personal adapters held near a shared one, which moves towards them instead of training.
+
+    ``lam`` is lambda, ``inner`` is K, whose steps are the recipe's optimizer's; ``rate`` is eta,
+    with which w_i follows; ``beta`` is how much of the mean the server takes over.
+    """
+
+    lam: PositiveFloat = 15.0
+    inner: PositiveInt = 5
+    rate: PositiveFloat = 0.005
+    beta: NonNegativeFloat = 1.0
+
+    name: ClassVar[str] = "pfedme"
+    paper: ClassVar[str] = "Dinh et al. 2020, arXiv 2006.08848"
+    kind: ClassVar[MethodKind] = "personalised"
+    own: ClassVar[Where] = ALL
+    slots: ClassVar[Mapping[str, SlotSpec]] = {
+        "personal": SlotSpec(lasts="run"),
+        "shared": SlotSpec(),
+    }
+    leaves: ClassVar[tuple[Leave, ...]] = (Leave("shared", why="to be averaged"),)
+
+    def start(self, scene: Scene) -> Tensors:
+        return scene.initial(self.slots["shared"])
+
+    def offer(self, state: Tensors, client: ClientId, turn: Turn) -> Parcel:
+        return Parcel({"shared": state})
+
+    def train(self, desk: Desk, offer: Parcel) -> Parcel:
+        pull, part = [Drag("shared", self.lam)], self.rate * self.lam
+        desk.assign("personal", (Term("shared"),))
+        done = list[Facts]()
+        for batch in desk.batches():
+            done.append(desk.fit(pull=pull, batches=repeat(batch, self.inner)))
+            desk.assign("shared", (Term("shared", 1 - part), Term("personal", part)))
+        return desk.reply("shared", facts=together(done))
+
+    def merge(self, state: Tensors, replies: Mapping[ClientId, Parcel], turn: Turn) -> Tensors:
+        trained = [reply.adapters["shared"] for reply in replies.values()]
+        if not trained:
+            return state
+        return lerp(state, mean(trained, turn.weights(list(replies))), self.beta)
