@@ -50,6 +50,11 @@ def numbers(**values: float) -> Tensors:
 
 
 ZERO = numbers(FRONT=0.0, TRUNK=0.0, HEAD=0.0)
+PAIR: dict[str, Any] = {  # the front is the product of A = 1 and B = 1; a wants 9, b wants -7
+    "start": numbers(FACTOR=1.0, FRONT=1.0),
+    "rows": {"a": [(9,)], "b": [(-7,)] * 3},
+    "optim": Optim("sgd", lr=0.125),
+}
 
 
 @dataclass
@@ -223,3 +228,13 @@ def at_server(specs: Mapping[str, SlotSpec]) -> set[str]:
 def flat(adapter: Mapping[str, Tensor]) -> tuple[float, ...]:
     """The numbers of an adapter, from front to head."""
     return tuple(float(adapter[k]) for k in sorted(adapter, key=lambda k: (BLOCKS[k], k)))
+
+
+def after_two_rounds(strategy: Strategy[Any]) -> tuple[float, ...]:
+    """Where both are who want 8 and take a step a round, with half of the momentum kept in it."""
+    rows, optim = dict.fromkeys("ab", ((8, 8, 8),)), Optim("sgd", lr=0.5, momentum=0.5)
+    seats = WHOLE if strategy.kind == "centralised" else CUT
+    bench = Bench(strategy, seats, rows=rows, optim=optim)
+    bench.round()
+    bench.round()
+    return bench.both()

@@ -16,6 +16,7 @@ from flexp.strategies.ditto import Ditto
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.fedper import FedPer
 from flexp.strategies.fedprox import FedProx
+from flexp.strategies.fedsa_lora import FedSaLora
 from flexp.strategies.ffa_lora import FfaLora
 from flexp.strategies.flexp import FlexP
 from flexp.strategies.flexp_sfl import FlexPSfl
@@ -24,9 +25,11 @@ from flexp.strategies.local import Local
 from flexp.strategies.pooled import Pooled
 from flexp.strategies.pretrained import Base
 from flexp.strategies.sl import Sl
+from flexp.strategies.sl_ushape import SlUshape
 from flexp.strategies.splitfed_v1 import SplitFedV1
 from flexp.strategies.splitfed_v2 import SplitFedV2
 from flexp.strategies.splitfed_v3 import SplitFedV3
+from flexp.strategies.splitfrozen import SplitFrozen
 from flexp.strategies.splitlora import SplitLora
 
 GROUP = "flexp.strategies"
@@ -39,11 +42,14 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     Ditto,
     FedPer,
     FfaLora,
+    FedSaLora,
     Sl,
+    SlUshape,
     SplitFedV1,
     SplitFedV2,
     SplitFedV3,
     SplitLora,
+    SplitFrozen,
     FlexP,
     FlexPSft,
     FlexPSfl,

@@ -59,8 +59,7 @@ class SplitFedV2(Strategy[Fronts]):
     def waves(
         self, state: Fronts, chosen: Sequence[ClientId], dice: Dice
     ) -> Sequence[Sequence[ClientId]]:
-        drawn = {client: float(dice("order", client=client).uniform()) for client in chosen}
-        return [[client] for client in sorted(chosen, key=lambda c: (drawn[c], c))]
+        return [[client] for client in drawn(chosen, dice)]
 
     def offer(self, state: Fronts, client: ClientId, turn: Turn) -> Parcel:
         return Parcel({"personal": turn.select(client, state.common, NEAR)})
@@ -83,3 +82,9 @@ class SplitFedV2(Strategy[Fronts]):
     def due(self, round: int) -> bool:
         """Whether fronts are averaged at the end of this round."""
         return True
+
+
+def drawn(chosen: Sequence[ClientId], dice: Dice) -> list[ClientId]:
+    """Clients in a random order that does not depend on the order in which they are given."""
+    numbers = {client: float(dice("order", client=client).uniform()) for client in chosen}
+    return sorted(chosen, key=lambda c: (numbers[c], c))

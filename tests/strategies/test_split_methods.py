@@ -1,0 +1,170 @@
+"""Split methods beyond the first ones: by hand, what each must equal, and what a step costs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+from strategies.bowls import Bench, after_two_rounds
+from strategies.prices import MASK, SGD, STEPS, S
+from toys import Played, backbone, play, same, whole
+
+from flexp.client.desk import Desk
+from flexp.dice import Dice
+from flexp.model.adapter import Lora
+from flexp.model.backbone import Backbone
+from flexp.model.cut import Cut, Seat
+from flexp.parcel import Parcel
+from flexp.selection import Where
+from flexp.strategies import build
+from flexp.strategies.base import ClientId, Setting, Strategy
+from flexp.strategies.local import Local
+from flexp.strategies.sl import Sl
+from flexp.strategies.sl_ushape import SlUshape
+from flexp.strategies.splitfrozen import SplitFrozen
+
+U, V = Seat(Cut(1, 1)), Seat(Cut(2), "loss")
+MIXED = (U, Seat(Cut(2, 0)), whole(4))
+
+
+@functools.cache
+def body() -> Backbone:
+    return backbone()
+
+
+def alike(a: Played, b: Played) -> bool:
+    return all(same(a.adapters[c], b.adapters[c]) for c in a.adapters)
+
+
+# ---- U-shaped split learning
+
+
+def test_sl_ushape_goes_on_at_both_ends() -> None:
+    # a: (4, 8, 16). b from there, half of the way to (16, 8, -16): (10, 8, 0). No weights.
+    bench = Bench(SlUshape())
+    bench.round()
+    assert bench.trained("a") == (4, 8, 16)
+    assert bench.both() == (10, 8, 0)
+    assert bench.order == ["a", "b"]
+
+
+def test_sl_ushape_of_one_client_is_training_in_one_place() -> None:
+    alone: dict[str, Any] = {"rounds": 3, "seeds": (1,)}  # with AdamW, whose moments go on
+    local = play(Local(), [whole()], **alone)
+    for seat in (U, Seat(Cut(2, 1)), Seat(Cut(3, 0)), whole()):
+        assert alike(play(SlUshape(), [seat], **alone), local), seat
+    assert not alike(play(Sl(), [U], **alone), local)  # which begins each turn with a new optimizer
+
+
+def test_sl_ushape_without_moments_is_sl_and_keeps_its_labels() -> None:
+    found = play(SlUshape(), MIXED, training=SGD, keep_crossings=True)
+    assert alike(found, play(Sl(), whole(), training=SGD))
+    names = {c.name.split("/")[0] for a in found.arrivals for c in a.ledger.crossings or ()}
+    assert names == {"hidden", "mask", "grad", "slot"}
+
+
+# ---- frozen devices
+
+
+def test_splitfrozen_relays_the_trunk_and_moves_nothing_else() -> None:
+    # In the order drawn, b first: half of the way to 8 is 4, then half of the way to 16 is 10.
+    bench = Bench(SplitFrozen(), seed=2)
+    bench.round()
+    assert bench.order == ["b", "a"]
+    assert bench.both() == (0, 10, 0)
+    bench.round("a")  # who fails moves nothing: b brings 10 to 9
+    assert bench.both() == (0, 9, 0)
+
+
+@dataclass(frozen=True)
+class Late(Local):
+    """One machine with the whole model that trains the last two blocks and the head."""
+
+    slots: ClassVar[Any] = {
+        "personal": replace(SplitFrozen.slots["personal"], home="tenant", lasts="run")
+    }
+
+    def train(self, desk: Desk, offer: Parcel) -> Parcel:
+        return Parcel(facts=desk.fit(train=Where(last=2)))
+
+
+@dataclass(frozen=True)
+class LateRelay(Sl):
+    """The same, one client after another in the order that splitfrozen draws."""
+
+    slots: ClassVar[Any] = {"personal": replace(SplitFrozen.slots["personal"], home="tenant")}
+
+    def waves(self, state: Any, chosen: Sequence[ClientId], dice: Dice) -> Any:
+        return SplitFrozen().waves(None, chosen, dice)
+
+    def train(self, desk: Desk, offer: Parcel) -> Parcel:
+        return desk.reply("personal", facts=desk.fit(train=Where(last=2)))
+
+
+@pytest.mark.parametrize("labels", ["loss", "logits"])
+def test_splitfrozen_of_one_client_is_training_the_last_blocks(labels: Any) -> None:
+    found = play(SplitFrozen(), [replace(V, labels=labels)], seeds=(1,), rounds=3, profile="open")
+    assert alike(found, play(Late(), [whole()], seeds=(1,), rounds=3))
+
+
+def test_splitfrozen_is_one_server_net_on_everybodys_rows() -> None:
+    found = play(SplitFrozen(), V, training=SGD, rounds=3, profile="open")
+    assert alike(found, play(LateRelay(), whole(), training=SGD, rounds=3))
+
+
+@pytest.mark.parametrize(
+    ("seat", "up", "down"),
+    [
+        (V, S + MASK + 4 * 8 + 4, 4),  # labels of four rows, a loss, and the gradient of one
+        (replace(V, labels="logits"), S + MASK + 4 * 3 * 4, 4 * 3 * 4),
+        (U, 2 * S + MASK, S),
+    ],
+    ids=["loss", "logits", "keep"],
+)
+def test_splitfrozen_sends_no_gradient_down_and_no_weight(seat: Seat, up: int, down: int) -> None:
+    played = play(SplitFrozen(), seat, training=SGD, profile="open")
+    for arrival in played.arrivals:
+        assert (arrival.ledger.sent, arrival.ledger.received) == (STEPS * up, STEPS * down)
+
+
+# ---- where they cannot run, and what their optimizers remember
+
+
+def setting(**changes: Any) -> Setting:
+    seats = {"anna": U, "ben": Seat(Cut(2, 0))}
+    return replace(Setting("classification", Lora(3, 6.0), seats, 4, head=True), **changes)
+
+
+RANKS = {"anna": replace(U, rank=2), "ben": replace(U, rank=4)}
+REFUSED: list[tuple[Strategy[Any], dict[str, Any], str]] = [
+    (SlUshape(), {}, ""),
+    (SlUshape(), {"seats": {"anna": U, "ben": V}}, 'Set plan.labels to "keep"'),
+    (SlUshape(), {"seats": RANKS}, "all clients need one rank"),
+    (SplitFrozen(), {}, ""),
+    (SplitFrozen(), {"seats": {"anna": U, "ben": whole(4)}}, '"ben" has the whole model'),
+    (SplitFrozen(), {"seats": RANKS}, "all clients need one rank"),
+]
+
+
+@pytest.mark.parametrize(("method", "changes", "why"), REFUSED)
+def test_a_split_method_says_where_it_cannot_run(
+    method: Strategy[Any], changes: dict[str, Any], why: str
+) -> None:
+    found = method.refuses(setting(**changes))
+    assert (why in found) if why else not found
+
+
+# Both want 8: see test_by_hand.py, which has the rule and the other methods.
+ENDS: dict[str, tuple[float, ...]] = {
+    # a: m -8, w 4. b with its own: m -4, w 6. a again: m -4 - 2, w 9. b: m -2 + 1, w 9.5.
+    "sl_ushape": (9.5, 9.5, 9.5),
+    "splitfrozen": (0, 10, 0),  # one for the steps of both, as splitfed_v2's
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_momentum_of_split_methods(name: str) -> None:
+    assert after_two_rounds(build(name, {})) == ENDS[name]
