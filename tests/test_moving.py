@@ -173,6 +173,7 @@ APART = (
     "flexp",
     "flexp_sft",
     "flexp_sfl",
+    "hsplitlora",
     "splitfed_v2",
     "splitfed_v3",
     "splitfrozen",

@@ -32,7 +32,17 @@ Recipe = Callable[..., Path]
 MOODS = ("calm", "glad", "low", "mad", "tired")
 OWN = {"ben": {"label": "mood"}}
 LM = TaskRecipe(kind="causal-lm", max_length=16)
-FREE = {"base", "fedper", "fedsa_lora", "flexp", "flexp_sft", "local", "splitfed_v3", "splitfrozen"}
+FREE = {
+    "base",
+    "fedper",
+    "fedsa_lora",
+    "flexp",
+    "flexp_sft",
+    "local",
+    "pfedlora",
+    "splitfed_v3",
+    "splitfrozen",
+}
 
 
 @pytest.fixture

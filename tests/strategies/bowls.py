@@ -28,7 +28,7 @@ from flexp.parcel import Parcel
 from flexp.rounds import waves_of
 from flexp.selection import ALL, FAR, NONE, select
 from flexp.strategies.base import Scene, Strategy, Turn
-from flexp.tensors import Tensors
+from flexp.tensors import Tensors, Wear, terms
 
 FACTOR = "base_model.model.blocks.0.lora_A.weight"
 FRONT = "base_model.model.blocks.0.lora_B.weight"
@@ -55,13 +55,19 @@ PAIR: dict[str, Any] = {  # the front is the product of A = 1 and B = 1; a wants
     "rows": {"a": [(9,)], "b": [(-7,)] * 3},
     "optim": Optim("sgd", lr=0.125),
 }
+WIDE: dict[str, Any] = {  # pairs of rank 2 that wear 0; a wants 8 and has rank 1, b wants -16
+    "seats": {"a": Seat(CUT.cut, rank=1), "b": Seat(CUT.cut)},
+    "start": {FACTOR: torch.ones(2, 1), FRONT: torch.zeros(1, 2)},
+    "rows": {"a": [(8,)], "b": [(-16,)] * 3},
+    "optim": Optim("sgd", lr=0.125),
+}
 
 
 @dataclass
 class Bowl:
     """Stands in for ``PersonalModel``. One ``Slots`` holds both sides, so there is no far.
 
-    The number of a block is the product of its tensors: one alone, or the A and B of a LoRA pair.
+    The number of a block is its tensor, or the product of a LoRA pair; of a stack it is their sum.
     """
 
     near: Slots
@@ -76,16 +82,28 @@ class Bowl:
         yield
         self.train = None
 
-    def loss(self, batch: Batch, wear: str = "personal") -> Tensor:
-        """The mean over rows of half the squared distance."""
-        where = ALL if self.train is None else self.train.get(wear, NONE)
+    def point(self, wear: Wear) -> Tensor:
+        """The model's numbers, from front to head."""
         found: dict[int, Tensor] = {}
-        for name, held in self.near[wear].items():
-            place = self.near.place(name)
-            moves = where.holds(name, place)
-            value = self.leaves.leaf(wear, name, held) if moves else held
-            found[place.block] = found[place.block] * value if place.block in found else value
-        point = torch.cat([found[block].flatten() for block in sorted(found)])
+        for term in terms(wear):
+            slot = self.near[term.slot]
+            where = ALL if self.train is None else self.train.get(term.slot, NONE)
+            worn = {
+                name: self.leaves.leaf(term.slot, name, held)
+                if where.holds(name, self.near.place(name))
+                else held
+                for name, held in slot.items()
+            }
+            if FACTOR in worn:  # alpha is 1, so a pair is worn as B A / rank
+                worn[FRONT] = worn[FRONT] @ worn[FACTOR] / len(worn.pop(FACTOR))
+            for name, value in worn.items():
+                block, part = BLOCKS[name], value * float(term.coef)
+                found[block] = found[block] + part if block in found else part
+        return torch.cat([found[block].flatten() for block in sorted(found)])
+
+    def loss(self, batch: Batch, wear: Wear = "personal") -> Tensor:
+        """The mean over rows of half the squared distance."""
+        point = self.point(wear)
         self.rows = batch.rows
         # Split into distance and spread, so that no row's share of 1/3 rounds the gradient.
         middle = batch.labels.mean(0)
@@ -114,6 +132,7 @@ class Bench:
     order: list[str] = field(default_factory=list[str])  # of all turns so far
     replies: dict[str, Parcel] = field(default_factory=dict[str, Parcel])  # each client's newest
     kept: dict[str, dict[str, Tensors]] = field(default_factory=dict[str, dict[str, Tensors]])
+    memories: dict[str, Memory] = field(default_factory=dict[str, Memory])
     shared: dict[str, Tensors] = field(default_factory=dict[str, Tensors])  # the one far copy
     done: int = 0
     failing: Collection[str] = ()
@@ -124,7 +143,7 @@ class Bench:
         self.training = Training(self.optim, batch=8, steps=self.steps)
         self.specs = self.training.specs(self.strategy.specs())
         dice = Dice(self.seed)("strategy")
-        scene = Scene(tuple(self.rows), self.placed, lambda spec: dict(self.start), dice)
+        scene = Scene(tuple(self.rows), self.placed, lambda spec, rank=None: self.begun(rank), dice)
         self.state: Any = self.strategy.start(scene)
 
     def seat_of(self, client: str) -> Seat:
@@ -152,6 +171,18 @@ class Bench:
         assert served.adapter is not None
         return flat(desk.whole(served.adapter))
 
+    def serves(self, client: str) -> tuple[float, ...]:
+        """The numbers of the model that the client would deploy now."""
+        offer = self.strategy.offer(self.state, client, self.turn())
+        desk = self.sit(client, offer)
+        wear = self.strategy.personal(desk, offer).adapter
+        assert wear is not None
+        return tuple(cast("Any", desk.model).point(wear).detach().tolist())
+
+    def offered(self, client: str) -> Mapping[str, Tensors]:
+        """What the client would be offered now, by slot."""
+        return self.strategy.offer(self.state, client, self.turn()).adapters
+
     def both(self) -> tuple[float, ...]:
         """What all clients would deploy, which must be the same."""
         (worn,) = {self.worn(client) for client in self.rows}
@@ -168,6 +199,11 @@ class Bench:
 
     # ---- inside
 
+    def begun(self, rank: int | None) -> Tensors:
+        """Where all begin: the first rows of A and columns of B, if that is less."""
+        cuts = {FACTOR: (slice(rank),), FRONT: (slice(None), slice(rank))} if rank else {}
+        return {k: v[cuts.get(k, ())] for k, v in self.start.items()}
+
     def turn(self) -> Turn:
         places = BLOCKS.__getitem__, DEPTH
         return Turn(self.done, 9, 0, True, self.placed, {}, *places, tuple(sorted(self.rows)))
@@ -178,6 +214,7 @@ class Bench:
         desk = self.sit(client, offer)
         reply = self.strategy.train(desk, Parcel(tensors=offer.tensors, facts=offer.facts))
         if client in failing:
+            desk.memory.rollback()
             return Arrival(client, failure=Failure("as the test wants"))
         self.stand(desk)
         return Arrival(client, reply, rows=desk.rows)
@@ -187,7 +224,7 @@ class Bench:
         seat = self.placed[client]
         slots = Slots(lambda name: seat.place(BLOCKS[name], DEPTH), DEPTH)
         slots.optims = {s: spec.optim for s, spec in self.specs.items() if spec.optim is not None}
-        begun = dict.fromkeys(self.specs, self.start) | self.kept.get(client, {})
+        begun = dict.fromkeys(self.specs, self.begun(seat.rank)) | self.kept.get(client, {})
         for slot, tensors in begun.items():
             slots.put(slot, {**tensors, **offer.adapters.get(slot, {})})
         for slot in at_server(self.specs) & self.shared.keys():
@@ -202,7 +239,7 @@ class Bench:
             model=cast("Any", Bowl(slots)),
             shard=Shard(Examples(nothing, tuple(wanted), ("by hand",) * len(wanted))),
             task=cast("Any", Wanted()),
-            memory=Memory(),
+            memory=self.memories.setdefault(client, Memory()),
             dice=Dice(self.seed)("turn", client=client, round=self.done),
             session=Session(cast("Any", None), cast("Any", None), "bench", self.done, 0),
             specs=self.specs,
@@ -215,6 +252,7 @@ class Bench:
         for slot in at_server(self.specs) & slots.values.keys():
             far = select(slots[slot], FAR, slots.place)
             self.shared[slot] = {**self.shared.get(slot, {}), **far}
+        desk.memory.commit()
         slots.end_turn(self.specs)
         self.kept[desk.client] = slots.values
 
@@ -230,11 +268,13 @@ def flat(adapter: Mapping[str, Tensor]) -> tuple[float, ...]:
     return tuple(float(adapter[k]) for k in sorted(adapter, key=lambda k: (BLOCKS[k], k)))
 
 
-def after_two_rounds(strategy: Strategy[Any]) -> tuple[float, ...]:
+def after_two_rounds(strategy: Strategy[Any], start: Tensors = ZERO) -> tuple[float, ...]:
     """Where both are who want 8 and take a step a round, with half of the momentum kept in it."""
-    rows, optim = dict.fromkeys("ab", ((8, 8, 8),)), Optim("sgd", lr=0.5, momentum=0.5)
+    wanted = (8,) * len({BLOCKS[name] for name in start})
+    rows, optim = dict.fromkeys("ab", (wanted,)), Optim("sgd", lr=0.5, momentum=0.5)
     seats = WHOLE if strategy.kind == "centralised" else CUT
-    bench = Bench(strategy, seats, rows=rows, optim=optim)
+    bench = Bench(strategy, seats, rows=rows, optim=optim, start=dict(start))
     bench.round()
     bench.round()
-    return bench.both()
+    (found,) = {bench.serves(client) for client in rows}
+    return found

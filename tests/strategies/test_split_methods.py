@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from strategies.bowls import Bench, after_two_rounds
-from strategies.prices import MASK, SGD, STEPS, S
+import torch
+from safetensors.torch import load_file
+from strategies.bowls import FACTOR, FRONT, WIDE, Bench, after_two_rounds
+from strategies.prices import MASK, SGD, STEPS, S, check_round
 from toys import Played, backbone, play, same, whole
 
 from flexp.client.desk import Desk
 from flexp.dice import Dice
-from flexp.model.adapter import Lora
+from flexp.model.adapter import Ia3, Lora
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.parcel import Parcel
-from flexp.selection import Where
+from flexp.products import lora_pairs
+from flexp.selection import ALL, Where
 from flexp.strategies import build
 from flexp.strategies.base import ClientId, Setting, Strategy
+from flexp.strategies.hsplitlora import HSplitLora
 from flexp.strategies.local import Local
 from flexp.strategies.sl import Sl
 from flexp.strategies.sl_ushape import SlUshape
 from flexp.strategies.splitfrozen import SplitFrozen
+from flexp.strategies.splitlora import SplitLora
 
 U, V = Seat(Cut(1, 1)), Seat(Cut(2), "loss")
 MIXED = (U, Seat(Cut(2, 0)), whole(4))
@@ -130,6 +137,72 @@ def test_splitfrozen_sends_no_gradient_down_and_no_weight(seat: Seat, up: int, d
         assert (arrival.ledger.sent, arrival.ledger.received) == (STEPS * up, STEPS * down)
 
 
+# ---- LoRA of other ranks on both sides
+
+
+def test_hsplitlora_stacks_fronts_of_other_ranks() -> None:
+    # Pairs of rank 2 that wear 0; a has rank 1 and wants 8, b wants -16. a: the slope of B is -8,
+    # so B = 1 and it wears 1. b wears B A / 2: the slopes are 8, so B = (-1, -1): it wears -1.
+    # (1 - 3 * 1) / 4 = -0.5, of which everybody gets the best of its rank.
+    bench = Bench(HSplitLora(every=2), **WIDE)
+    bench.round()
+    assert [bench.serves(c) for c in "ab"] == [(1,), (-1,)]  # nothing is averaged yet
+    bench = Bench(HSplitLora(), **WIDE)
+    bench.round()
+    for client in "ab":
+        assert bench.serves(client) == pytest.approx((-0.5,))
+    # B A / rank = -0.5, so a has 0.7 and -0.7, b a pair with 1 and -1, and one of zeros.
+    near = [bench.offered(client)["personal"] for client in "ab"]
+    assert near[0][FACTOR].flatten().tolist() == pytest.approx([0.5**0.5])
+    assert near[1][FRONT].flatten().tolist() == pytest.approx([-1, 0], abs=1e-6)
+
+
+def test_hsplitlora_of_equal_ranks_is_splitlora_but_for_cross_terms() -> None:
+    assert alike(play(HSplitLora(every=9), MIXED), play(SplitLora(every=9), MIXED))
+    kind = Lora(rank=32, alpha=6.0)  # nothing is lost by cutting back
+    found, other = (play(m, U, rounds=1, kind=kind) for m in (HSplitLora(), SplitLora()))
+    trained = [a.reply.adapters["personal"] for a in found.arrivals if a.reply is not None]
+    rows, near = [a.rows for a in found.arrivals], 0
+    ours, theirs = found.adapters["c0"], other.adapters["c0"]
+    for path, (a, b) in lora_pairs(ours).items():
+        if body().place(a, U).side == "far":  # one copy, which saw the same stream
+            assert torch.equal(ours[a], theirs[a])
+            assert torch.equal(ours[b], theirs[b])
+            continue
+        shares = [t[b] @ t[a] * r / sum(rows) for t, r in zip(trained, rows, strict=True)]
+        true = torch.stack(shares).sum(0)
+        assert torch.allclose(ours[b] @ ours[a], true, atol=1e-6), path
+        assert not torch.allclose(theirs[b] @ theirs[a], true, atol=1e-6)
+        near += 1
+    assert near
+
+
+def test_ranks_of_hsplitlora_may_differ() -> None:
+    seats = (replace(U, rank=2), Seat(Cut(2, 0)), Seat(Cut(1, 0), rank=5))
+    found = play(HSplitLora(), seats, rounds=3)
+    assert all(a.failure is None for a in found.arrivals)
+    for (client, adapter), rank in zip(found.adapters.items(), (2, 3, 5), strict=True):
+        place = body().place
+        for a, _ in lora_pairs(adapter).values():
+            far = place(a, seats[int(client[1])]).side == "far"
+            assert len(adapter[a]) == (3 if far else rank)  # the server's is the recipe's
+
+
+def test_a_round_of_hsplitlora_costs_what_splitlora_does() -> None:
+    check_round(HSplitLora(), 1, ALL, ALL)
+
+
+def test_a_run_of_hsplitlora_ends_in_adapters_of_two_ranks(flexp: Any, recipe_of: Any) -> None:
+    recipe = recipe_of(plan__ranks={"anna": 3}, rounds=2)
+    code, out, err = flexp("run", str(recipe), "strategy.name=hsplitlora", "--json")
+    assert code == 0, err
+    for path in json.loads(out)["adapters"]:
+        config = json.loads((Path(path) / "adapter_config.json").read_text())
+        held = load_file(Path(path) / "adapter_model.safetensors")
+        ranks = {len(held[a]) for a, _ in lora_pairs(held).values()}
+        assert ranks == {config["r"], *config["rank_pattern"].values()}
+
+
 # ---- where they cannot run, and what their optimizers remember
 
 
@@ -146,6 +219,10 @@ REFUSED: list[tuple[Strategy[Any], dict[str, Any], str]] = [
     (SplitFrozen(), {}, ""),
     (SplitFrozen(), {"seats": {"anna": U, "ben": whole(4)}}, '"ben" has the whole model'),
     (SplitFrozen(), {"seats": RANKS}, "all clients need one rank"),
+    (HSplitLora(), {"seats": RANKS}, ""),
+    (HSplitLora(), {"adapter": Ia3()}, "Set adapter.kind=lora"),
+    (HSplitLora(), {"adapter": Lora(3, 6.0, dora=True)}, "Set adapter.dora=false"),
+    (HSplitLora(every=0), {}, "every is 0"),
 ]
 
 
@@ -161,6 +238,7 @@ def test_a_split_method_says_where_it_cannot_run(
 ENDS: dict[str, tuple[float, ...]] = {
     # a: m -8, w 4. b with its own: m -4, w 6. a again: m -4 - 2, w 9. b: m -2 + 1, w 9.5.
     "sl_ushape": (9.5, 9.5, 9.5),
+    "hsplitlora": (8, 10, 8),  # as splitlora's
     "splitfrozen": (0, 10, 0),  # one for the steps of both, as splitfed_v2's
 }
 

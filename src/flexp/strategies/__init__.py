@@ -14,14 +14,20 @@ from flexp.errors import StrategyError, nearest
 from flexp.strategies.base import Strategy
 from flexp.strategies.ditto import Ditto
 from flexp.strategies.fedavg import FedAvg
+from flexp.strategies.feddpa import FedDpa
 from flexp.strategies.fedper import FedPer
 from flexp.strategies.fedprox import FedProx
 from flexp.strategies.fedsa_lora import FedSaLora
 from flexp.strategies.ffa_lora import FfaLora
+from flexp.strategies.flexlora import FlexLora
 from flexp.strategies.flexp import FlexP
 from flexp.strategies.flexp_sfl import FlexPSfl
 from flexp.strategies.flexp_sft import FlexPSft
+from flexp.strategies.flora import Flora
+from flexp.strategies.hetlora import HetLora
+from flexp.strategies.hsplitlora import HSplitLora
 from flexp.strategies.local import Local
+from flexp.strategies.pfedlora import PFedLora
 from flexp.strategies.pooled import Pooled
 from flexp.strategies.pretrained import Base
 from flexp.strategies.sl import Sl
@@ -43,12 +49,18 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     FedPer,
     FfaLora,
     FedSaLora,
+    FlexLora,
+    Flora,
+    HetLora,
+    FedDpa,
+    PFedLora,
     Sl,
     SlUshape,
     SplitFedV1,
     SplitFedV2,
     SplitFedV3,
     SplitLora,
+    HSplitLora,
     SplitFrozen,
     FlexP,
     FlexPSft,

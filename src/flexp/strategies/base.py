@@ -49,13 +49,19 @@ class Setting:
     )
 
 
+class Beginning(Protocol):
+    """The adapter that a slot begins with, of a rank (None: the recipe's)."""
+
+    def __call__(self, spec: SlotSpec, rank: int | None = None, /) -> Tensors: ...
+
+
 @dataclass(frozen=True)
 class Scene:
     """What a strategy sees once, at the start: who takes part and where everybody begins."""
 
     clients: tuple[ClientId, ...]
     seats: Mapping[ClientId, Seat]
-    initial: Callable[[SlotSpec], Tensors]
+    initial: Beginning
     dice: Dice
 
 
