@@ -249,12 +249,25 @@ def test_nothing_starts_that_cannot_run(
     assert not (tmp_path / "runs").exists()
 
 
+LORA_ONLY = {
+    "feddpa",
+    "fedsa_lora",
+    "ffa_lora",
+    "flexlora",
+    "flora",
+    "hetlora",
+    "hsplitlora",
+    "pfedlora",
+    "splitlora",
+}
+
+
 def test_all_methods_leaves_out_what_cannot_run(recipe_of: Recipe, nowhere: assets.Cache) -> None:
     recipe = recipe_file.read(recipe_of(adapter={"kind": "ia3"}))
     methods = comparison.asked(recipe, recipe_of(adapter={"kind": "ia3"}), "all")
     whole = Comparison(recipe, Plan(methods, (0,), lenient=True))
     refused = runs.refusals(whole, runs.survey(recipe, nowhere))
-    assert set(refused) == {"ffa_lora", "splitlora"}
+    assert set(refused) == LORA_ONLY
     assert "adapter.kind=lora" in refused["ffa_lora"]
     with pytest.raises(StrategyError, match="ffa_lora"):
         runs.refusals(Comparison(recipe, Plan(methods, (0,))), runs.survey(recipe, nowhere))

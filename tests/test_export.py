@@ -102,7 +102,7 @@ def test_every_kind_is_what_peft_makes_of_it(name: str, tmp_path: Path) -> None:
         with torch.no_grad():
             mine = desk.model.logits(batches[0])
     card = export.Card("tiny", body.task)
-    export.write(tmp_path / "a", adapter, body, kind, card, rank=None)
+    export.write(tmp_path / "a", adapter, body, kind, card)
     plain: Any = backbone(family).model
     for module in plain.modules():
         module.__dict__.pop("forward", None)  # the class as it came

@@ -169,7 +169,16 @@ def monolith(turns: int, kind: Kind = KIND) -> dict[str, Tensors]:
 
 # ---- whole runs
 
-APART = ("flexp", "flexp_sft", "flexp_sfl", "splitfed_v2", "splitfed_v3", "splitlora")
+APART = (
+    "flexp",
+    "flexp_sft",
+    "flexp_sfl",
+    "hsplitlora",
+    "splitfed_v2",
+    "splitfed_v3",
+    "splitfrozen",
+    "splitlora",
+)
 ALIKE = [m for m in BUILT_IN if m.name not in ("base", "pooled", *APART)]
 HERE = (Seat(Cut(1, 1)), Seat(Cut(2)), whole(4))
 THERE = (Seat(Cut(2, 2)), Seat(Cut(1), "logits"), Seat(Cut(1)))

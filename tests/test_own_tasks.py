@@ -34,7 +34,19 @@ Recipe = Callable[..., Path]
 MOODS = ("calm", "glad", "low", "mad", "tired")
 OWN = {"ben": {"label": "mood"}}
 LM = TaskRecipe(kind="causal-lm", max_length=16)
-FREE = {"base", "fedbabu", "fedper", "fedrep", "flexp", "flexp_sft", "local", "splitfed_v3"}
+FREE = {
+    "base",
+    "fedbabu",
+    "fedper",
+    "fedrep",
+    "fedsa_lora",
+    "flexp",
+    "flexp_sft",
+    "local",
+    "pfedlora",
+    "splitfed_v3",
+    "splitfrozen",
+}
 
 
 @pytest.fixture

@@ -20,7 +20,9 @@ from flexp.errors import ExportError, ParcelError
 from flexp.model.adapter import Kind, Prompt, peft_config
 from flexp.model.backbone import Backbone
 from flexp.model.skeleton import PEFT_TASK, auto, bare
+from flexp.model.worn import PREFIX
 from flexp.parcel import write_atomic
+from flexp.products import lora_pairs
 from flexp.tensors import Tensors
 
 
@@ -43,15 +45,17 @@ class Card:
     folder: str | None = None
 
 
-def write(
-    folder: Path, adapter: Tensors, backbone: Backbone, kind: Kind, card: Card, *, rank: int | None
-) -> None:
+def write(folder: Path, adapter: Tensors, backbone: Backbone, kind: Kind, card: Card) -> None:
     """A PEFT folder: adapter_model.safetensors, adapter_config.json, and flexp.json.
 
+    LoRA's rank is what the tensors have; PEFT takes one for all, and those that are others.
     Raises ExportError if the kind is not one PEFT adapter on this model.
     """
     if isinstance(kind, Prompt) and backbone.head:
         raise ExportError("PEFT has no prompt adapter with a trained head. Use a LoRA adapter.")
+    pairs = lora_pairs(adapter).items()
+    ranks = {path.removeprefix(PREFIX): len(adapter[a]) for path, (a, _) in pairs}
+    rank = max(ranks.values(), default=None)
     config = peft_config(
         kind,
         PEFT_TASK[backbone.task],
@@ -60,6 +64,8 @@ def write(
         backbone.head,
         rank=rank,
     )
+    if others := {path: r for path, r in ranks.items() if r != rank}:
+        config.rank_pattern = others
     config.base_model_name_or_path = card.folder or card.base
     config.revision = card.revision
     config.inference_mode = True

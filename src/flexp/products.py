@@ -39,6 +39,11 @@ def gram_gradient(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> tuple[Tensor,
     return grad_a, grad_b
 
 
+def product_norm(a: Tensor, b: Tensor) -> float:
+    """``|B A|_F``, without the d x d matrix."""
+    return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
+
+
 def stack(
     pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -49,6 +54,15 @@ def stack(
     a = torch.cat([a for a, _ in pairs])
     b = torch.cat([b * w for (_, b), w in zip(pairs, weights, strict=True)], dim=1)
     return a, b
+
+
+def worn_sum(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
+    """The pair that wears the sum of what several do, each with its coefficient.
+
+    What is worn is alpha / rank times B A, so B is scaled by how much the rank grows.
+    """
+    rank = sum(len(a) for a, _, _ in pairs)
+    return stack([(a, b) for a, b, _ in pairs], [c * (rank / len(a)) for a, _, c in pairs])
 
 
 def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -236,7 +236,7 @@ def save_adapters(result: Result, folder: Path) -> list[Path]:
         path = folder / file_name(desk.client)
         base, revision = recipe.model.source, recipe.model.revision
         card = export.card_at(desk, base, revision, stage.survey.source)
-        export.write(path, adapter, body, adapter_kind(recipe.adapter), card, rank=desk.seat.rank)
+        export.write(path, adapter, body, adapter_kind(recipe.adapter), card)
         written.append(path)
 
     strategy, turn = stage.strategy, result.turn

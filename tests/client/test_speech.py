@@ -161,7 +161,7 @@ def test_trained_clients_say_what_their_exported_adapters_say(manner: Any, tmp_p
                     continue_text(desk, PROMPT, tokens=TOKENS, wear=wear, manner=manner)
                 )
                 card = export.Card("toy", "causal-lm")
-                export.write(tmp_path / client, desk.whole(wear), body, KIND, card, rank=None)
+                export.write(tmp_path / client, desk.whole(wear), body, KIND, card)
             assert client not in engine.trunk.talks.held  # a visit leaves nothing
     for client, mine in said.items():
         worn: Any = export.open_with_peft(plain("llama", 4), tmp_path / client)

@@ -29,7 +29,7 @@ from flexp.parcel import Parcel
 from flexp.rounds import waves_of
 from flexp.selection import ALL, FAR, NONE, select
 from flexp.strategies.base import Scene, Strategy, Turn
-from flexp.tensors import Tensors, Wear, mixed, slots_of, terms
+from flexp.tensors import Stacked, Tensors, Wear, mixed, slots_of, terms
 
 FACTOR = "base_model.model.blocks.0.lora_A.weight"
 FRONT = "base_model.model.blocks.0.lora_B.weight"
@@ -51,13 +51,24 @@ def numbers(**values: float) -> Tensors:
 
 
 ZERO = numbers(FRONT=0.0, TRUNK=0.0, HEAD=0.0)
+PAIR: dict[str, Any] = {  # the front is the product of A = 1 and B = 1; a wants 9, b wants -7
+    "start": numbers(FACTOR=1.0, FRONT=1.0),
+    "rows": {"a": [(9,)], "b": [(-7,)] * 3},
+    "optim": Optim("sgd", lr=0.125),
+}
+WIDE: dict[str, Any] = {  # pairs of rank 2 that wear 0; a wants 8 and has rank 1, b wants -16
+    "seats": {"a": Seat(CUT.cut, rank=1), "b": Seat(CUT.cut)},
+    "start": {FACTOR: torch.ones(2, 1), FRONT: torch.zeros(1, 2)},
+    "rows": {"a": [(8,)], "b": [(-16,)] * 3},
+    "optim": Optim("sgd", lr=0.125),
+}
 
 
 @dataclass
 class Bowl:
     """Stands in for ``PersonalModel``. One ``Slots`` holds both sides, so there is no far.
 
-    The number of a block is the product of its tensors: one alone, or the A and B of a LoRA pair.
+    The number of a block is its tensor, or the product of a LoRA pair; of a stack it is their sum.
     """
 
     near: Slots
@@ -72,15 +83,24 @@ class Bowl:
         yield
         self.train = None
 
+    def point(self, wear: Wear) -> Tensor:
+        """The model's numbers, from front to head."""
+        views = {slot: self.view(slot) for slot in slots_of(wear)}
+        found: dict[int, Tensor] = {}
+        if isinstance(wear, Stacked):
+            for term in wear.mix:
+                for block, value in in_blocks(views[term.slot]).items():
+                    part = value * float(term.coef)
+                    found[block] = found[block] + part if block in found else part
+        else:
+            mix = terms(wear)
+            coefs = [spread(t.coef, DEPTH) if isinstance(t.coef, Tensor) else None for t in mix]
+            found = in_blocks(mixed(mix, views, self.near.place, coefs))
+        return torch.cat([found[block].flatten() for block in sorted(found)])
+
     def loss(self, batch: Batch, wear: Wear = "personal") -> Tensor:
         """The mean over rows of half the squared distance."""
-        views = {slot: self.view(slot) for slot in slots_of(wear)}
-        coefs = [spread(t.coef, DEPTH) if isinstance(t.coef, Tensor) else None for t in terms(wear)]
-        found: dict[int, Tensor] = {}
-        for name, value in mixed(terms(wear), views, self.near.place, coefs).items():
-            block = BLOCKS[name]
-            found[block] = found[block] * value if block in found else value
-        point = torch.cat([found[block].flatten() for block in sorted(found)])
+        point = self.point(wear)
         self.rows = batch.rows
         # Split into distance and width, so that no row's share of 1/3 rounds the gradient.
         middle = batch.labels.mean(0)
@@ -93,6 +113,14 @@ class Bowl:
         moving = select(self.near[slot], where, place)
         leaves = {name: self.leaves.leaf(slot, name, held) for name, held in moving.items()}
         return {**self.near[slot], **leaves}
+
+
+def in_blocks(held: Tensors) -> dict[int, Tensor]:
+    """The number of each block: its tensor, or what is worn of a pair, B A / rank (alpha is 1)."""
+    held = dict(held)
+    if FACTOR in held:
+        held[FRONT] = held[FRONT] @ held[FACTOR] / len(held.pop(FACTOR))
+    return {BLOCKS[name]: value for name, value in held.items()}
 
 
 class Wanted:
@@ -128,7 +156,7 @@ class Bench:
         self.training = Training(self.optim, batch=8, steps=self.steps)
         self.specs = self.training.specs(self.strategy.specs())
         dice = Dice(self.seed)("strategy")
-        scene = Scene(tuple(self.rows), self.placed, lambda spec: dict(self.start), dice)
+        scene = Scene(tuple(self.rows), self.placed, lambda spec, rank=None: self.begun(rank), dice)
         self.state: Any = self.strategy.start(scene)
 
     def seat_of(self, client: str) -> Seat:
@@ -156,6 +184,18 @@ class Bench:
         assert served.adapter is not None
         return flat(desk.whole(served.adapter))
 
+    def serves(self, client: str) -> tuple[float, ...]:
+        """The numbers of the model that the client would deploy now."""
+        offer = self.strategy.offer(self.state, client, self.turn())
+        desk = self.sit(client, offer)
+        wear = self.strategy.personal(desk, offer).adapter
+        assert wear is not None
+        return tuple(cast("Any", desk.model).point(wear).detach().tolist())
+
+    def offered(self, client: str) -> Mapping[str, Tensors]:
+        """What the client would be offered now, by slot."""
+        return self.strategy.offer(self.state, client, self.turn()).adapters
+
     def both(self) -> tuple[float, ...]:
         """What all clients would deploy, which must be the same."""
         (worn,) = {self.worn(client) for client in self.rows}
@@ -172,6 +212,11 @@ class Bench:
 
     # ---- inside
 
+    def begun(self, rank: int | None) -> Tensors:
+        """Where all begin: the first rows of A and columns of B, if that is less."""
+        cuts = {FACTOR: (slice(rank),), FRONT: (slice(None), slice(rank))} if rank else {}
+        return {k: v[cuts.get(k, ())] for k, v in self.start.items()}
+
     def turn(self) -> Turn:
         places = BLOCKS.__getitem__, DEPTH
         return Turn(
@@ -184,6 +229,7 @@ class Bench:
         desk = self.sit(client, offer)
         reply = self.strategy.train(desk, Parcel(tensors=offer.tensors, facts=offer.facts))
         if client in failing:
+            desk.memory.rollback()
             return Arrival(client, failure=Failure("as the test wants"))
         self.stand(desk)
         return Arrival(client, reply, rows=desk.rows)
@@ -193,7 +239,7 @@ class Bench:
         seat = self.placed[client]
         slots = Slots(lambda name: seat.place(BLOCKS[name], DEPTH), DEPTH)
         slots.optims = {s: spec.optim for s, spec in self.specs.items() if spec.optim is not None}
-        begun = dict.fromkeys(self.specs, self.start) | self.kept.get(client, {})
+        begun = dict.fromkeys(self.specs, self.begun(seat.rank)) | self.kept.get(client, {})
         for slot, tensors in begun.items():
             slots.put(slot, {**tensors, **offer.adapters.get(slot, {})})
         for slot in at_server(self.specs) & self.shared.keys():
@@ -221,6 +267,7 @@ class Bench:
         for slot in at_server(self.specs) & slots.values.keys():
             far = select(slots[slot], FAR, slots.place)
             self.shared[slot] = {**self.shared.get(slot, {}), **far}
+        desk.memory.commit()
         slots.end_turn(self.specs)
         self.kept[desk.client], self.memories[desk.client] = slots.values, desk.memory
 
@@ -234,3 +281,15 @@ def at_server(specs: Mapping[str, SlotSpec]) -> set[str]:
 def flat(adapter: Mapping[str, Tensor]) -> tuple[float, ...]:
     """The numbers of an adapter, from front to head."""
     return tuple(float(adapter[k]) for k in sorted(adapter, key=lambda k: (BLOCKS[k], k)))
+
+
+def after_two_rounds(strategy: Strategy[Any], start: Tensors = ZERO) -> tuple[float, ...]:
+    """Where both are who want 8 and take a step a round, with half of the momentum kept in it."""
+    wanted = (8,) * len({BLOCKS[name] for name in start})
+    rows, optim = dict.fromkeys("ab", (wanted,)), Optim("sgd", lr=0.5, momentum=0.5)
+    seats = WHOLE if strategy.kind == "centralised" else CUT
+    bench = Bench(strategy, seats, rows=rows, optim=optim, start=dict(start))
+    bench.round()
+    bench.round()
+    (found,) = {bench.serves(client) for client in rows}
+    return found

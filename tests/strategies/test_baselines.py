@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from toys import LENGTH, H, Played, backbone, play, same, shard, whole
+from strategies.prices import SGD, check_round
+from toys import Played, backbone, play, same, shard, whole
 
 from flexp.client.desk import Desk, Training
 from flexp.data.examples import Shard
@@ -21,7 +22,7 @@ from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim
 from flexp.parcel import Parcel
 from flexp.products import lora_pairs
-from flexp.selection import ALL, FAR, NEAR, Where
+from flexp.selection import ALL, FAR, Where
 from flexp.strategies.base import ClientId, Setting, Strategy, Turn
 from flexp.strategies.ditto import Ditto
 from flexp.strategies.fedavg import FedAvg
@@ -42,7 +43,6 @@ U, V = Seat(Cut(1, 1)), Seat(Cut(2), "loss")
 MIXED = (U, Seat(Cut(2, 0)), whole(4))
 DICE = Dice(0)("initial")
 VS = (Seat(Cut(1), "logits"), Seat(Cut(3), "loss"), Seat(Cut(3, 1)))
-SGD = Training(Optim("sgd", lr=0.5), batch=4, steps=2)
 HEADLESS = Lora(rank=3, alpha=6.0, head=False)
 
 
@@ -226,8 +226,6 @@ def test_flexp_with_frozen_near_parts_is_fedavg_of_the_trunk() -> None:
 # ---- what a round costs
 
 
-S = 4 * LENGTH * H * 4  # a hidden state of four rows, fp32
-MASK = 4 * LENGTH * 8
 NOT_A = ~Where(names="*.lora_A.*")
 # method: fits per turn, near tensors sent down and up, in the second round
 COSTS: dict[str, tuple[Strategy[Any], int, Where, Where]] = {
@@ -248,26 +246,8 @@ COSTS: dict[str, tuple[Strategy[Any], int, Where, Where]] = {
 
 @pytest.mark.parametrize("name", COSTS)
 def test_a_round_costs_what_the_formula_says(name: str) -> None:
-    """Per fit 2 S + mask up and 2 S down a step; near tensors that travel, once each way."""
     method, fits, down, up = COSTS[name]
-    seats = (U, Seat(Cut(2, 0)), whole(4))
-    played = play(method, seats, rounds=2, training=SGD)
-    begun = body().initial(Lora(3, 6.0), DICE)
-    for arrival in played.arrivals:
-        seat = seats[int(arrival.client[1])]
-        places = {k: body().place(k, seat) for k in begun}
-
-        def size(where: Where, places: Mapping[str, Any] = places) -> int:
-            near = NEAR & where
-            return sum(v.numel() * 4 for k, v in begun.items() if near.holds(k, places[k]))
-
-        steps = 0 if seat == whole(4) else fits * (SGD.steps or 0)
-        ledger = arrival.ledger
-        # SL in the order of clients: c0 gets what c2 left, like everybody.
-        assert (ledger.sent, ledger.received) == (
-            steps * (2 * S + MASK) + size(up),
-            steps * 2 * S + size(down),
-        ), arrival.client
+    check_round(method, fits, down, up)
 
 
 # ---- refusals

@@ -8,12 +8,23 @@ rows together want the weighted mean, (14, 10, -4). All numbers are exact in flo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from strategies.bowls import CUT, FRONT, HEAD, TRUNK, WHOLE, Bench, flat, numbers
+from strategies import test_federated_lora, test_split_methods
+from strategies.bowls import (
+    CUT,
+    FRONT,
+    HEAD,
+    PAIR,
+    TRUNK,
+    WHOLE,
+    Bench,
+    after_two_rounds,
+    flat,
+    numbers,
+)
 
 from flexp.model.ops import Optim
 from flexp.strategies import BUILT_IN, build
@@ -120,13 +131,6 @@ def test_fedper_keeps_the_last_block_if_asked() -> None:
     bench.round()
     assert bench.worn("a") == (7, 8, 16)
     assert bench.worn("b") == (7, 4, -8)
-
-
-PAIR: dict[str, Any] = {  # the front is the product of A = 1 and B = 1; a wants 9, b wants -7
-    "start": numbers(FACTOR=1.0, FRONT=1.0),
-    "rows": {"a": [(9,)], "b": [(-7,)] * 3},
-    "optim": Optim("sgd", lr=0.125),
-}
 
 
 def test_ffa_lora_averages_products_exactly() -> None:
@@ -315,21 +319,12 @@ def test_momentum_is_kept_or_begins_anew(name: str) -> None:
     # Both want 8. Two rounds of one step each: m <- m/2 + slope, w <- w - m/2.
     # Kept: m -8, w 4; m -8, w 8. Anew in the second round: w 4; m -4, w 6.
     # One for the steps of both: from 8, m -4, w 10; m 0, w 10. Anew at each of four: 4, 6, 7, 7.5.
-    assert after_two_rounds(name, FREE.get(name, {})) == ENDS[name]
+    assert after_two_rounds(build(name, FREE.get(name, {}))) == ENDS[name]
 
 
 @pytest.mark.parametrize("name", FLEXP)
 def test_flexp_keeps_momentum_if_asked(name: str) -> None:
-    assert after_two_rounds(name, {**UNALIGNED, "moments": "keep"}) == (8, 8, 8)
-
-
-def after_two_rounds(name: str, options: Mapping[str, Any]) -> tuple[float, ...]:
-    rows, optim = dict.fromkeys("ab", ((8, 8, 8),)), Optim("sgd", lr=0.5, momentum=0.5)
-    seats = WHOLE if name == "pooled" else CUT
-    bench = Bench(build(name, options), seats, rows=rows, optim=optim)
-    bench.round()
-    bench.round()
-    return bench.both()
+    assert after_two_rounds(build(name, {**UNALIGNED, "moments": "keep"})) == (8, 8, 8)
 
 
 def test_every_method_is_worked_by_hand() -> None:
@@ -337,4 +332,5 @@ def test_every_method_is_worked_by_hand() -> None:
     tests = [name for file in files for name in re.findall(r"def (\w+)", file.read_text("utf-8"))]
     for method in BUILT_IN:
         assert any(name.startswith(f"test_{method.name}_") for name in tests), method.name
-    assert ENDS.keys() == {method.name for method in BUILT_IN} - {"base", "scaffold", "pfedhn"}
+    ended = {*ENDS, *test_federated_lora.ENDS, *test_split_methods.ENDS}
+    assert ended == {method.name for method in BUILT_IN} - {"base", "scaffold", "pfedhn"}

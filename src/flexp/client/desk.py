@@ -22,10 +22,12 @@ from flexp.model.cut import Seat
 from flexp.model.ops import Assign, Dot, Grad, Op, Optim, SlotSpec, Step
 from flexp.model.personal import PersonalModel
 from flexp.parcel import JSON, Facts, Parcel
+from flexp.products import lora_pairs, worn_sum
 from flexp.selection import ALL, Where, select
 from flexp.tensors import (
     BlockScalars,
     Mix,
+    Stacked,
     Tensors,
     Wear,
     add_blocks,
@@ -211,23 +213,43 @@ class Desk:
     def reply(
         self,
         *slots: str,
-        where: Where = ALL,
+        where: Mapping[str, Where] | Where = ALL,
         tensors: Mapping[str, Tensor] | None = None,
         facts: Mapping[str, JSON] | None = None,
     ) -> Parcel:
-        """What the client gives back: near tensors now, far ones by name (the server has them)."""
+        """What the client gives back: near tensors now, far ones by name (the server has them).
+
+        ``where`` is what of the slots, or names slots and what of each.
+        """
+        given = dict.fromkeys(slots, where) if isinstance(where, Where) else dict(where)
         place = self.model.near.place
-        near = {s: select(self.model.near[s], where, place) for s in slots}
-        return Parcel(near, dict(tensors or {}), dict(facts or {}), dict.fromkeys(slots, where))
+        near = {s: select(self.model.near[s], part, place) for s, part in given.items()}
+        return Parcel(near, dict(tensors or {}), dict(facts or {}), given)
 
     def whole(self, wear: Wear = "personal") -> Tensors:
         """The adapter that a wear stands for, near and far together: what PEFT would load."""
+        if isinstance(wear, Stacked):
+            return self._stack(plain(wear.mix))
         if not isinstance(wear, str):
             if not isinstance(wear, tuple):
-                raise AdapterError("A stacked or per-row wear is not one PEFT adapter.")
+                raise AdapterError("A wear per row is not one PEFT adapter.")
             self.assign("export@tmp", wear)
             wear = "export@tmp"
         out = dict(self.model.near[wear])
         if self.model.far is not None:
             out |= self.session.fetch(wear, far=True)
         return dict(sorted(out.items()))
+
+    def _stack(self, mix: Mix) -> Tensors:
+        """A stack as one adapter: ranks of pairs add up, everything else is summed."""
+        held = [(self.whole((replace(term, coef=1.0),)), float(term.coef)) for term in mix]
+        pairs = lora_pairs(held[0][0])
+        if any(f"{path}.lora_magnitude_vector" in held[0][0] for path in pairs):
+            raise AdapterError("A stack of pairs with magnitudes is not one PEFT adapter.")
+        out: Tensors = {}
+        for one, coef in held:
+            for k, v in one.items():
+                out[k] = out[k] + v * coef if k in out else v * coef
+        for a, b in pairs.values():
+            out[a], out[b] = worn_sum([(one[a], one[b], coef) for one, coef in held])
+        return out

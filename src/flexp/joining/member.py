@@ -232,9 +232,7 @@ class Member:
         recipe, out = self.recipe, self.folder / "adapter"
         whole = self.model if self.theirs is None else None  # what was fetched is a part
         card = export.card_at(desk, recipe.model.source, recipe.model.revision, whole)
-        export.write(
-            out, adapter, self._body(), adapter_kind(recipe.adapter), card, rank=desk.seat.rank
-        )
+        export.write(out, adapter, self._body(), adapter_kind(recipe.adapter), card)
         self.say(f"the adapter is in {out}")
 
     def _task(self) -> Task:

@@ -38,7 +38,8 @@ class SlotSpec:
     own. ``staleness`` is for a slot of the server: a step whose gradient was taken n steps of
     others ago counts 1 / (1 + n)^staleness, and ``eager`` steps do not wait for the next forward.
     ``head_rows`` is the length that each row of a head's matrices begins with (None: as the
-    backbone has it).
+    backbone has it). ``any_rank``: what is offered may have another LoRA rank than the seat, and
+    the one copy at the server has the recipe's.
     """
 
     kind: Kind | None = None
@@ -49,6 +50,7 @@ class SlotSpec:
     staleness: float = 0.0
     eager: bool = False
     head_rows: float | None = None
+    any_rank: bool = False
 
 
 # The adapter that a slot begins with, of that rank; the same on both sides.

@@ -154,7 +154,8 @@ class Tenants:
 
     def _begin_shared(self, home: Tenancy, slot: str, spec: SlotSpec) -> None:
         """The one copy has a tensor from when the first client has it far."""
-        value = select(self.initial(spec, home.seat.rank), FAR, home.slots.place)
+        rank = None if spec.any_rank else home.seat.rank
+        value = select(self.initial(spec, rank), FAR, home.slots.place)
         held = self.shared.values.get(slot, {})
         fresh = {k: v.clone() for k, v in value.items() if (slot, k) not in home.awaited}
         self._share(home, slot, {k: v for k, v in fresh.items() if k not in held})
@@ -176,10 +177,12 @@ class Tenants:
         if slot.partition("@")[0] not in home.specs:
             raise AdapterError(f'Client "{client}" has no slot "{slot}" at this server.')
         held = home.slots.values.get(slot, {})
+        free = slot in home.specs and home.specs[slot].any_rank
         for name, value in tensors.items():
             if home.slots.place(name).side != "far":
                 raise AdapterError(f'"{name}" of slot "{slot}" is not far for client "{client}".')
-            if name in held and held[name].shape != value.shape:
+            alike = name not in held or held[name].shape == value.shape
+            if not (alike or (free and ".lora_" in name)):
                 raise AdapterError(
                     f'"{name}" of slot "{slot}" has shape {list(value.shape)}, but the tenant '
                     f"holds {list(held[name].shape)}. Check the rank of the seat."

@@ -18,24 +18,33 @@ from flexp.strategies.fedala import FedAla
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.fedbabu import FedBabu
 from flexp.strategies.fedbn import FedBn
+from flexp.strategies.feddpa import FedDpa
 from flexp.strategies.fedper import FedPer
 from flexp.strategies.fedprox import FedProx
 from flexp.strategies.fedrep import FedRep
+from flexp.strategies.fedsa_lora import FedSaLora
 from flexp.strategies.ffa_lora import FfaLora
+from flexp.strategies.flexlora import FlexLora
 from flexp.strategies.flexp import FlexP
 from flexp.strategies.flexp_sfl import FlexPSfl
 from flexp.strategies.flexp_sft import FlexPSft
+from flexp.strategies.flora import Flora
+from flexp.strategies.hetlora import HetLora
+from flexp.strategies.hsplitlora import HSplitLora
 from flexp.strategies.local import Local
 from flexp.strategies.per_fedavg import PerFedAvg
 from flexp.strategies.pfedhn import PFedHn
+from flexp.strategies.pfedlora import PFedLora
 from flexp.strategies.pfedme import PFedMe
 from flexp.strategies.pooled import Pooled
 from flexp.strategies.pretrained import Base
 from flexp.strategies.scaffold import Scaffold
 from flexp.strategies.sl import Sl
+from flexp.strategies.sl_ushape import SlUshape
 from flexp.strategies.splitfed_v1 import SplitFedV1
 from flexp.strategies.splitfed_v2 import SplitFedV2
 from flexp.strategies.splitfed_v3 import SplitFedV3
+from flexp.strategies.splitfrozen import SplitFrozen
 from flexp.strategies.splitlora import SplitLora
 
 GROUP = "flexp.strategies"
@@ -57,11 +66,20 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     FedBabu,
     FedBn,
     FfaLora,
+    FedSaLora,
+    FlexLora,
+    Flora,
+    HetLora,
+    FedDpa,
+    PFedLora,
     Sl,
+    SlUshape,
     SplitFedV1,
     SplitFedV2,
     SplitFedV3,
     SplitLora,
+    HSplitLora,
+    SplitFrozen,
     FlexP,
     FlexPSft,
     FlexPSfl,

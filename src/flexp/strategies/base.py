@@ -16,7 +16,7 @@ from torch import Tensor
 from flexp.client.desk import Desk, Training
 from flexp.data.tasks import Batch
 from flexp.dice import Dice
-from flexp.model.adapter import Kind
+from flexp.model.adapter import Kind, Lora
 from flexp.model.cut import Seat
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
@@ -50,13 +50,19 @@ class Setting:
     training: Training = field(default_factory=Training)
 
 
+class Beginning(Protocol):
+    """The adapter that a slot begins with, of a rank (None: the recipe's)."""
+
+    def __call__(self, spec: SlotSpec, rank: int | None = None, /) -> Tensors: ...
+
+
 @dataclass(frozen=True)
 class Scene:
     """What a strategy sees once, at the start: who takes part and where everybody begins."""
 
     clients: tuple[ClientId, ...]
     seats: Mapping[ClientId, Seat]
-    initial: Callable[[SlotSpec], Tensors]
+    initial: Beginning
     dice: Dice
 
 
@@ -153,6 +159,12 @@ class Strategy(Protocol[State]):
         if len(ranks) < 2:
             return ""
         return "it averages LoRA factors, so all clients need one rank. Remove plan.ranks."
+
+    def without_lora(self, setting: Setting) -> str:
+        """The refusal of methods that are made of LoRA's factors."""
+        if isinstance(setting.adapter, Lora):
+            return ""
+        return "it is made of LoRA's A and B, which this adapter lacks. Set adapter.kind=lora."
 
     @property
     def barrier(self) -> bool:

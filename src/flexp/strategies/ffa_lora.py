@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from flexp.client.desk import Desk
-from flexp.model.adapter import Lora
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
 from flexp.selection import Where
-from flexp.strategies.base import ClientId, MethodKind, Scene, Setting, Turn
+from flexp.strategies.base import ClientId, MethodKind, Setting, Turn
 from flexp.strategies.fedavg import FedAvg
 from flexp.tensors import Tensors
 
-MOVES = ~Where(names="*.lora_A.*")  # the head and what else is trained move along
+A = Where(names="*.lora_A.*")
 
 
 @dataclass(frozen=True)
@@ -31,20 +30,18 @@ class FfaLora(FedAvg):
     name: ClassVar[str] = "ffa_lora"
     paper: ClassVar[str] = "Sun et al. 2024, arXiv 2403.12313"
     kind: ClassVar[MethodKind] = "federated LoRA"
-    leaves: ClassVar[tuple[Leave, ...]] = (Leave("personal", MOVES, why="to be averaged"),)
+    shared: ClassVar[Where] = ~A  # the head and what else is trained move along
+    leaves: ClassVar[tuple[Leave, ...]] = (Leave("personal", shared, why="to be averaged"),)
 
     def refuses(self, setting: Setting) -> str:
-        if not isinstance(setting.adapter, Lora):
-            return "it freezes LoRA's A, and this adapter has none. Set adapter.kind=lora."
-        return super().refuses(setting)
+        return self.without_lora(setting) or super().refuses(setting)
 
-    def start(self, scene: Scene) -> Tensors:
-        begun = scene.initial(self.slots["personal"])
-        return {name: value for name, value in begun.items() if ".lora_A." not in name}
+    def moving(self) -> Where:
+        return self.shared
 
     def offer(self, state: Tensors, client: ClientId, turn: Turn) -> Parcel:
-        return Parcel({"personal": state})
+        return Parcel({"personal": turn.select(client, state, self.shared)})
 
     def train(self, desk: Desk, offer: Parcel) -> Parcel:
-        facts = desk.fit(train=MOVES)
-        return desk.reply("personal", where=MOVES, facts=facts)
+        facts = desk.fit(train=self.moving())
+        return desk.reply("personal", where=self.shared, facts=facts)

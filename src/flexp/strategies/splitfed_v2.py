@@ -26,7 +26,8 @@ from flexp.tensors import Tensors, mean_by_name
 class Fronts:
     """The averaged fronts, and those that have come in since with their rows.
 
-    ``count`` averages were made so far, and client c has had those up to ``had[c]``.
+    ``count`` averages were made so far, and client c has had those up to ``had[c]``. ``rank`` is
+    that of clients whose seats name none, where ranks may differ.
     """
 
     common: Tensors
@@ -34,13 +35,16 @@ class Fronts:
     had: Mapping[ClientId, int] = field(default_factory=dict[ClientId, int])
     arrived: Mapping[ClientId, Tensors] = field(default_factory=dict[ClientId, Tensors])
     rows: Mapping[ClientId, float] = field(default_factory=dict[ClientId, float])
+    rank: int = 0
 
-    def averaged(self) -> Fronts:
-        """The mean of what has come in, in order of clients; tensors without any stay."""
+    def in_order(self) -> tuple[list[Tensors], list[float]]:
+        """What has come in and its rows, in order of clients."""
         order = sorted(self.arrived)
-        fronts, rows = [self.arrived[c] for c in order], [self.rows[c] for c in order]
-        common = {**self.common, **mean_by_name(fronts, rows)}
-        return Fronts(common, self.count + 1, self.had)
+        return [self.arrived[c] for c in order], [self.rows[c] for c in order]
+
+    def renewed(self, common: Tensors) -> Fronts:
+        """With another average, from when on others come in."""
+        return Fronts(common, self.count + 1, self.had, rank=self.rank)
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,7 @@ class SplitFedV2(Strategy[Fronts]):
     def waves(
         self, state: Fronts, chosen: Sequence[ClientId], dice: Dice
     ) -> Sequence[Sequence[ClientId]]:
-        drawn = {client: float(dice("order", client=client).uniform()) for client in chosen}
-        return [[client] for client in sorted(chosen, key=lambda c: (drawn[c], c))]
+        return [[client] for client in drawn(chosen, dice)]
 
     def offer(self, state: Fronts, client: ClientId, turn: Turn) -> Parcel:
         return Parcel({"personal": turn.select(client, state.common, NEAR)})
@@ -78,8 +81,18 @@ class SplitFedV2(Strategy[Fronts]):
             rows={**state.rows, **rows},
             had={**state.had, **dict.fromkeys(replies, state.count)},
         )
-        return state.averaged() if turn.last_wave and self.due(turn.round) else state
+        return self.averaged(state) if turn.last_wave and self.due(turn.round) else state
+
+    def averaged(self, state: Fronts) -> Fronts:
+        """The mean of the fronts that have come in; tensors without any stay."""
+        return state.renewed({**state.common, **mean_by_name(*state.in_order())})
 
     def due(self, round: int) -> bool:
         """Whether fronts are averaged at the end of this round."""
         return True
+
+
+def drawn(chosen: Sequence[ClientId], dice: Dice) -> list[ClientId]:
+    """Clients in a random order that does not depend on the order in which they are given."""
+    numbers = {client: float(dice("order", client=client).uniform()) for client in chosen}
+    return sorted(chosen, key=lambda c: (numbers[c], c))

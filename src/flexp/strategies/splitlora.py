@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from flexp.model.adapter import Lora
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.strategies.base import ClientId, Setting, Turn
@@ -35,11 +34,9 @@ class SplitLora(SplitFedV2):
     }
 
     def refuses(self, setting: Setting) -> str:
-        if not isinstance(setting.adapter, Lora):
-            return "both sides train LoRA. Set adapter.kind=lora."
         if self.every < 1:
             return f"every is {self.every}: client adapters are averaged after 1 or more rounds."
-        return super().refuses(setting)
+        return self.without_lora(setting) or super().refuses(setting)
 
     def due(self, round: int) -> bool:
         return (round + 1) % self.every == 0
