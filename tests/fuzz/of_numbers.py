@@ -14,7 +14,7 @@ from flexp.plan.options import fitting, menu, trunk_bytes
 from flexp.plan.work import BlockWork
 from flexp.products import lora_pairs, stack
 from flexp.selection import Place
-from flexp.strategies.splitfed_v2 import Fronts
+from flexp.strategies.splitfed_v2 import Fronts, SplitFedV2
 from flexp.tensors import Tensors, Term, agreed_mean, finite, lerp, mean, mean_by_name, mixed
 
 MB = 10**6
@@ -148,9 +148,9 @@ def run_aggregation(data: bytes) -> None:
     again = mean(items[turned:] + items[:turned], weights[turned:] + weights[:turned])
     _close(found, again, items)
     _close(found, mean_by_name(items, weights), items)
-    averaged = Fronts(items[0], arrived={str(n): v for n, v in enumerate(items)},
-        rows={str(n): w for n, w in enumerate(weights)}).averaged()  # fmt: skip
-    _close(found, averaged.common, items)
+    fronts = Fronts(items[0], arrived={str(n): v for n, v in enumerate(items)},
+        rows={str(n): w for n, w in enumerate(weights)})  # fmt: skip
+    _close(found, SplitFedV2().averaged(fronts).common, items)
     _some_names(draws, items, weights)
     _agreed(draws, items, weights, {k: _tensor(draws, s) for k, s in shapes.items()})
     share = draws.choose((0.0, 0.25, 0.5, 1.0))
