@@ -144,14 +144,16 @@ def test_flora_stacks_what_is_trained_and_begins_anew() -> None:
 
 
 def test_hetlora_pads_with_zeros_and_weighs_by_norms() -> None:
-    # Both wear 1 in size, so each counts half. At rank 2 a has A = (1, 0) and B = (2, 0), for it
-    # wears half as much of it. A: (1, 0.5), B: (2 - 1, 0 - 1) / 2 = (0.5, -0.5).
-    bench = Bench(HetLora(), **WIDE)
+    # a wants 24, so B = 3 and it wears 3; b wears -1: a counts 3/4, b 1/4. At rank 2 a has
+    # A = (1, 0) and B = (6, 0), for it wears half as much of it. A: (1, 1/4), B: (3/4 * 6 - 1/4,
+    # -1/4).
+    wide: dict[str, Any] = {**WIDE, "rows": {"a": [(24,)], "b": [(-16,)] * 3}}
+    bench = Bench(HetLora(), **wide)
     bench.round()
-    assert bench.state.adapter[FACTOR].flatten().tolist() == [1, 0.5]
-    assert bench.state.adapter[FRONT].flatten().tolist() == [0.5, -0.5]
-    assert bench.serves("a") == (0.25,)  # the first row, B halved again
-    assert bench.serves("b") == (0.125,)  # (0.5 * 1 - 0.5 * 0.5) / 2
+    assert bench.state.adapter[FACTOR].flatten().tolist() == [1, 0.25]
+    assert bench.state.adapter[FRONT].flatten().tolist() == [4.25, -0.25]
+    assert bench.serves("a") == (2.125,)  # the first row, B halved again
+    assert bench.serves("b") == (2.09375,)  # (4.25 * 1 - 0.25 * 0.25) / 2
 
 
 def test_hetlora_divides_a_row_by_those_who_have_it() -> None:
@@ -171,6 +173,11 @@ def test_hetlora_keeps_a_row_that_nobody_brings() -> None:
     assert bench.state.adapter[FACTOR].flatten().tolist() == [1, 1]
     assert bench.state.adapter[FRONT].flatten().tolist() == [2, 0]
     assert bench.serves("a") == bench.serves("b") == (1,)
+    bench = Bench(HetLora(), **WIDE)
+    bench.round()  # both wear 1 in size, so A: (1, 0.5), B: (2 - 1, 0 - 1) / 2
+    bench.round("b")
+    assert bench.state.adapter[FACTOR][1].item() == 0.5
+    assert bench.state.adapter[FRONT][0, 1].item() == -0.5
 
 
 def products(adapter: Tensors) -> dict[str, Tensor]:

@@ -188,8 +188,9 @@ def test_ranks_of_hsplitlora_may_differ() -> None:
             assert len(adapter[a]) == (3 if far else rank)  # the server's is the recipe's
 
 
-def test_a_round_of_hsplitlora_costs_what_splitlora_does() -> None:
-    check_round(HSplitLora(), 1, ALL, ALL)
+@pytest.mark.parametrize("method", [SlUshape(), HSplitLora()], ids=lambda m: m.name)
+def test_a_round_costs_four_hidden_states_a_step_and_near_adapters(method: Strategy[Any]) -> None:
+    check_round(method, 1, ALL, ALL)
 
 
 def test_a_run_of_hsplitlora_ends_in_adapters_of_two_ranks(flexp: Any, recipe_of: Any) -> None:

@@ -58,7 +58,7 @@ class HetLora(FlexLora):
             weights = self.weights([(one[a], one[b]) for one in wide], rows)
             merged |= mean([{a: one[a], b: one[b]} for one in wide], weights)
             share = owned(ranks, weights, rank).to(merged[a])
-            by = torch.where(share == 0, 1.0, share) if self.owners else torch.ones_like(share)
+            by = share if self.owners else torch.ones_like(share)
             merged[a] = torch.where(share[:, None] == 0, before[a], merged[a] / by[:, None])
             merged[b] = torch.where(share == 0, before[b], merged[b] / by)
         return Ranked(state.rank, merged)
@@ -74,6 +74,5 @@ class HetLora(FlexLora):
 
 def owned(ranks: Sequence[int], weights: Sequence[float], rank: int) -> Tensor:
     """The share of the weights that is of clients which have a row, by row."""
-    rows = torch.arange(rank)
-    held = [(rows < r) * w for r, w in zip(ranks, weights, strict=True)]
-    return torch.stack(held).sum(0) / sum(weights)
+    held = [sum(w for r, w in zip(ranks, weights, strict=True) if row < r) for row in range(rank)]
+    return torch.tensor(held) / sum(weights)

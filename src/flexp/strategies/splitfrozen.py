@@ -31,7 +31,7 @@ class SplitFrozen(Strategy[None]):
     paper: ClassVar[str] = "Ma et al. 2025, arXiv 2503.18986"
     kind: ClassVar[MethodKind] = "split"
     alone: ClassVar[bool] = False
-    reconstruction: ClassVar[str] = "the stream goes by turns, not by batches"
+    reconstruction: ClassVar[str] = "by turns, not by batches; what is near is as it began"
     slots: ClassVar[Mapping[str, SlotSpec]] = {
         "personal": SlotSpec(home="server", moments="keep", head_rows=1.0)
     }
