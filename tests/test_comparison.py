@@ -170,6 +170,7 @@ def test_what_is_done_is_not_done_again(
         comparison.compare(other, nowhere, Plan(METHODS, (0,), resume=True))
 
 
+@pytest.mark.slow
 def test_processes_side_by_side(flexp: Flexp, recipe_of: Recipe, tmp_path: Path) -> None:
     path = recipe_of(rounds=1, **SPEEDS)
     code, out, err = flexp(

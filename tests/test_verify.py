@@ -33,6 +33,7 @@ def served(cluster: Cluster, recipe_of: Recipe, mine: Path, rounds: int = 4) -> 
     return recipe, out
 
 
+@pytest.mark.faults
 def test_a_copy_of_a_servers_folder_goes_on_as_the_folder_itself(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
