@@ -37,6 +37,7 @@ from flexp.rounds import waves_of
 from flexp.selection import HEAD, NEAR, NONE, Where
 from flexp.strategies import BUILT_IN, about
 from flexp.strategies.base import MethodKind, Scene, Strategy, Turn
+from flexp.strategies.fedala import FedAla
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.flexp import FlexP
 from flexp.strategies.hsplitlora import HSplitLora
@@ -84,9 +85,10 @@ SPECIAL: dict[str, Any] = {
     "splitfed_v3": {"alone": SplitFedV3()},
     "splitlora": {"alone": SplitLora()},
     "fedbn": {"kind": Dense(NORMS)},
+    "fedala": {"strategy": FedAla(passes=2)},
     "scaffold": {"training": Training(Optim("sgd", lr=3.0), batch=4, steps=2)},  # no other
     # Three rounds are too few for the paper's lambda of 15 and eta of 0.005.
-    "pfedme": {"strategy": PFedMe(lam=1.0, rate=0.5), "reaches": 0.97},
+    "pfedme": {"strategy": PFedMe(lam=1.0, rate=0.5, inner=3), "reaches": 0.97},
     # Two adapters are worn one after the other, and exported as one of twice the rank.
     "feddpa": {"rounding": 1e-6},
     "pfedlora": {"rounding": 1e-6},
@@ -443,8 +445,23 @@ class Tearing:
         self.inner.close()
 
 
-@federated
-@pytest.mark.parametrize("lost", ["c0", "c2"], ids=["cut", "whole"])
+OFTEN = ("fedavg", "ditto", "flexp")  # the others' loss of a whole client is a long test
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        pytest.param(
+            name,
+            lost,
+            id=f"{'cut' if lost == 'c0' else 'whole'}-{name}",
+            marks=() if lost == "c0" or name in OFTEN else pytest.mark.slow,
+        )
+        for name in TABLE
+        if name not in ("base", "pooled")
+        for lost in ("c0", "c2")
+    ],
+)
 def test_survives_a_lost_client(name: str, lost: str) -> None:
     strategy, seats = TABLE[name].strategy, TABLE[name].seats
     without, run = Run(strategy, seats), Run(strategy, seats)

@@ -27,7 +27,6 @@ PLAN: Mapping[str, Any] = {
     "rounds": ROUNDS,
     "strategy": {"name": "flexp", "moments": "keep"},
 }
-ALWAYS = {"memory has its name"}  # is tried with every change
 
 
 @dataclass
@@ -83,20 +82,16 @@ def play(cluster: Cluster, recipe: Path, mine: Path, victim: str, point: Point |
 
 
 def points() -> list[Any]:
-    """All of them; those that are not always tried are for `make faults`."""
+    """All of them."""
     every = [("server", name, point) for name, point in SERVER.items()]
     every += [("ben", name, point) for name, point in CLIENT.items()]
     return [
-        pytest.param(
-            victim,
-            point,
-            id=f"{victim}-{name}".replace(" ", "_"),
-            marks=() if name in ALWAYS else pytest.mark.faults,
-        )
+        pytest.param(victim, point, id=f"{victim}-{name}".replace(" ", "_"))
         for victim, name, point in every
     ]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("victim", "point"), points())
 def test_who_dies_at_a_point_is_not_missed(
     whole: Cluster,

@@ -39,6 +39,7 @@ def ended(*programs: Program) -> None:
         assert program.wait() == 0, program.text()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_in_mid_round_goes_on(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:

@@ -110,6 +110,7 @@ def test_two_clients_need_two_folders(
     ended(anna, ben, server)
 
 
+@pytest.mark.slow
 def test_who_is_killed_in_turns_of_its_own_goes_on_with_them(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
@@ -124,6 +125,7 @@ def test_who_is_killed_in_turns_of_its_own_goes_on_with_them(
     ended(server)
 
 
+@pytest.mark.slow
 def test_who_came_in_the_last_round_learns_after_it(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
