@@ -19,6 +19,7 @@ import torch
 from flexp.client.session import Session
 from flexp.data.tasks import CausalLM
 from flexp.model.backbone import Backbone
+from flexp.model.together import Together
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,6 +75,7 @@ def watched() -> Generator[Watch]:
     with ExitStack() as stack:
         for owner, name in (
             (Backbone, "run"),
+            (Together, "run"),
             (CausalLM, "fused"),
             (CausalLM, "loss"),
             (CausalLM, "measure"),
