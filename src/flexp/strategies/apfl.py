@@ -10,7 +10,6 @@ at v, and mixes at the end of a round: another method. a = 1 that stays is local
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, cast
 
@@ -20,16 +19,15 @@ from torch import Tensor
 
 from flexp.client.desk import Desk
 from flexp.client.fit import together
-from flexp.model.ops import SlotSpec
 from flexp.parcel import Facts, Parcel
-from flexp.privacy.egress import Leave
-from flexp.selection import ALL, NONE, Where
-from flexp.strategies.base import ClientId, MethodKind, Scene, Served, Strategy, Turn
-from flexp.tensors import Mix, Tensors, Term, mean
+from flexp.selection import ALL, NONE
+from flexp.strategies.base import Served
+from flexp.strategies.shared_beside import SharedBeside
+from flexp.tensors import Mix, Term
 
 
 @dataclass(frozen=True)
-class Apfl(Strategy[Tensors]):
+class Apfl(SharedBeside):
     """A shared adapter by FedAvg, an own one, and how much of each a client serves is learned.
 
     ``alpha`` is the own adapter's share at the start. ``rate`` is eta_a (None: train.lr, as in the
@@ -41,20 +39,7 @@ class Apfl(Strategy[Tensors]):
 
     name: ClassVar[str] = "apfl"
     paper: ClassVar[str] = "Deng et al. 2020, arXiv 2003.13461"
-    kind: ClassVar[MethodKind] = "personalised"
-    own: ClassVar[Where] = ALL
     alone: ClassVar[bool] = False
-    slots: ClassVar[Mapping[str, SlotSpec]] = {
-        "personal": SlotSpec(lasts="run", moments="keep"),
-        "shared": SlotSpec(),
-    }
-    leaves: ClassVar[tuple[Leave, ...]] = (Leave("shared", why="to be averaged"),)
-
-    def start(self, scene: Scene) -> Tensors:
-        return scene.initial(self.slots["shared"])
-
-    def offer(self, state: Tensors, client: ClientId, turn: Turn) -> Parcel:
-        return Parcel({"shared": state})
 
     def mix(self, alpha: Tensor | float) -> Mix:
         """m."""
@@ -77,10 +62,6 @@ class Apfl(Strategy[Tensors]):
                 share = min(1.0, max(0.0, share - rate * float(alpha.grad)))
         desk.memory.facts["alpha"] = share
         return desk.reply("shared", facts=together(done))
-
-    def merge(self, state: Tensors, replies: Mapping[ClientId, Parcel], turn: Turn) -> Tensors:
-        trained = [reply.adapters["shared"] for reply in replies.values()]
-        return mean(trained, turn.weights(list(replies))) if trained else state
 
     def personal(self, desk: Desk, offer: Parcel) -> Served:
         wear = self.mix(self.share(desk))

@@ -12,7 +12,6 @@ Reconstruction: each adapter is trained without the other one on; how similarity
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -23,19 +22,18 @@ from torch.nn import functional
 
 from flexp.client.desk import Desk
 from flexp.data.examples import Batch
-from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
-from flexp.privacy.egress import Leave
-from flexp.selection import ALL, NONE, Where
-from flexp.strategies.base import ClientId, MethodKind, Scene, Served, Setting, Strategy, Turn
+from flexp.selection import NONE
+from flexp.strategies.base import ClientId, MethodKind, Served, Setting, Turn
 from flexp.strategies.ranks import no_product
-from flexp.tensors import Stacked, Tensors, Term, mean
+from flexp.strategies.shared_beside import SharedBeside
+from flexp.tensors import Stacked, Tensors, Term
 
 LOCAL = "local phase"  # a fact of an offer, and of the memory of whoever has begun it
 
 
 @dataclass(frozen=True)
-class FedDpa(Strategy[Tensors]):
+class FedDpa(SharedBeside):
     """A global adapter by FedAvg and a local one, worn together: alternately (T) or after (F).
 
     ``weight`` is c. ``after``: how many rounds at the end are local in F. ``sample``: how many rows
@@ -51,19 +49,10 @@ class FedDpa(Strategy[Tensors]):
     name: ClassVar[str] = "feddpa"
     paper: ClassVar[str] = "Yang et al. 2024, arXiv 2403.19211"
     kind: ClassVar[MethodKind] = "federated LoRA"
-    own: ClassVar[Where] = ALL
     reconstruction: ClassVar[str] = "adapters are trained apart; how similarity enters the mix"
-    slots: ClassVar[Mapping[str, SlotSpec]] = {
-        "personal": SlotSpec(lasts="run", moments="keep"),
-        "shared": SlotSpec(),
-    }
-    leaves: ClassVar[tuple[Leave, ...]] = (Leave("shared", why="to be averaged"),)
 
     def refuses(self, setting: Setting) -> str:
         return self.without_lora(setting) or no_product(setting) or super().refuses(setting)
-
-    def start(self, scene: Scene) -> Tensors:
-        return scene.initial(self.slots["shared"])
 
     def offer(self, state: Tensors, client: ClientId, turn: Turn) -> Parcel:
         return Parcel({"shared": state}, facts={LOCAL: turn.round >= turn.rounds - self.after})
@@ -79,10 +68,6 @@ class FedDpa(Strategy[Tensors]):
             desk.assign("personal", (Term("shared"),))
             desk.memory.facts[LOCAL] = True
         return desk.reply("shared", where=NONE, facts=desk.fit())
-
-    def merge(self, state: Tensors, replies: Mapping[ClientId, Parcel], turn: Turn) -> Tensors:
-        trained = [reply.adapters["shared"] for reply in replies.values()]
-        return mean(trained, turn.weights(list(replies))) if any(trained) else state
 
     def personal(self, desk: Desk, offer: Parcel) -> Served:
         if self.form == "F" and LOCAL not in desk.memory.facts:

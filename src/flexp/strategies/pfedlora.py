@@ -11,43 +11,34 @@ the client's own, with its head; both are worn as the sum of their products.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from flexp.client.desk import Desk
-from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
-from flexp.selection import ALL, Where
-from flexp.strategies.base import ClientId, MethodKind, Scene, Served, Setting, Strategy, Turn
+from flexp.selection import ALL
+from flexp.strategies.base import ClientId, MethodKind, Served, Setting, Turn
 from flexp.strategies.ranks import LORA, no_product
-from flexp.tensors import Stacked, Tensors, Term, mean
+from flexp.strategies.shared_beside import SharedBeside
+from flexp.tensors import Stacked, Tensors, Term
 
 BOTH = Stacked((Term("personal"), Term("shared")))
 
 
 @dataclass(frozen=True)
-class PFedLora(Strategy[Tensors]):
+class PFedLora(SharedBeside):
     """A private adapter and head, and one small LoRA on top that is averaged, trained in turn."""
 
     name: ClassVar[str] = "pfedlora"
     paper: ClassVar[str] = "Yi et al. 2023, arXiv 2310.13283"
     kind: ClassVar[MethodKind] = "federated LoRA"
-    own: ClassVar[Where] = ALL
     alone: ClassVar[bool] = False
     reconstruction: ClassVar[str] = "the private model is an adapter on the common backbone"
-    slots: ClassVar[Mapping[str, SlotSpec]] = {
-        "personal": SlotSpec(lasts="run", moments="keep"),
-        "shared": SlotSpec(),
-    }
     leaves: ClassVar[tuple[Leave, ...]] = (Leave("shared", LORA, why="to be averaged"),)
 
     def refuses(self, setting: Setting) -> str:
         return self.without_lora(setting) or no_product(setting) or super().refuses(setting)
-
-    def start(self, scene: Scene) -> Tensors:
-        return scene.initial(self.slots["shared"])
 
     def offer(self, state: Tensors, client: ClientId, turn: Turn) -> Parcel:
         return Parcel({"shared": turn.select(client, state, LORA)})
@@ -57,10 +48,6 @@ class PFedLora(Strategy[Tensors]):
         facts = desk.fit(wear=BOTH, train={"personal": ALL})
         desk.fit(wear=BOTH, train={"shared": LORA})
         return desk.reply("shared", where=LORA, facts=facts)
-
-    def merge(self, state: Tensors, replies: Mapping[ClientId, Parcel], turn: Turn) -> Tensors:
-        trained = [reply.adapters["shared"] for reply in replies.values()]
-        return mean(trained, turn.weights(list(replies))) if trained else state
 
     def personal(self, desk: Desk, offer: Parcel) -> Served:
         self.behead(desk)

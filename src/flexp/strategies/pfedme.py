@@ -20,14 +20,13 @@ from flexp.client.desk import Desk, Drag
 from flexp.client.fit import together
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Facts, Parcel
-from flexp.privacy.egress import Leave
-from flexp.selection import ALL, Where
-from flexp.strategies.base import ClientId, MethodKind, Scene, Strategy, Turn
-from flexp.tensors import Tensors, Term, lerp, mean
+from flexp.strategies.base import ClientId, Turn
+from flexp.strategies.shared_beside import SharedBeside
+from flexp.tensors import Tensors, Term, lerp
 
 
 @dataclass(frozen=True)
-class PFedMe(Strategy[Tensors]):
+class PFedMe(SharedBeside):
     """Personal adapters held near a shared one, which moves towards them instead of training.
 
     ``lam`` is lambda, ``inner`` is K, whose steps are the recipe's optimizer's; ``rate`` is eta,
@@ -41,19 +40,10 @@ class PFedMe(Strategy[Tensors]):
 
     name: ClassVar[str] = "pfedme"
     paper: ClassVar[str] = "Dinh et al. 2020, arXiv 2006.08848"
-    kind: ClassVar[MethodKind] = "personalised"
-    own: ClassVar[Where] = ALL
     slots: ClassVar[Mapping[str, SlotSpec]] = {
         "personal": SlotSpec(lasts="run"),
         "shared": SlotSpec(),
     }
-    leaves: ClassVar[tuple[Leave, ...]] = (Leave("shared", why="to be averaged"),)
-
-    def start(self, scene: Scene) -> Tensors:
-        return scene.initial(self.slots["shared"])
-
-    def offer(self, state: Tensors, client: ClientId, turn: Turn) -> Parcel:
-        return Parcel({"shared": state})
 
     def train(self, desk: Desk, offer: Parcel) -> Parcel:
         pull, part = [Drag("shared", self.lam)], self.rate * self.lam
@@ -65,7 +55,4 @@ class PFedMe(Strategy[Tensors]):
         return desk.reply("shared", facts=together(done))
 
     def merge(self, state: Tensors, replies: Mapping[ClientId, Parcel], turn: Turn) -> Tensors:
-        trained = [reply.adapters["shared"] for reply in replies.values()]
-        if not trained:
-            return state
-        return lerp(state, mean(trained, turn.weights(list(replies))), self.beta)
+        return lerp(state, super().merge(state, replies, turn), self.beta)
