@@ -150,14 +150,15 @@ class ToPretrained(FlexP):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_alignment_lifts_everybodys_accuracy_and_hosted_blocks_are_the_better_reference(
-    seed: int,
-) -> None:
+def test_alignment_lifts_everybodys_accuracy_and_hosted_blocks_are_the_better_reference() -> None:
+    """By how much depends on the last bits, so it is a mean over seeds."""
     pull: dict[str, Any] = {"form": "prox", "align": 0.1, "head": "aligned"}
-    own, pooled = accuracies(FlexP(align=0.0, head="free"), seed)
-    aligned_own, aligned = accuracies(FlexP(**pull), seed)
-    _, to_pretrained = accuracies(ToPretrained(**pull), seed)
-    assert aligned >= pooled + 0.08
-    assert aligned_own >= own - 0.02
-    assert aligned >= to_pretrained
+    lifts: list[float] = []
+    for seed in (0, 1):
+        own, pooled = accuracies(FlexP(align=0.0, head="free"), seed)
+        aligned_own, aligned = accuracies(FlexP(**pull), seed)
+        _, to_pretrained = accuracies(ToPretrained(**pull), seed)
+        assert aligned_own >= own - 0.02
+        assert aligned >= to_pretrained
+        lifts.append(aligned - pooled)
+    assert statistics.fmean(lifts) >= 0.12
