@@ -126,7 +126,7 @@ def opened(case: Case, depth: int) -> Client:
         classes=CLASSES,
         dtype=getattr(torch, case.dtype),
         blocks=frozenset([*range(front), *range(depth - back, depth)]),
-        chunked=case.mode == "fast",
+        fast=case.mode == "fast",
         quantize=None if case.quantize == "none" else Quantize(case.quantize, Lora()),
     )
     nothing: Any = None  # batches come ready

@@ -84,7 +84,7 @@ def test_slots_that_all_wear_are_trained_in_turn(
     exact, _ = played(mode="exact", **how)
     fast, together = played(mode="fast", **how)
     assert together == []
-    assert gap(exact, fast) == 0.0
+    assert gap(exact, fast) < 1e-6  # steps are fused
 
 
 def test_more_clients_than_are_abreast_come_in_turns(
@@ -118,7 +118,7 @@ def test_a_client_with_the_whole_model_is_not_waited_for(
     fast, together = played(mode="fast", **how)
     assert set(together) == {2}
     assert groups == [["ben", "carl dee"]] * 3
-    assert gap(exact, fast) < 1e-5
+    assert gap(exact, fast) < 1e-4
 
 
 def test_a_client_that_fails_holds_up_nobody(

@@ -241,6 +241,7 @@ def lengths(job: Job) -> list[Row]:
         }
         for dtype in DTYPES:
             place = stack.enter_context(at_work(job, job.backbone(dtype), texts=examples))
+            place.desk.training = replace(place.desk.training, group_by_length=True)
             works[dtype] = partial(an_epoch, place.desk)
             if dtype == "fp32":
                 gate = same_loss(naive, place.desk, examples, padded[128])

@@ -96,6 +96,7 @@ class TrainRecipe(_Part):
     label_prior: bool = False
     still: Literal["refuse", "allow"] = "refuse"
     cache: int | str = 0
+    group_by_length: bool = False
 
     @model_validator(mode="after")
     def _one(self) -> TrainRecipe:

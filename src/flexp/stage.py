@@ -169,7 +169,7 @@ def _backbone(found: Survey, kind: TaskKind, classes: int) -> Backbone:
         blocks_at=recipe.model.blocks_at,
         name=recipe.model.source,
         pad=padding_of(found.tokenizer),
-        chunked=recipe.mode == "fast",
+        fast=recipe.mode == "fast",
     )
 
 
@@ -227,7 +227,8 @@ def training(recipe: Recipe) -> Training:
     t = recipe.train
     optim = Optim(t.optimizer, t.lr, t.head_lr, weight_decay=t.weight_decay, momentum=t.momentum)
     more = t.clip_norm, t.label_prior, t.still, recipe.link.ahead
-    return Training(optim, t.batch, t.steps, t.epochs, *more, cache=cache_of(recipe))
+    how: dict[str, Any] = {"cache": cache_of(recipe), "group_by_length": t.group_by_length}
+    return Training(optim, t.batch, t.steps, t.epochs, *more, **how)
 
 
 def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Fleet:

@@ -14,7 +14,7 @@ from flexp.model.backbone import Backbone
 
 def tapped(family: str) -> Backbone:
     made = backbone(family)
-    return Backbone(made.model, task="causal-lm", chunked=True)
+    return Backbone(made.model, task="causal-lm", fast=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -42,6 +42,6 @@ def test_logits_that_are_more_than_a_product_stay_plain() -> None:
     output = model.get_output_embeddings()
     model.register_forward_hook(lambda _m, _a, out: type(out)(logits=out.logits / 2))
     before = output.forward
-    body = Backbone(model, task="causal-lm", chunked=True)
+    body = Backbone(model, task="causal-lm", fast=True)
     assert body.output is None
     assert output.forward == before

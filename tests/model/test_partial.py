@@ -145,14 +145,14 @@ def test_blocks_outside_the_model_are_refused(blocks: frozenset[int], tmp_path: 
         opened(tmp_path, model, blocks=blocks)
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_tied_heads_stay_tied(chunked: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_tied_heads_stay_tied(fast: bool, tmp_path: Path) -> None:
     model = saved("llama-tied", tmp_path)
-    near = opened(tmp_path, model, blocks=frozenset({0, 3}), chunked=chunked)
+    near = opened(tmp_path, model, blocks=frozenset({0, 3}), fast=fast)
     net: Any = near.model
     assert net.lm_head.weight is net.model.embed_tokens.weight
-    assert near.output is (net.lm_head if chunked else None)
-    trunk = opened(tmp_path, model, blocks=frozenset({1, 2}), chunked=chunked, outside=False)
+    assert near.output is (net.lm_head if fast else None)
+    trunk = opened(tmp_path, model, blocks=frozenset({1, 2}), fast=fast, outside=False)
     assert trunk.output is None
     names = [k for k, _ in trunk.model.named_parameters()]
     assert not any("embed_tokens" in k or "lm_head" in k for k in names)

@@ -58,10 +58,10 @@ SPEECH = "Hamlet: To be, or not to be, that is the question.\nOphelia: Good my l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("cut", [(1, 0), (10, 5), (29, 1)])
 def test_smollm2_bit_for_bit(
-    asset: Callable[[str], Path], cut: tuple[int, int], chunked: bool
+    asset: Callable[[str], Path], cut: tuple[int, int], fast: bool
 ) -> None:
     folder = asset("smollm2-135m")
     tokenizer: Any = open_tokenizer(folder)
@@ -70,6 +70,6 @@ def test_smollm2_bit_for_bit(
     held = task.encode(rows)
     batches = [task.collate(held, [n % 2, (n + 1) % 2]) for n in range(3)]
     filler = padding_of(tokenizer)
-    body = Backbone.open(folder, task="causal-lm", pad=filler, chunked=chunked)
-    assert (body.output is not None) == chunked
+    body = Backbone.open(folder, task="causal-lm", pad=filler, fast=fast)
+    assert (body.output is not None) == fast
     agree(body, Seat(Cut(*cut)), batches=batches)

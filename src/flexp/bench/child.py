@@ -53,7 +53,7 @@ def first_step(job: Any, folder: Path) -> dict[str, Any]:
     from flexp.model.backbone import Backbone
 
     torch.set_num_threads(1)
-    body = Backbone.open(folder, task="causal-lm", chunked=True)
+    body = Backbone.open(folder, task="causal-lm", fast=True)
     with at_work(job, body) as place:
         loss = step(place.desk, job.batch())
         return {"loss": loss, "cpu": time.process_time()}

@@ -107,10 +107,10 @@ class Job:
         drawn(model, Dice(0)("weights"))
         return model.eval()
 
-    def backbone(self, dtype: str = "fp32", *, chunked: bool = True) -> Backbone:
+    def backbone(self, dtype: str = "fp32", *, fast: bool = True) -> Backbone:
         """The frozen model as the program holds it in its fast mode."""
         model = self.model().to(DTYPES[dtype])
-        return Backbone(model, task="causal-lm", name=self.told, chunked=chunked)
+        return Backbone(model, task="causal-lm", name=self.told, fast=fast)
 
     def batch(self, n: int = 0) -> Batch:
         """Random tokens; other ``n``, other tokens."""

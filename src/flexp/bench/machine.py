@@ -135,5 +135,6 @@ def gemms() -> dict[tuple[str, int], Work]:
 
 
 def fastest(peak: Mapping[str, float | None], dtype: str) -> float:
-    """The most that this machine multiplies at that precision."""
-    return max(v for k, v in peak.items() if v is not None and k.split()[0] == dtype)
+    """The most that this machine multiplies at that precision, or at a higher one."""
+    kinds = ("fp32",) if dtype == "fp32" else ("fp32", dtype)
+    return max(v for k, v in peak.items() if v is not None and k.split()[0] in kinds)

@@ -14,7 +14,7 @@ from flexp.client.fit import Fit
 from flexp.client.memory import Memory
 from flexp.client.parts import LossFn
 from flexp.client.session import Session
-from flexp.data.examples import Batch, Shard, Split
+from flexp.data.examples import Batch, Examples, Shard, Split, grouped
 from flexp.data.tasks import Task
 from flexp.dice import Dice
 from flexp.errors import AdapterError
@@ -49,6 +49,7 @@ class Training:
     still: Literal["refuse", "allow"] = "refuse"
     ahead: bool = False  # the front of a batch lacks the last step, and need not wait for it
     cache: int = 0  # bytes of hidden states that a client keeps in front of what trains
+    group_by_length: bool = False  # batches of rows about as long
 
     def specs(self, slots: Mapping[str, SlotSpec]) -> dict[str, SlotSpec]:
         """A strategy's slots, with this optimizer where they name none."""
@@ -104,13 +105,22 @@ class Desk:
         size = min(size or self.training.batch, len(data))
         if steps is None:
             for epoch in range(epochs or 1):
-                order = self.dice("epoch", n=epoch).shuffle(len(data))
+                order = self._order(data, epoch, size)
                 for at in range(0, len(order), size):
                     yield self.task.collate(data, order[at : at + size])
             return
-        stream = (n for epoch in count() for n in self.dice("epoch", n=epoch).shuffle(len(data)))
+        passes = (self._order(data, n, size, begun=n * len(data) % size) for n in count())
+        stream = (row for order in passes for row in order)
         for _ in range(steps):
             yield self.task.collate(data, list(islice(stream, size)))
+
+    def _order(self, data: Examples, epoch: int, size: int, *, begun: int = 0) -> Sequence[int]:
+        """The rows of one pass."""
+        order = self.dice("epoch", n=epoch).shuffle(len(data))
+        if not self.training.group_by_length:
+            return order
+        lengths = [len(row) for row in data.ids]
+        return grouped(order, lengths, size, self.dice("groups", n=epoch), begun=begun)
 
     def fit(
         self,

@@ -112,8 +112,8 @@ class Client:
 
     def _near(self, seat: Seat, specs: Specs) -> Slots:
         """The near side's slots, with what the client kept of them."""
-        depth = self.backbone.depth
-        near = Slots(lambda name: self.backbone.place(name, seat), depth, alpha_of(self.kind))
+        body, alpha = self.backbone, alpha_of(self.kind)
+        near = Slots(lambda name: body.place(name, seat), body.depth, alpha, fused=body.fast)
         near.optims = {s: spec.optim for s, spec in specs.items() if spec.optim is not None}
         for slot in near.lasting(specs):
             kept = self.memory.get(f"slot/{slot}")

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flexp.dice import Dice
 from flexp.errors import DataError
 
 Example = tuple[int, ...]  # token ids, or a label per token
@@ -16,6 +17,7 @@ Side = Literal["right", "left"]
 Split = Literal["train", "val", "test"]
 
 IGNORED = -100  # a label that no loss and no metric counts
+WINDOW = 8  # batches whose rows are sorted by length among themselves
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,25 @@ class Examples:
             tuple(self.labels[at] for at in indices),  # pyright: ignore[reportArgumentType]
             tuple(self.origins[at] for at in indices),
         )
+
+
+def grouped(
+    order: Sequence[int], lengths: Sequence[int], size: int, dice: Dice, *, begun: int = 0
+) -> list[int]:
+    """Shuffled rows, in batches of rows about as long; the batches come in any order.
+
+    Of a few batches at a time rows are sorted, so whom a row meets is still left to chance. The
+    first rows stay as they are while they fill up a batch that has ``begun`` with so many, and so
+    do the last, if they fill none.
+    """
+    first = -begun % size
+    end = first + (len(order) - first) // size * size
+    full: list[Sequence[int]] = []
+    for at in range(first, end, WINDOW * size):
+        alike = sorted(order[at : min(end, at + WINDOW * size)], key=lambda row: lengths[row])
+        full += [alike[k : k + size] for k in range(0, len(alike), size)]
+    shuffled = [row for n in dice.shuffle(len(full)) for row in full[n]]
+    return [*order[:first], *shuffled, *order[max(first, end) :]]
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ class Member:
             blocks_at=recipe.model.blocks_at,
             name=recipe.model.source,
             pad=padding_of(open_tokenizer(self.model)),
-            chunked=recipe.mode == "fast",
+            fast=recipe.mode == "fast",
             blocks=near,
         )
         self.seat = seat

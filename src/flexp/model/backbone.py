@@ -19,6 +19,7 @@ from flexp.errors import ModelError
 from flexp.model.adapter import Kind, Layout, initial, layout
 from flexp.model.cut import PASS, Pass, Seat, Station, Tap, run
 from flexp.model.hollow import Absent, absent, beginnable, lent
+from flexp.model.kernels import settle
 from flexp.model.quantize import Quantize, QuantizedLinear, value_of
 from flexp.model.skeleton import (
     TaskKind,
@@ -49,17 +50,18 @@ class Backbone:
         name: str = "",
         lacking: set[str] | None = None,
         blocks_at: str | None = None,
-        chunked: bool = False,
+        fast: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.config: Any = model.config
         self.task: TaskKind = task
-        self.name = name or type(model).__name__
+        self.name, self.fast = name or type(model).__name__, fast
         if getattr(self.config, "is_encoder_decoder", False):
             raise ModelError(f"{self.name} is an encoder-decoder; these cannot be cut.")
         self.config.use_cache = False
         self.blocks_path, blocks = block_list(model, blocks_at)
         self.depth, self.absent = len(blocks), absent(model)
+        settle(model, fast=fast)
         every = range(self.depth)
         self.held = frozenset(i for i in every if f"{self.blocks_path}.{i}" not in self.absent)
         self.head = () if task == "causal-lm" else head_leaves(model, lacking, self.blocks_path)
@@ -71,7 +73,7 @@ class Backbone:
         self.spoken: set[tuple[int, int | None, bool]] = set()  # blocks proved to run with a cache
         with lent(model, [block.forward for block in blocks], self.held):
             self.check(self)
-            self.output = self._tapped() if chunked and task == "causal-lm" else None
+            self.output = self._tapped() if fast and task == "causal-lm" else None
 
     @classmethod
     def open(
@@ -87,7 +89,7 @@ class Backbone:
         blocks_at: str | None = None,
         name: str = "",
         pad: int | None = None,
-        chunked: bool = False,
+        fast: bool = False,
         blocks: frozenset[int] | None = None,
         outside: bool = True,
         quantize: Quantize | None = None,
@@ -99,9 +101,9 @@ class Backbone:
         its output embedding absent (a classifier's small head stays).
 
         Parameters that the checkpoint lacks begin the same everywhere, from ``seed``. ``pad`` is
-        the tokenizer's padding id. ``chunked`` lets a loss take the logits of a wide vocabulary a
-        few tokens at a time, which adds in another order than whole logits do. With ``quantize``
-        the blocks' linear maps hold codes, made on the processor. Raises ModelError.
+        the tokenizer's padding id. ``fast`` allows what has other last bits: logits of a wide
+        vocabulary a few tokens at a time, fused kernels. With ``quantize`` the blocks' linear maps
+        hold codes, made on the processor. Raises ModelError.
         """
         config = read_config(source, task, classes, revision)
         if pad is not None and getattr(config, "pad_token_id", None) is None:
@@ -110,9 +112,8 @@ class Backbone:
         model, lacking, blocks_at = checkpoint.load(
             blocks, outside=outside, quantize=quantize, blocks_at=blocks_at
         )
-        model = model.to(device)
-        more: dict[str, Any] = {"lacking": lacking, "blocks_at": blocks_at, "chunked": chunked}
-        return cls(model, task=task, name=name or str(source), **more)
+        more: dict[str, Any] = {"lacking": lacking, "blocks_at": blocks_at, "fast": fast}
+        return cls(model.to(device), task=task, name=name or str(source), **more)
 
     # ---- names
 
@@ -186,8 +187,7 @@ class Backbone:
             if key == "attention_mask":
                 continue
             if key in ("input_ids", "inputs_embeds"):
-                pad = self.config.pad_token_id
-                pad = 0 if pad is None else pad
+                pad = self.config.pad_token_id or 0
                 ids = torch.full(shape[:2], 0 if pad else 1, device=device)
                 out["input_ids"] = ids if mask is None else torch.where(mask.bool(), ids, pad)
             else:

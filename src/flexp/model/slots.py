@@ -26,11 +26,15 @@ MOVED = -1  # instead of a number of steps
 
 @dataclass
 class Slots:
-    """Named adapter-shaped vectors of one side, their gathered gradients and their moments."""
+    """Named adapter-shaped vectors of one side, their gathered gradients and their moments.
+
+    ``fused``: AdamW's step in one pass over its numbers, which has other last bits.
+    """
 
     place: Callable[[str], Place]
     depth: int
     alpha: float = 16.0
+    fused: bool = False
     values: dict[str, Tensors] = field(default_factory=dict[str, Tensors])
     grads: dict[str, Tensors] = field(default_factory=dict[str, Tensors])
     optims: dict[str, Optim] = field(default_factory=dict[str, Optim])
@@ -123,8 +127,9 @@ class Slots:
         names = self._chosen(op.slot, op.where)
         value, grad = self[op.slot], self[op.grad]
         for lr, group in self._groups(optim, names).items():
-            fresh = {k: value[k].clone() for k in group}
-            scaled = [grad[k] * op.scale for k in group]
+            fresh = {k: value[k].clone(memory_format=torch.contiguous_format) for k in group}
+            # In one order, for the fused step reads all of them as they lie in memory.
+            scaled = [(grad[k] * op.scale).contiguous() for k in group]
             self._update(op.slot, replace(optim, lr=lr * op.share), fresh, scaled)
             self._watch(op.slot, value, fresh)
             value = {**value, **fresh}
@@ -184,6 +189,7 @@ class Slots:
             [],
             self._moments(f"{slot}@t", {k: torch.zeros(()) for k in fresh}),
             foreach=False,
+            fused=self.fused,
             amsgrad=False,
             beta1=optim.betas[0],
             beta2=optim.betas[1],

@@ -18,7 +18,6 @@ from flexp.model.files import tables
 from flexp.model.hollow import Part, part, without
 from flexp.model.quantize import Quantize, quantizable, quantize_maps, together
 from flexp.model.skeleton import Skeleton, TaskKind, auto, bare
-from flexp.precision import widen
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,6 @@ class Checkpoint:
         model = model if wanted is None else wanted.restore(model)
         lacking = set(info["missing_keys"]) | mismatched
         fill(model, lacking, self.dice)
-        widen(model)
         return model, lacking
 
     def _quantized(

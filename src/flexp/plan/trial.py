@@ -26,6 +26,7 @@ from flexp.model.adapter import Layout
 from flexp.model.backbone import equip
 from flexp.model.cut import Pass, Stopped, Tap, run
 from flexp.model.dress import dropping
+from flexp.model.kernels import attend_wide, fuse
 from flexp.model.meter import Meter
 from flexp.model.quantize import Quantize, blank_maps, quantizable
 from flexp.model.skeleton import Skeleton, TaskKind, bare, head_leaves, modules, reads_ids
@@ -64,11 +65,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a batch: rows, positions of each; whether a wide loss comes in chunks; LoRA's dropout."""
+    """Of a batch: rows, positions of each; whether in mode fast; LoRA's dropout."""
 
     rows: int
     length: int
-    chunked: bool = False
+    fast: bool = False
     dropout: float = 0.0
 
 
@@ -90,8 +91,11 @@ def attempt(
     config = copy.deepcopy(bones.config)
     config.use_cache = False
     fresh = bare(config, task, blocks_at=bones.blocks_path)
+    if shape.fast:
+        fuse(fresh.model)
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         _fake(fresh.model.eval().requires_grad_(False), weights.dtype)
+        attend_wide(fresh.model)
         if (how := weights.quantize) is not None:
             paths = quantizable(fresh.model, fresh.blocks_path, how.kind)
             blank_maps(fresh.model, paths, how.form)
@@ -200,7 +204,7 @@ class _Model:
 
     def _end(self) -> Held:
         feed = torch.empty_like(self.hidden, requires_grad=True)
-        output = self._tapped(feed) if self.shape.chunked and self.task == "causal-lm" else None
+        output = self._tapped(feed) if self.shape.fast and self.task == "causal-lm" else None
         now = Pass(self.depth, None, feed, self.worn, tap=output is not None)
         return _held(lambda: self._loss(run(self.net, now, self.inputs), output))
 

@@ -13,7 +13,7 @@ from typing import Any
 from flexp.link.messages import Answer, Forward, Message, Phase
 from flexp.server.worth import Costs, Habits
 
-MOST = 2048  # tokens of one pass, with what fills them up; a larger message is alone
+MOST = 1024  # tokens of one pass, with what fills them up; a larger message is alone
 FILLED = 1.25  # tokens of one pass over those that are real
 
 

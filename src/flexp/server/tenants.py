@@ -61,7 +61,7 @@ class Tenants:
     ) -> None:
         self.backbone, self.initial, self.still = backbone, initial, still
         self.homes: dict[str, Tenancy] = {}
-        self.shared = Slots(self._everywhere, backbone.depth)
+        self.shared = Slots(self._everywhere, backbone.depth, fused=backbone.fast)
         self.steps = 0  # taken so far on slots of the server, by anybody
 
     def __getitem__(self, client: str) -> Tenancy:
@@ -84,7 +84,8 @@ class Tenants:
         """
         home = self.homes.get(client)
         if home is None:
-            held = Slots(self._placer(seat), self.backbone.depth, alpha)
+            body = self.backbone
+            held = Slots(self._placer(seat), body.depth, alpha, fused=body.fast)
             home = self.homes[client] = Tenancy(client, seat, slots, held)
         shared = dict(self.shared.values)
         home.before = (home.seat, dict(home.slots.values), shared, self.steps)
