@@ -218,7 +218,7 @@ def _file(value: Value, where: str, base: str) -> bytes:
         raise DataError(f"{where}: the column of images holds {held}. Write a path there.")
     path = Path(base, value)
     if not path.is_file():
-        raise DataError(f"{where}: no file where the column of images says. Correct the path.")
+        raise DataError(f"{where}: no such file of an image. Correct the path.")
     with opened(path, CHUNK) as source:
         data = source.file.read(LARGEST + 1)
     if len(data) > LARGEST:
