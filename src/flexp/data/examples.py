@@ -12,7 +12,7 @@ from torch import Tensor
 from flexp.dice import Dice
 from flexp.errors import DataError
 
-Example = tuple[int, ...]  # token ids, or a label per token
+Example = tuple[int, ...] | bytes  # token ids, a label per token, or the numbers of an image
 Side = Literal["right", "left"]
 Split = Literal["train", "val", "test"]
 
@@ -22,7 +22,10 @@ WINDOW = 8  # batches whose rows are sorted by length among themselves
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of a model by name, int64 [B, T]; labels int64 [B], or [B, T] with ``IGNORED``."""
+    """Inputs of a model by name; labels int64 [B], or [B, T] with ``IGNORED``.
+
+    Ids and masks are int64 [B, T], ``pixel_values`` of images float32 [B, channels, height, width].
+    """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
