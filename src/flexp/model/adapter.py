@@ -64,8 +64,8 @@ class Prompt:
 class Dense:
     """Modules themselves, trained in full.
 
-    ``targets`` are paths of modules, or names of linear maps of the blocks as LoRA takes them;
-    empty are all linear maps of the blocks.
+    ``targets`` are paths of modules, or names of linear maps and normalisations of the blocks, as
+    LoRA takes names; empty are all linear maps of the blocks.
     """
 
     targets: tuple[str, ...] = ()
@@ -132,19 +132,20 @@ def dense_paths(net: nn.Module, kind: Dense, blocks: str, head: tuple[str, ...] 
     """Paths of the modules that a dense adapter trains, without any inside another of them.
 
     A target that is the path of a module with parameters in the blocks, or of a leaf of the head,
-    is that module; any other is a name. Raises AdapterError for a name that no linear map of the
-    blocks has.
+    is that module; any other is a name. Raises AdapterError for a name that no module of the blocks
+    has which holds parameters itself.
     """
-    inside = [p for p in linear_maps(net) if p.startswith(f"{blocks}.")]
-    if not (kind.targets or inside):
+    maps = [p for p in linear_maps(net) if p.startswith(f"{blocks}.")]
+    if not (kind.targets or maps):
         raise AdapterError("adapter.targets: the blocks have no linear map. Name modules by path.")
-    holding = (p for p, m in modules(net).items() if any(True for _ in m.parameters()))
-    whole = {p for p in holding if p.startswith(f"{blocks}.")} | set(head)
-    paths = [] if kind.targets else inside
+    inside = {p: m for p, m in modules(net).items() if p.startswith(f"{blocks}.")}
+    whole = {p for p, m in inside.items() if any(True for _ in m.parameters())} | set(head)
+    holders = [p for p, m in inside.items() if any(True for _ in m.parameters(recurse=False))]
+    paths = [] if kind.targets else maps
     for target in kind.targets:
-        found = [target] if target in whole else _ending(inside, target)
+        found = [target] if target in whole else _ending(holders, target)
         if not found:
-            raise _unknown(target, inside)
+            raise _unknown(target, holders, "module with weights")
         paths += found
     return _outermost(paths)
 
@@ -169,10 +170,10 @@ def _ending(paths: Iterable[str], name: str) -> list[str]:
     return [p for p in paths if p == name or p.endswith(f".{name}")]
 
 
-def _unknown(name: str, inside: list[str]) -> AdapterError:
-    known = sorted({p.rpartition(".")[2] for p in inside})
+def _unknown(name: str, inside: list[str], what: str = "linear map") -> AdapterError:
+    known = {p.rpartition(".")[2] for p in inside}
     return AdapterError(
-        f'adapter.targets: no linear map "{name}" in the blocks. {nearest(name, known)}'
+        f'adapter.targets: no {what} "{name}" in the blocks. {nearest(name, known)}'
     )
 
 
