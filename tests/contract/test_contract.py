@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
@@ -36,7 +36,7 @@ from flexp.parcel import Parcel, decode, encode
 from flexp.rounds import waves_of
 from flexp.selection import HEAD, NEAR, NONE, Where
 from flexp.strategies import BUILT_IN, about
-from flexp.strategies.base import MethodKind, Scene, Strategy, Turn
+from flexp.strategies.base import MethodKind, Scene, Setting, Strategy, Turn
 from flexp.strategies.fedala import FedAla
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.flexp import FlexP
@@ -349,6 +349,20 @@ def fresh() -> Any:
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(0)
         return made(config).eval()
+
+
+UNEQUAL = {"local", "pooled", "flexlora", "flora", "hetlora", "hsplitlora"}
+
+
+@rows
+def test_unequal_ranks_are_for_methods_that_claim_them(name: str) -> None:
+    strategy, row = TABLE[name].strategy, TABLE[name]
+    seats = {f"c{n}": replace(seat, rank=n + 2) for n, seat in enumerate(row.seats)}
+    setting = Setting("classification", row.kind, seats, 4, head=True, training=row.training)
+    found = strategy.refuses(setting)
+    assert ("all clients need one rank. Remove plan.ranks" in found) == (name not in UNEQUAL), found
+    equal = replace(setting, seats={f"c{n}": seat for n, seat in enumerate(row.seats)})
+    assert strategy.refuses(equal) == ""
 
 
 # ---- what crosses
