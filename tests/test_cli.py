@@ -73,7 +73,9 @@ def test_blocks_are_fine_tuned_in_full(
 def test_an_unknown_target_is_said_before_anything_starts(flexp: Flexp, recipe_of: Recipe) -> None:
     code, _, err = flexp("run", str(recipe_of(adapter={"kind": "dense", "targets": ["quer"]})))
     assert code == 2
-    assert 'adapter.targets: no linear map "quer" in the blocks. Did you mean "query"?' in err
+    assert (
+        'adapter.targets: no module with weights "quer" in the blocks. Did you mean "query"?' in err
+    )
 
 
 def test_a_report_of_two_methods(flexp: Flexp, recipe_of: Recipe, tmp_path: Path) -> None:

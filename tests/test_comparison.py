@@ -263,6 +263,26 @@ LORA_ONLY = {
 }
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"plan.ranks": {"anna": 3}}, "plan.ranks is the same for all methods of a comparison"),
+        ({"data.rows": 9}, "data.rows is the same for all"),
+        ({"adapter": {"kind": "dense", "targets": ["quer"]}}, 'Did you mean "query"?'),
+    ],
+)
+def test_a_method_changes_nothing_that_all_share(
+    flexp: Flexp, recipe_of: Recipe, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """It would be left aside without a word, or end the comparison in the middle."""
+    file = tmp_path / "some.yaml"
+    file.write_text(yaml.safe_dump({"local": {}, "fedavg": changes}))
+    code, _, err = flexp("compare", str(recipe_of()), "--methods", str(file), "--seeds", "0")
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_all_methods_leaves_out_what_cannot_run(recipe_of: Recipe, nowhere: assets.Cache) -> None:
     recipe = recipe_file.read(recipe_of(adapter={"kind": "ia3"}))
     methods = comparison.asked(recipe, recipe_of(adapter={"kind": "ia3"}), "all")

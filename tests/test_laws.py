@@ -11,20 +11,23 @@ import pytest
 import torch
 
 from flexp import laws
-from flexp.client.desk import Desk
+from flexp.client.desk import Desk, Training
 from flexp.errors import StrategyError
+from flexp.model.adapter import Dense
 from flexp.model.cut import Cut
-from flexp.model.ops import SlotSpec
+from flexp.model.ops import Optim, SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
 from flexp.selection import ALL, Where
 from flexp.strategies.base import ClientId, Served, Setting, Strategy, Turn
 from flexp.strategies.fedavg import FedAvg
+from flexp.strategies.fedbn import FedBn
 from flexp.strategies.fedprox import FedProx
 from flexp.strategies.flexp import FlexP
 from flexp.strategies.local import Local
 from flexp.strategies.pooled import Pooled
 from flexp.strategies.pretrained import Base
+from flexp.strategies.scaffold import Scaffold
 from flexp.strategies.splitfed_v1 import SplitFedV1
 from flexp.strategies.splitfed_v2 import SplitFedV2
 from flexp.tensors import Mix, Tensors, Term, mean
@@ -46,6 +49,18 @@ from flexp.tensors import Mix, Tensors, Term, mean
 )
 def test_methods_keep_the_laws(method: Strategy[Any], alone: Strategy[Any] | None) -> None:
     laws.check(method, alone=alone)
+
+
+def test_methods_that_refuse_adamw_or_lora_are_told_other_ground() -> None:
+    plain = laws.Ground(Training(Optim("sgd", lr=1.0), batch=4, steps=2))
+    with pytest.raises(StrategyError, match=r"cannot be checked .* Set train.optimizer=sgd"):
+        laws.check(Scaffold())
+    laws.check(Scaffold(), ground=plain)
+    assert laws.alike(FedProx(mu=0.0), FedAvg(), ground=plain)
+    assert not laws.alike(Scaffold(), FedAvg(), ground=plain)
+    with pytest.raises(StrategyError, match=r"cannot be checked .* Set adapter.kind=dense"):
+        laws.check(FedBn())
+    laws.check(FedBn(), ground=laws.Ground(kind=Dense(("query", "LayerNorm"))))
 
 
 def test_a_method_that_needs_the_whole_model_is_checked_whole() -> None:

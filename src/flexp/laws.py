@@ -27,7 +27,7 @@ from flexp.engine.local import LocalEngine
 from flexp.errors import CheckpointError, ParcelError, StrategyError
 from flexp.evaluate import pooled
 from flexp.link.metered import Ledger
-from flexp.model.adapter import Lora
+from flexp.model.adapter import Kind, Lora
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat, uncut
 from flexp.model.ops import Optim
@@ -62,35 +62,51 @@ MIXED = (Seat(Cut(1, 1)), Seat(Cut(2, 0)), uncut(DEPTH))
 HEADS_FAR = (Seat(Cut(1), "logits"), Seat(Cut(2), "loss"), Seat(Cut(1), "logits"))
 
 
-def check(strategy: Strategy[Any], *, alone: Strategy[Any] | None = None) -> None:
+@dataclass(frozen=True)
+class Ground:
+    """What methods are checked with: how clients train, and the kind of adapter."""
+
+    training: Training = TRAINING
+    kind: Kind = KIND
+
+
+GROUND = Ground()
+
+
+def check(
+    strategy: Strategy[Any], *, alone: Strategy[Any] | None = None, ground: Ground = GROUND
+) -> None:
     """Raises StrategyError that names the first law which a method breaks.
 
     ``alone`` is for methods whose near and far parts learn apart on purpose, so that the cut
-    matters: the method with options by which it does not for a client that is alone.
+    matters: the method with options by which it does not for a client that is alone. ``ground`` is
+    for those that refuse AdamW or LoRA.
     """
     _describes_itself(strategy)
-    first, *others = _allowed(strategy)
+    first, *others = _allowed(strategy, ground)
+    play = functools.partial(_play, ground=ground)
     try:
-        end = _play(strategy, first)
-        _equal(strategy, REPEATED, end, _play(strategy, first))
-        _equal(strategy, ORDER, end, _play(strategy, first, backwards=True))
-        _equal(strategy, DATA, end, _play(strategy, first, at_rest=True))
+        end = play(strategy, first)
+        _equal(strategy, REPEATED, end, play(strategy, first))
+        _equal(strategy, ORDER, end, play(strategy, first, backwards=True))
+        _equal(strategy, DATA, end, play(strategy, first, at_rest=True))
     except (CheckpointError, ParcelError) as problem:
         raise _broken(strategy, DATA, str(problem)) from problem
-    ends = [_play(strategy, seats) for seats in others]
+    ends = [play(strategy, seats) for seats in others]
     if alone is not None:
-        end, *ends = [_play(alone, [seat]) for seats in (first, *others) for seat in seats]
+        end, *ends = [play(alone, [seat]) for seats in (first, *others) for seat in seats]
     for other in ends:
         _equal(strategy, CUT, end, other)
     for seats in (EQUAL, HEADS_FAR[:1] * 3, WHOLE):
-        if not _refusal(strategy, seats):
-            _own(strategy, seats)
+        if not _refusal(strategy, seats, ground):
+            _own(strategy, seats, play(strategy, seats))
 
 
-def alike(one: Strategy[Any], other: Strategy[Any]) -> bool:
+def alike(one: Strategy[Any], other: Strategy[Any], *, ground: Ground = GROUND) -> bool:
     """Whether two methods leave every client the same model, bit for bit, whole and cut."""
-    places = [seats for seats in _allowed(one) if not _refusal(other, seats)]
-    ends = [(_play(one, seats), _play(other, seats)) for seats in places]
+    places = [seats for seats in _allowed(one, ground) if not _refusal(other, seats, ground)]
+    play = functools.partial(_play, ground=ground)
+    ends = [(play(one, seats), play(other, seats)) for seats in places]
     return bool(ends) and not any(_difference(*pair) for pair in ends)
 
 
@@ -115,20 +131,21 @@ def _describes_itself(strategy: Strategy[Any]) -> None:
             raise _broken(strategy, DESCRIBED, what)
 
 
-def _allowed(strategy: Strategy[Any]) -> list[tuple[Seat, ...]]:
-    if out := [seats for seats in (MIXED, HEADS_FAR, WHOLE) if not _refusal(strategy, seats)]:
+def _allowed(strategy: Strategy[Any], ground: Ground) -> list[tuple[Seat, ...]]:
+    places = MIXED, HEADS_FAR, WHOLE
+    if out := [seats for seats in places if not _refusal(strategy, seats, ground)]:
         return out
-    why = _refusal(strategy, WHOLE)
+    why = _refusal(strategy, WHOLE, ground)
     raise StrategyError(f'"{strategy.name}" cannot be checked on a small classifier: {why}')
 
 
-def _refusal(strategy: Strategy[Any], seats: Sequence[Seat]) -> str:
+def _refusal(strategy: Strategy[Any], seats: Sequence[Seat], ground: Ground) -> str:
     cut = any(not seat.near_only(DEPTH) for seat in seats)
     if cut and (strategy.kind == "centralised" or strategy.split != "yes"):
         return strategy.split
     placed = dict(zip(CLIENTS, seats, strict=True))
-    setting = Setting("classification", KIND, placed, DEPTH, head=True, training=TRAINING)
-    return strategy.refuses(setting)
+    setting = Setting("classification", ground.kind, placed, DEPTH, head=True)
+    return strategy.refuses(replace(setting, training=ground.training))
 
 
 def _equal(strategy: Strategy[Any], law: str, one: End, other: End) -> None:
@@ -145,8 +162,7 @@ def _difference(one: End, other: End, *, server: bool = False) -> str:
     return ""
 
 
-def _own(strategy: Strategy[Any], seats: Sequence[Seat]) -> None:
-    end = _play(strategy, seats)
+def _own(strategy: Strategy[Any], seats: Sequence[Seat], end: End) -> None:
     for k in [k for who, k in end if who == CLIENTS[0] and k != LOGITS]:
         mine = strategy.owns().holds(k, _body().place(k, seats[0]))
         one, two, three = (end[client, k] for client in CLIENTS)
@@ -162,12 +178,13 @@ def _play(
     strategy: Strategy[Any],
     seats: Sequence[Seat],
     *,
+    ground: Ground,
     backwards: bool = False,
     at_rest: bool = False,
 ) -> End:
     """A run of as many clients as seats; ``at_rest`` saves and loads everything between rounds."""
     body, placed = _body(), dict(zip(CLIENTS, seats, strict=False))
-    engine, dice = _engine(strategy, list(placed)), Dice(0)
+    engine, dice = _engine(strategy, list(placed), ground), Dice(0)
     begin = Turn(0, len(ROUNDS), 0, True, placed, {}, body.block_of, body.depth)
     threads = torch.get_num_threads()
     try:
@@ -234,11 +251,11 @@ def _woken(strategy: Strategy[Any], state: Any, engine: LocalEngine) -> tuple[St
     return fresh, decode_state(decode(encode(encode_state(state))), fresh)
 
 
-def _engine(strategy: Strategy[Any], clients: Sequence[ClientId]) -> LocalEngine:
+def _engine(strategy: Strategy[Any], clients: Sequence[ClientId], ground: Ground) -> LocalEngine:
     shards = {c: Shard(_rows(c, "train", 9), _rows(c, "val", 3), _rows(c, "test")) for c in clients}
     pool = pooled(shards, None, "train") if strategy.kind == "centralised" else None
-    made = functools.partial(LocalEngine, _body(), TASK, shards, kind=KIND, training=TRAINING)
-    return made(dice=Dice(0), profile="open", pool=pool)
+    how: dict[str, Any] = {"kind": ground.kind, "training": ground.training}
+    return LocalEngine(_body(), TASK, shards, dice=Dice(0), profile="open", pool=pool, **how)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
@@ -36,7 +36,7 @@ from flexp.parcel import Parcel, decode, encode
 from flexp.rounds import waves_of
 from flexp.selection import HEAD, NEAR, NONE, Where
 from flexp.strategies import BUILT_IN, about
-from flexp.strategies.base import MethodKind, Scene, Strategy, Turn
+from flexp.strategies.base import MethodKind, Scene, Setting, Strategy, Turn
 from flexp.strategies.fedala import FedAla
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.flexp import FlexP
@@ -69,12 +69,6 @@ class Row:
     uncut: bool = True  # whether it runs where everything is near, and learns the same there
 
 
-# Normalisations of every block and a linear map, for a method whose personal part they are.
-NORMS = tuple(
-    f"bert.encoder.layer.{n}.{path}"
-    for n in range(4)
-    for path in ("attention.self.query", "attention.output.LayerNorm", "output.LayerNorm")
-)
 SPECIAL: dict[str, Any] = {
     # What is merged depends on what is far, which is the point of it: only one client alone,
     # with nothing to align to, has the same model at any cut.
@@ -84,7 +78,7 @@ SPECIAL: dict[str, Any] = {
     "splitfed_v2": {"alone": SplitFedV2()},
     "splitfed_v3": {"alone": SplitFedV3()},
     "splitlora": {"alone": SplitLora()},
-    "fedbn": {"kind": Dense(NORMS)},
+    "fedbn": {"kind": Dense(("query", "LayerNorm"))},  # its personal part must train
     "fedala": {"strategy": FedAla(passes=2)},
     "scaffold": {"training": Training(Optim("sgd", lr=3.0), batch=4, steps=2)},  # no other
     # Three rounds are too few for the paper's lambda of 15 and eta of 0.005.
@@ -355,6 +349,20 @@ def fresh() -> Any:
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(0)
         return made(config).eval()
+
+
+UNEQUAL = {"local", "pooled", "flexlora", "flora", "hetlora", "hsplitlora"}
+
+
+@rows
+def test_unequal_ranks_are_for_methods_that_claim_them(name: str) -> None:
+    strategy, row = TABLE[name].strategy, TABLE[name]
+    seats = {f"c{n}": replace(seat, rank=n + 2) for n, seat in enumerate(row.seats)}
+    setting = Setting("classification", row.kind, seats, 4, head=True, training=row.training)
+    found = strategy.refuses(setting)
+    assert ("all clients need one rank. Remove plan.ranks" in found) == (name not in UNEQUAL), found
+    equal = replace(setting, seats={f"c{n}": seat for n, seat in enumerate(row.seats)})
+    assert strategy.refuses(equal) == ""
 
 
 # ---- what crosses

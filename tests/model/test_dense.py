@@ -22,6 +22,7 @@ from flexp.tensors import Tensors
 
 HEAD = {"classifier.weight": (3, H), "classifier.bias": (3,)}
 LAYER = "bert.encoder.layer"
+KNOWN = "Known: LayerNorm, dense, key, query, value."
 
 
 def named(body: Backbone, kind: Dense) -> dict[str, tuple[int, ...]]:
@@ -41,6 +42,19 @@ def test_a_name_is_every_linear_map_of_that_name_in_the_blocks() -> None:
             expected[f"{LAYER}.{n}.{path}.weight"] = (H, ins)
             expected[f"{LAYER}.{n}.{path}.bias"] = (H,)
     assert found == expected  # not bert.pooler.dense: it lies behind the blocks
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "count"),
+    [("bert-cls", "LayerNorm", 4), ("llama", "input_layernorm", 2), ("gpt2", "ln_1", 2)],
+)
+def test_a_name_is_every_normalisation_of_that_name_in_the_blocks(
+    family: str, name: str, count: int
+) -> None:
+    body = backbone(family, 2)
+    paths = dense_paths(bare(body.config, body.task).model, Dense((name,)), body.blocks_path)
+    assert len(paths) == count  # of two blocks, and not the one behind them or in the embeddings
+    assert all(p.startswith(f"{body.blocks_path}.") and p.endswith(f".{name}") for p in paths)
 
 
 def test_a_path_is_that_module_alone_and_nothing_is_there_twice() -> None:
@@ -83,18 +97,19 @@ def test_it_begins_as_the_pretrained_model(family: str) -> None:
     ("target", "hint"),
     [
         ("quer", 'Did you mean "query"?'),
-        ("pooler", "Known: dense, key, query, value."),
-        ("bert.pooler.dense", "Known: dense, key, query, value."),
-        ("bert.embeddings.word_embeddings", "Known: dense, key, query, value."),
-        (f"{LAYER}.9.output.dense", "Known: dense, key, query, value."),
-        (f"{LAYER}.1.output.dropout", "Known: dense, key, query, value."),
-        ("LayerNorm", "Known: dense, key, query, value."),
+        ("pooler", KNOWN),
+        ("bert.pooler.dense", KNOWN),
+        ("bert.embeddings.word_embeddings", KNOWN),
+        (f"{LAYER}.9.output.dense", KNOWN),
+        (f"{LAYER}.1.output.dropout", KNOWN),
+        ("output", KNOWN),  # which holds a linear map and a normalisation, and nothing itself
     ],
 )
-def test_what_is_no_linear_map_of_the_blocks_is_refused(target: str, hint: str) -> None:
+def test_what_is_no_module_with_weights_in_the_blocks_is_refused(target: str, hint: str) -> None:
     with pytest.raises(AdapterError) as found:
         backbone("bert-cls").layout(Dense(("key", target)))
-    assert str(found.value) == f'adapter.targets: no linear map "{target}" in the blocks. {hint}'
+    said = f'adapter.targets: no module with weights "{target}" in the blocks. {hint}'
+    assert str(found.value) == said
 
 
 def test_blocks_without_a_linear_map_are_refused() -> None:

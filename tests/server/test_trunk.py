@@ -131,6 +131,24 @@ def test_a_reply_that_is_not_of_the_slot_is_refused_by_name(wire: Wire, odd: str
     assert same(reply.adapters["personal"], near | wire.held())
 
 
+def test_a_reply_of_another_rank_is_for_slots_that_may_have_any(wire: Wire) -> None:
+    near = near_of(wire, initial(SlotSpec()))
+    a = next(k for k in near if ".lora_A." in k)
+    b = a.replace(".lora_A.", ".lora_B.")
+    wider = {a: torch.ones(5, near[a].shape[1]), b: torch.ones(len(near[b]), 5)}
+    with pytest.raises(LinkError, match=re.escape(a)):
+        wire.send(submit(wire, near | wider))
+    home = wire.trunk.tenants["c0"]
+    home.specs = {"personal": replace(home.specs["personal"], any_rank=True)}
+    wire.send(submit(wire, near | wider))
+    assert home.reply is not None
+    assert same({k: home.reply.adapters["personal"][k] for k in near}, near | wider)
+    none = {a: torch.ones(0, near[a].shape[1]), b: torch.ones(len(near[b]), 0)}
+    for odd in (wider | {b: near[b]}, {a: torch.ones(5, 2)}, {b: torch.ones(2, 5)}, none):
+        with pytest.raises(LinkError, match="submitted"):  # what is no pair ends the merge
+            wire.send(submit(wire, near | wider | odd))
+
+
 def test_a_reply_of_a_slot_that_is_not_given_is_refused(wire: Wire) -> None:
     near = near_of(wire, initial(SlotSpec()))
     given: dict[str, Where] = {"personal": ALL}

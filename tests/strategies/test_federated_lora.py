@@ -17,6 +17,7 @@ from strategies.prices import SGD, Size, body, check_round
 from torch import Tensor
 from toys import Played, play, same, shard, toy_task, whole
 
+from flexp.checkpoint import decode_state, encode_state
 from flexp.client.desk import Training
 from flexp.data.examples import Shard
 from flexp.dice import Dice
@@ -26,6 +27,7 @@ from flexp.link.metered import Ledger
 from flexp.model.adapter import Ia3, Lora
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim
+from flexp.parcel import decode, encode
 from flexp.products import lora_pairs
 from flexp.selection import ALL
 from flexp.strategies import build
@@ -178,6 +180,42 @@ def test_hetlora_keeps_a_row_that_nobody_brings() -> None:
     bench.round("b")
     assert bench.state.adapter[FACTOR][1].item() == 0.5
     assert bench.state.adapter[FRONT][0, 1].item() == -0.5
+
+
+def test_hetlora_prunes_rows_that_become_smaller() -> None:
+    # One client with A = B = (1, 1) wears (1 + 1) / 2, which is what it wants: nothing pulls but
+    # lam * 1 on the second row, so that is 1 - 4/8 = 0.5 in A and B; |B| |A| of it falls from 1 to
+    # 0.25. From then on the client has the first row, B halved, and wears 0.5.
+    start = {FACTOR: torch.ones(2, 1), FRONT: torch.ones(1, 2)}
+    one: dict[str, Any] = {"start": start, "rows": {"a": [(1,)]}, "optim": Optim("sgd", lr=0.125)}
+    bench = Bench(HetLora(decay=0.5, lam=4.0), **one)
+    bench.round()
+    reply = bench.replies["a"].adapters["personal"]
+    assert [reply[k].flatten().tolist() for k in (FACTOR, FRONT)] == [[1, 0.5], [1, 0.5]]
+    assert bench.state.ranks == {"a": 1}
+    assert bench.offered("a")["personal"][FRONT].tolist() == [[0.5]]
+    assert bench.serves("a") == (0.5,)
+    # They wear 0.5 and want 1, so the slopes are -0.25 and -0.5. Nothing is left to prune.
+    bench.round()
+    assert bench.trained("a") == (1.03125, 0.5625)
+    assert bench.state.ranks == {"a": 1}
+    still = Bench(HetLora(decay=0.5, lam=0.0), **one)
+    still.round()
+    assert still.state.ranks == {}  # no smaller than before
+
+
+def test_hetlora_prunes_whole_and_cut() -> None:
+    begun: dict[str, Any] = {"rounds": 1}  # B begins at 0, so nothing can become smaller
+    light = HetLora(decay=0.7, lam=0.0)
+    assert alike(played(light, MIXED, **begun), played(HetLora(), MIXED, **begun))
+    heavy = HetLora(decay=0.7, lam=50.0)
+    found = played(heavy, MIXED, rounds=3)
+    assert all(a.failure is None for a in found.arrivals)
+    assert found.state.ranks == {"c0": 2, "c1": 2, "c2": 2}  # of 3
+    assert [rank_of(one) for one in found.adapters.values()] == [2, 2, 2]
+    assert alike(found, played(heavy, whole(4), rounds=3))
+    kept = decode_state(decode(encode(encode_state(found.state))), heavy)
+    assert kept.ranks == found.state.ranks
 
 
 def products(adapter: Tensors) -> dict[str, Tensor]:
@@ -377,6 +415,8 @@ COSTS: dict[str, tuple[Strategy[Any], int, Any, Any]] = {
     "flexlora": (FlexLora(), 1, ALL, ALL),
     "flora": (Flora(), 1, stacks, ALL),
     "hetlora": (HetLora(), 1, ALL, ALL),
+    # With a mask of what is held down.
+    "hetlora, pruning": (HetLora(decay=0.9), 1, lambda size: size(ALL) + size(LORA), ALL),
     "feddpa": (FedDpa(), 2, ALL, ALL),
     "pfedlora": (PFedLora(), 2, LORA, LORA),
 }

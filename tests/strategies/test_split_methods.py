@@ -28,6 +28,7 @@ from flexp.strategies import build
 from flexp.strategies.base import ClientId, Setting, Strategy
 from flexp.strategies.hsplitlora import HSplitLora
 from flexp.strategies.local import Local
+from flexp.strategies.ranks import allotted
 from flexp.strategies.sl import Sl
 from flexp.strategies.sl_ushape import SlUshape
 from flexp.strategies.splitfrozen import SplitFrozen
@@ -160,7 +161,8 @@ def test_hsplitlora_stacks_fronts_of_other_ranks() -> None:
 def test_hsplitlora_of_equal_ranks_is_splitlora_but_for_cross_terms() -> None:
     assert alike(play(HSplitLora(every=9), MIXED), play(SplitLora(every=9), MIXED))
     kind = Lora(rank=32, alpha=6.0)  # nothing is lost by cutting back
-    found, other = (play(m, U, rounds=1, kind=kind) for m in (HSplitLora(), SplitLora()))
+    even = HSplitLora(ranks="seat")
+    found, other = (play(m, U, rounds=1, kind=kind) for m in (even, SplitLora()))
     trained = [a.reply.adapters["personal"] for a in found.arrivals if a.reply is not None]
     rows, near = [a.rows for a in found.arrivals], 0
     ours, theirs = found.adapters["c0"], other.adapters["c0"]
@@ -179,13 +181,66 @@ def test_hsplitlora_of_equal_ranks_is_splitlora_but_for_cross_terms() -> None:
 
 def test_ranks_of_hsplitlora_may_differ() -> None:
     seats = (replace(U, rank=2), Seat(Cut(2, 0)), Seat(Cut(1, 0), rank=5))
-    found = play(HSplitLora(), seats, rounds=3)
+    found = play(HSplitLora(ranks="seat"), seats, rounds=3)
     assert all(a.failure is None for a in found.arrivals)
     for (client, adapter), rank in zip(found.adapters.items(), (2, 3, 5), strict=True):
         place = body().place
         for a, _ in lora_pairs(adapter).values():
             far = place(a, seats[int(client[1])]).side == "far"
             assert len(adapter[a]) == (3 if far else rank)  # the server's is the recipe's
+
+
+def test_rows_go_where_they_are_worth_most() -> None:
+    # Rank 2 for two: 4 rows, 1 each, and 2 more. a: 6/2 against 1/2, then 6/3 against 1/2.
+    worth, equal = {"a": 6.0, "b": 1.0}, {"a": 5, "b": 5}
+    assert allotted(worth, equal, 2, most=4) == {"a": 3, "b": 1}
+    assert allotted(worth, equal, 2, most=2) == {"a": 2, "b": 2}
+    # Rows of a take 3 numbers: of the 8, 4 are left, which is one more for a, and one for b.
+    assert allotted(worth, {"a": 3, "b": 1}, 2, most=9) == {"a": 2, "b": 2}
+    assert allotted({"a": 1.0}, equal, 1, most=9) == {"a": 1, "b": 1}
+
+
+def test_hsplitlora_adds_up_how_far_averages_move_a_matrix() -> None:
+    bench = Bench(HSplitLora(), **WIDE)  # as above: from wearing 0 to -0.5
+    path = FACTOR.removesuffix(".lora_A.weight")
+    bench.round()
+    assert bench.state.worth == pytest.approx({path: 0.5})
+    (moved,) = bench.serves("a")
+    bench.round()
+    assert bench.state.worth[path] == pytest.approx(0.5 + abs(bench.serves("b")[0] - moved))
+
+
+def test_hsplitlora_allots_ranks_by_importance() -> None:
+    found = play(HSplitLora(), U, rounds=3, training=SGD)
+    near = {
+        path: [len(one[a]) for one in found.adapters.values()]
+        for path, (a, _) in lora_pairs(found.adapters["c0"]).items()
+        if body().place(a, U).side == "near"
+    }
+    assert all(len(set(ranks)) == 1 for ranks in near.values())  # everybody has the same seat
+    ranks = {path: held[0] for path, held in near.items()}
+    assert sum(ranks.values()) == 3 * len(ranks)  # no more than before
+    worth = found.state.worth
+    most, least = max(ranks, key=worth.__getitem__), min(ranks, key=worth.__getitem__)
+    assert 6 >= ranks[most] > 3 > ranks[least] >= 1
+    for path, (a, _) in lora_pairs(found.adapters["c0"]).items():
+        assert path in ranks or len(found.adapters["c0"][a]) == 3  # the server's is the recipe's
+
+
+def test_blocks_of_a_client_of_another_rank_move() -> None:
+    low, high = (replace(seat, rank=r) for seat, r in ((U, 2), (Seat(Cut(2, 0)), 5)))
+    there = {1: (replace(low, cut=Cut(2, 1)), replace(high, cut=Cut(1, 0)))}
+    back = {2: (low, high)}
+    for method in (HSplitLora(), HSplitLora(ranks="seat"), HSplitLora(every=2)):
+        for moves in (there, there | back):
+            found = play(method, (low, high), rounds=4, seeds=(1, 2), moves=moves)
+            assert all(a.failure is None for a in found.arrivals), method
+    found = play(HSplitLora(ranks="seat"), (low, high), rounds=2, seeds=(1, 2), moves=there)
+    seats = there[1]
+    for (client, adapter), seat in zip(found.adapters.items(), seats, strict=True):
+        for a, _ in lora_pairs(adapter).values():
+            near = body().place(a, seat).side == "near"
+            assert not near or len(adapter[a]) == seat.rank, client
 
 
 @pytest.mark.parametrize("method", [SlUshape(), HSplitLora()], ids=lambda m: m.name)

@@ -21,20 +21,23 @@ import torch
 
 from flexp import assets, commands, libraries, recipe_file
 from flexp.comparison.table import Ground, of_run, summary
-from flexp.errors import FlexpError, StrategyError
+from flexp.errors import AdapterError, FlexpError, StrategyError
+from flexp.model.adapter import layout
+from flexp.model.skeleton import bare
 from flexp.parcel import file_name, write_atomic
 from flexp.plain import json_text
 from flexp.plan.costs import near_bytes
 from flexp.plan.declared import devices_of, server_of
 from flexp.plan.devices import measure
 from flexp.recipe import Recipe
-from flexp.seating import dtype_name
+from flexp.seating import adapter_kind, dtype_name
 from flexp.stage import Say, Survey, opened, seats_for, survey, with_method
 from flexp.strategies import build
 
 LIBRARIES = 600_000_000  # bytes of a process before it opens a model
 SHARE = 0.7  # of the memory that is free now, if no budget is given
 RunId = tuple[int, str]  # a seed and a method's label
+COMMON = ("seed", "data", "task", "model", "plan", "clients", "participation")  # of all runs
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,12 @@ def check_plan(whole: Comparison) -> None:
         raise FlexpError("A comparison needs at least one seed, and each only once.")
     if not plan.methods:
         raise FlexpError("There is no method to compare. Name some with --methods.")
+    for label, key in ((label, key) for label, held in plan.methods.items() for key in held):
+        if key.partition(".")[0] in COMMON:
+            raise FlexpError(
+                f"{label}: {key} is the same for all methods of a comparison. Give it for all, as "
+                f"in `flexp compare RECIPE {key}=...`."
+            )
     runs = [whole.recipe((plan.seeds[0], label)) for label in plan.methods]
     for recipe in (whole.common, *runs):
         build(recipe.strategy.name, recipe.strategy.options)
@@ -153,14 +162,17 @@ def check_plan(whole: Comparison) -> None:
 
 
 def refusals(whole: Comparison, found: Survey) -> dict[str, str]:
-    """Methods that cannot run here, and why; StrategyError unless the plan is lenient."""
+    """Methods that cannot run here, and why; their error unless the plan is lenient."""
     refused: dict[str, str] = {}
     for label in whole.plan.methods:
         recipe = whole.recipe((whole.plan.seeds[0], label))
         strategy = build(recipe.strategy.name, recipe.strategy.options)
         try:
             seats_for(strategy, found, recipe)
-        except StrategyError as problem:
+            if recipe.adapter != whole.common.adapter:
+                bones = bare(found.bones.config, recipe.task.kind, blocks_at=recipe.model.blocks_at)
+                layout(bones.model, adapter_kind(recipe.adapter), bones.blocks_path, ())
+        except (AdapterError, StrategyError) as problem:
             if not whole.plan.lenient:
                 raise
             refused[label] = str(problem)

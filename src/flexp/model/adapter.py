@@ -73,8 +73,8 @@ class Prompt:
 class Dense:
     """Modules themselves, trained in full.
 
-    ``targets`` are paths of modules, or names of linear maps of the blocks as LoRA takes them;
-    ``*`` is every block in full, and empty are all linear maps of the blocks.
+    ``targets`` are paths of modules, or names of linear maps and normalisations of the blocks, as
+    LoRA takes names; ``*`` is every block in full, and empty are all linear maps of the blocks.
     """
 
     targets: tuple[str, ...] = ()

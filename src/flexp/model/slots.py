@@ -165,7 +165,12 @@ class Slots:
     def _update(
         self, slot: str, optim: Optim, fresh: Mapping[str, Tensor], grads: list[Tensor]
     ) -> None:
-        """Moves ``fresh`` in place."""
+        """Moves ``fresh`` in place. A tensor that has another shape than before begins anew."""
+        for k, v in self.values.get(f"{slot}@m", {}).items():
+            if k in fresh and v.shape != fresh[k].shape:
+                for name in moments(slot):
+                    held = self.values.get(name, {})
+                    self.values[name] = {n: t for n, t in held.items() if n != k}
         params = list(fresh.values())
         if optim.name == "sgd":
             sgd(

@@ -19,19 +19,20 @@ def dense_paths(
     """Paths of the modules that a dense adapter trains, without any inside another of them.
 
     A target that is the path of a module with parameters in the blocks, or of a leaf of the head,
-    is that module; any other is a name. Raises AdapterError for a name that no linear map of the
-    blocks has, and for a module with parameters that are not in a leaf: nothing can be worn there.
+    is that module; any other is a name. Raises AdapterError for a name that no module of the blocks
+    has which holds parameters itself, and for a module with parameters that are not in a leaf:
+    nothing can be worn there.
     """
-    inside = [] if targets == (EVERY,) else inside_of(linear_maps(net), blocks, targets)
     every = [f"{blocks}.{name}" for name, _ in net.get_submodule(blocks).named_children()]
-    holding = (p for p, m in modules(net).items() if any(True for _ in m.parameters()))
-    whole = {p for p in holding if p.startswith(f"{blocks}.")} | set(head)
-    paths = [] if targets else inside
+    inside = {p: m for p, m in modules(net).items() if p.startswith(f"{blocks}.")}
+    whole = {p for p, m in inside.items() if any(True for _ in m.parameters())} | set(head)
+    holders = [p for p, m in inside.items() if any(True for _ in m.parameters(recurse=False))]
+    paths = [] if targets else inside_of(linear_maps(net), blocks)
     for target in targets:
-        found = [target] if target in whole else ending(inside, target)
+        found = [target] if target in whole else ending(holders, target)
         found = every if target == EVERY else found
         if not found:
-            raise unknown(target, inside)
+            raise unknown(target, holders, "module with weights")
         paths += found
     for path in paths:
         for name, module in modules(net.get_submodule(path)).items():
@@ -55,10 +56,10 @@ def linear_maps(net: nn.Module) -> dict[str, nn.Module]:
     return {p: m for p, m in modules(net).items() if isinstance(m, linear)}
 
 
-def inside_of(maps: Iterable[str], blocks: str, named: tuple[str, ...] = ()) -> list[str]:
-    """Linear maps of the blocks; AdapterError if there are none, and none is named."""
+def inside_of(maps: Iterable[str], blocks: str) -> list[str]:
+    """Linear maps of the blocks; AdapterError if there are none."""
     inside = [p for p in maps if p.startswith(f"{blocks}.")]
-    if not (inside or named):
+    if not inside:
         raise AdapterError(
             "adapter.targets: the blocks have no linear map. Train them in full, with "
             f'adapter.kind dense and targets ["{EVERY}"].'
@@ -71,11 +72,11 @@ def ending(paths: Iterable[str], name: str) -> list[str]:
     return [p for p in paths if p == name or p.endswith(f".{name}")]
 
 
-def unknown(name: str, inside: list[str]) -> AdapterError:
+def unknown(name: str, inside: list[str], what: str = "linear map") -> AdapterError:
     """The error for a name that none of these paths ends in."""
-    known = sorted({p.rpartition(".")[2] for p in inside})
+    known = {p.rpartition(".")[2] for p in inside}
     return AdapterError(
-        f'adapter.targets: no linear map "{name}" in the blocks. {nearest(name, known)}'
+        f'adapter.targets: no {what} "{name}" in the blocks. {nearest(name, known)}'
     )
 
 

@@ -94,11 +94,12 @@ def check_finite(client: str, m: Message) -> None:
             raise LinkError(f'Client "{client}" submitted odd facts: {problem}') from problem
 
 
-def odd_reply(slots: Slots, slot: str, m: Submit, known: Tensors) -> str:
+def odd_reply(slots: Slots, slot: str, m: Submit, known: Tensors, *, any_rank: bool = False) -> str:
     """What is odd about near tensors that a client submits of a slot of those names; "" if nothing.
 
     They must be those that it says it gives. Rows of a head may be another number: a client's
-    labels may be its own. Of blocks that are not in memory here nothing may be known.
+    labels may be its own; and so may be the rank of a pair, if the slot may have any. Of blocks
+    that are not in memory here nothing may be known.
     """
     place, near = slots.place, m.near.get(slot, {})
     lacking = select(known, m.far[slot] & NEAR, place).keys() - near.keys()
@@ -108,9 +109,11 @@ def odd_reply(slots: Slots, slot: str, m: Submit, known: Tensors) -> str:
     for name, value in near.items():
         if place(name).side != "near" or (name not in known and place(name).block in blocks):
             return f'"{name:.200}" of slot "{slot:.80}", which is no near tensor of that slot'
-        head = place(name).part == "head"
         mine, wanted = tuple(value.shape), tuple(known.get(name, value).shape)
-        if mine != wanted and not (head and mine[1:] == wanted[1:]):
+        free = place(name).part == "head" or (any_rank and ".lora_A." in name and any(mine[:1]))
+        if any_rank and ".lora_B." in name:
+            wanted = (*wanted[:1], len(near.get(name.replace(".lora_B.", ".lora_A."), ())))
+        if mine != wanted and not (free and mine[1:] == wanted[1:]):
             return f'"{name:.200}" of slot "{slot:.80}" as {list(mine)}, where it is {list(wanted)}'
     return ""
 

@@ -188,8 +188,9 @@ class Trunk(ComputeThread):
         for slot in (*message.near, *message.far):
             odd = f'slot "{slot:.80}", which is none that it gives'
             if slot in message.far and slot in home.specs:
-                known = self.tenants.initial(home.specs[slot], home.seat.rank)
-                odd = odd_reply(home.slots, slot, message, known)
+                spec = home.specs[slot]
+                known = self.tenants.initial(spec, home.seat.rank)
+                odd = odd_reply(home.slots, slot, message, known, any_rank=spec.any_rank)
             if odd:
                 raise LinkError(
                     f'Client "{home.client}" submitted {odd}. Both sides must run the same recipe.'

@@ -37,6 +37,7 @@ class FedBn(SharedPart):
         if not any(NORMS.holds(f".{target}.", here) for target in targets):
             return (
                 "normalisations are its personal part and nobody trains them here. Set "
-                "adapter.kind=dense and name them in adapter.targets, beside what is to be shared."
+                "adapter.kind=dense and name them in adapter.targets, beside what is to be shared: "
+                "[query, value, LayerNorm] in BERT, [q_proj, v_proj, input_layernorm] in Llama."
             )
         return super().refuses(setting)

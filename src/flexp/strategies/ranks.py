@@ -6,7 +6,7 @@ So whoever changes a rank scales a factor, and then what is worn stays what it w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,21 +15,25 @@ from flexp.model.adapter import Lora
 from flexp.products import lora_pairs, truncate, worn_sum
 from flexp.selection import Where
 from flexp.strategies.base import ClientId, Setting, Turn
-from flexp.tensors import Tensors, mean_by_name
+from flexp.tensors import Tensors, mean_by_name, norm
 
 LORA = Where(names="*.lora_?.*")
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """What is merged so far, and the rank of clients whose seats name none."""
+    """What is merged so far, and the rank of clients whose seats name none.
+
+    ``ranks`` are of clients that have another one than their seat.
+    """
 
     rank: int
     adapter: Tensors
+    ranks: Mapping[ClientId, int] = field(default_factory=dict[ClientId, int])
 
     def of(self, client: ClientId, turn: Turn) -> int:
         """A client's rank."""
-        return turn.seats[client].rank or self.rank
+        return self.ranks.get(client) or turn.seats[client].rank or self.rank
 
     def widest(self, turn: Turn, trained: Iterable[Mapping[str, Tensor]]) -> int:
         """The largest rank of all clients that are known."""
@@ -85,11 +89,51 @@ def padded(adapter: Mapping[str, Tensor], rank: int) -> Tensors:
     return out
 
 
-def first(adapter: Mapping[str, Tensor], rank: int, *, balanced: bool = False) -> Tensors:
-    """The first rows of A and columns of B; ``balanced`` scales both factors, else B alone."""
+def first(
+    adapter: Mapping[str, Tensor], ranks: int | Mapping[str, int], *, balanced: bool = False
+) -> Tensors:
+    """The first rows of A and columns of B; ``balanced`` scales both factors, else B alone.
+
+    ``ranks`` is one for all, or that of each matrix by its path.
+    """
     out = dict(adapter)
-    for a, b in lora_pairs(adapter).values():
+    for path, (a, b) in lora_pairs(adapter).items():
+        rank = ranks if isinstance(ranks, int) else ranks[path]
         by = rank / len(adapter[a])
         half = by**0.5 if balanced else 1.0
         out[a], out[b] = adapter[a][:rank] * half, adapter[b][:, :rank] * (by / half)
+    return out
+
+
+def after(adapter: Mapping[str, Tensor], rank: int) -> Tensors:
+    """1 in the rows of pairs after the first ``rank``, and 0 in those."""
+    out: Tensors = {}
+    for a, b in lora_pairs(adapter).values():
+        late = (torch.arange(len(adapter[a])) >= rank).to(adapter[a])
+        out[a], out[b] = (
+            late[:, None].repeat(1, adapter[a].shape[1]),
+            late.repeat(len(adapter[b]), 1),
+        )
+    return out
+
+
+def norm_after(adapter: Mapping[str, Tensor], rank: int) -> float:
+    """How large the rows after the first ``rank`` are: |B| |A| of them, summed over matrices."""
+    held = [(adapter[a][rank:], adapter[b][:, rank:]) for a, b in lora_pairs(adapter).values()]
+    return sum(norm({"": a}) * norm({"": b}) for a, b in held)
+
+
+def allotted(
+    worth: Mapping[str, float], sizes: Mapping[str, int], rank: int, most: int
+) -> dict[str, int]:
+    """Ranks of matrices by what they are worth, which together take no more than ``rank`` for each.
+
+    Row after row goes to who has the most worth for each row with it (D'Hondt); all have 1 to
+    ``most``. ``sizes`` are the numbers that a row takes.
+    """
+    out = dict.fromkeys(sizes, 1)
+    left = (rank - 1) * sum(sizes.values())
+    while fit := [p for p, size in sizes.items() if size <= left and out[p] < most]:
+        best = max(fit, key=lambda p: worth.get(p, 0.0) / (out[p] + 1))
+        out[best], left = out[best] + 1, left - sizes[best]
     return out

@@ -27,7 +27,8 @@ class Fronts:
     """The averaged fronts, and those that have come in since with their rows.
 
     ``count`` averages were made so far, and client c has had those up to ``had[c]``. ``rank`` is
-    that of clients whose seats name none, where ranks may differ.
+    that of clients whose seats name none, where ranks may differ, and ``worth`` what matrices are
+    allotted theirs by.
     """
 
     common: Tensors
@@ -36,6 +37,7 @@ class Fronts:
     arrived: Mapping[ClientId, Tensors] = field(default_factory=dict[ClientId, Tensors])
     rows: Mapping[ClientId, float] = field(default_factory=dict[ClientId, float])
     rank: int = 0
+    worth: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def in_order(self) -> tuple[list[Tensors], list[float]]:
         """What has come in and its rows, in order of clients."""
@@ -44,7 +46,7 @@ class Fronts:
 
     def renewed(self, common: Tensors) -> Fronts:
         """With another average, from when on others come in."""
-        return Fronts(common, self.count + 1, self.had, rank=self.rank)
+        return replace(self, common=common, count=self.count + 1, arrived={}, rows={})
 
 
 @dataclass(frozen=True)
