@@ -12,11 +12,13 @@ FOR    ?= 10m
 # One thread per process: the tests run $(JOBS) processes, and exact sums need a fixed order.
 TESTENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST  := $(TESTENV) $(BIN)/python -m pytest -n $(JOBS) -q
+LONG    := slow or families or faults or soak
+FAST     = $(PYTEST) --timeout 120 -m "not ($(LONG))" --durations 10 --durations-min 5
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-families faults soak fuzz check format bench bench-memory \
+.PHONY: help install demo test coverage test-slow test-families faults soak fuzz check format bench bench-memory \
   bench-network bench-protocol bench-speed docs lock wheels-arm clean
 
 help:  ## Print this list
@@ -42,8 +44,12 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)  ## A first run: a few clients fine-tune one model together
 	$(BIN)/flexp demo
 
-test: $(STAMP)  ## The fast tests, with the coverage gate
-	$(PYTEST) --timeout 120 -m "not slow and not families and not faults and not soak" --durations 10 --durations-min 5 --cov --cov-report term
+test: $(STAMP)  ## The fast tests
+	$(FAST)
+
+# Watching every line makes the tests take half as long again, so it is not a part of `make test`.
+coverage: $(STAMP)  ## The fast tests, with the coverage gate
+	$(FAST) --cov --cov-report term
 
 test-slow: $(STAMP)  ## The long tests: real models, every family that speaks, more faults
 	$(PYTEST) --timeout 900 -m slow
@@ -60,14 +66,14 @@ soak: $(STAMP)  ## Clients that come and go for a long time: make soak FOR=20m
 	$(TESTENV) $(BIN)/python -m pytest -q --timeout 0 -m soak --suite soak --for $(FOR) tests/faults/test_soak.py
 	$(BIN)/python benchmarks/tables.py --write
 
-check: $(STAMP)  ## Format, lint, types, layers, dependencies, spelling, then `make test`
+check: $(STAMP)  ## Format, lint, types, layers, dependencies, spelling, then `make coverage`
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright -p pyproject.toml --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
 	$(BIN)/codespell
-	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory coverage
 
 format: $(STAMP)  ## Rewrite the code in the project's format
 	$(BIN)/ruff format .

@@ -52,7 +52,7 @@ def test_a_name_is_every_normalisation_of_that_name_in_the_blocks(
     family: str, name: str, count: int
 ) -> None:
     body = backbone(family, 2)
-    paths = dense_paths(bare(body.config, body.task).model, Dense((name,)), body.blocks_path)
+    paths = dense_paths(bare(body.config, body.task).model, (name,), body.blocks_path)
     assert len(paths) == count  # of two blocks, and not the one behind them or in the embeddings
     assert all(p.startswith(f"{body.blocks_path}.") and p.endswith(f".{name}") for p in paths)
 
