@@ -248,11 +248,12 @@ class Bench:
         central = self.strategy.kind == "centralised"
         wanted = [r for c in sorted(self.rows) if central or c == client for r in self.rows[c]]
         nothing = ((0,),) * len(wanted)
+        mine = Examples(nothing, tuple(wanted), ("by hand",) * len(wanted))
         return Desk(
             client=client,
             seat=seat,
             model=cast("Any", Bowl(slots)),
-            shard=Shard(Examples(nothing, tuple(wanted), ("by hand",) * len(wanted))),
+            shard=Shard(mine, val=mine),
             task=cast("Any", Wanted()),
             memory=deepcopy(self.memories.get(client, Memory())),
             dice=Dice(self.seed)("turn", client=client, round=self.done),

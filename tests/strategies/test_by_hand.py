@@ -297,7 +297,7 @@ ENDS: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(["fedrep", "fedbn"], (6, 6, 6)),
     "fedbabu": (6, 6, 0),
     "apfl": (8, 8, 8),
-    **dict.fromkeys(["pfedme", "per_fedavg", "fedala"], (6, 6, 6)),
+    **dict.fromkeys(["pfedme", "per_fedavg", "fedala", "fedfomo"], (6, 6, 6)),
     **dict.fromkeys(["splitfed_v2", "splitlora"], (8, 10, 8)),
     "pooled": (10, 10, 10),
     "sl": (7.5, 7.5, 7.5),

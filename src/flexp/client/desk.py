@@ -17,7 +17,7 @@ from flexp.client.session import Session
 from flexp.data.examples import Batch, Shard, Split
 from flexp.data.tasks import Task
 from flexp.dice import Dice
-from flexp.errors import AdapterError
+from flexp.errors import AdapterError, StrategyError
 from flexp.model.cut import Seat
 from flexp.model.ops import Assign, Dot, Grad, Op, Optim, SlotSpec, Step
 from flexp.model.personal import PersonalModel
@@ -181,9 +181,16 @@ class Desk:
         """``slot := mix`` where selected."""
         self.apply(Assign(slot, plain(mix), where, clip))
 
-    def dot(self, a: str, b: str, *, where: Where = ALL) -> BlockScalars:
+    def dot(
+        self,
+        a: str,
+        b: str,
+        *,
+        where: Where = ALL,
+        form: Literal["factors", "product"] = "factors",
+    ) -> BlockScalars:
         """The inner product of two slots per block; ``tensors.total`` sums it."""
-        op = Dot(a, b, where)
+        op = Dot(a, b, where, form)
         near = self.model.near.do([op])[0]
         return near if self.model.far is None else add_blocks(near, self.session.do([op])[-1])
 
@@ -209,6 +216,20 @@ class Desk:
                     held = sums.get(metric, (0.0, 0.0))
                     sums[metric] = (held[0] + value, held[1] + count)
         return dict(self.task.finish(sums))
+
+    def loss(self, wear: Wear = "personal", split: Split = "val") -> float:
+        """The mean over a split of what the client minimises, in nats.
+
+        StrategyError if it has no row there.
+        """
+        if not len(self.shard.split(split)):
+            raise StrategyError(
+                f'Client "{self.client}" has no {split} rows to compare models on. Set data.split.'
+            )
+        with torch.no_grad():
+            batches = list(self.batches(epochs=1, split=split))
+            sums = [float(self.model.loss(batch, wear)) * batch.counted for batch in batches]
+        return sum(sums) / sum(batch.counted for batch in batches)
 
     def reply(
         self,

@@ -107,11 +107,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Dot:
-    """The inner product of two slots, one number per block."""
+    """The inner product of two slots, one number per block; ``form`` as in ``Pull``."""
 
     a: str
     b: str
     where: Where = ALL
+    form: Literal["factors", "product"] = "factors"
 
 
 Op = Grad | Assign | Pull | Step | Dot

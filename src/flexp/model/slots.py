@@ -16,7 +16,7 @@ from torch.optim.sgd import sgd
 
 from flexp.errors import AdapterError
 from flexp.model.ops import Assign, Dot, Grad, Op, Optim, Pull, SlotSpec, Step
-from flexp.products import gram_gradient, lora_pairs
+from flexp.products import gram_dot, gram_gradient, lora_pairs
 from flexp.selection import Place, Where
 from flexp.tensors import BlockScalars, Tensors, block_dots, mixed, plain
 
@@ -202,7 +202,17 @@ class Slots:
 
     def _dot(self, op: Dot) -> BlockScalars:
         a = {k: self[op.a][k] for k in self._chosen(op.a, op.where)}
-        return block_dots(a, {k: self[op.b][k] for k in a}, self.place, self.depth)
+        b = {k: self[op.b][k] for k in a}
+        pairs = lora_pairs(a) if op.form == "product" else {}
+        factors = {name for pair in pairs.values() for name in pair}
+        plain = {k: v for k, v in a.items() if k not in factors}
+        out = list(block_dots(plain, {k: b[k] for k in plain}, self.place, self.depth))
+        for down, up in pairs.values():
+            # Double: a distance is a small difference of such numbers.
+            four = (a[down], a[up], b[down], b[up])
+            scaling = self.alpha**2 / (len(a[down]) * len(b[down]))
+            out[self.place(up).block + 1] += scaling * float(gram_dot(*(v.double() for v in four)))
+        return tuple(out)
 
     def forget(self, slot: str) -> None:
         """Drops a slot with its gradient and moments."""

@@ -19,6 +19,7 @@ from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.fedbabu import FedBabu
 from flexp.strategies.fedbn import FedBn
 from flexp.strategies.feddpa import FedDpa
+from flexp.strategies.fedfomo import FedFomo
 from flexp.strategies.fedper import FedPer
 from flexp.strategies.fedprox import FedProx
 from flexp.strategies.fedrep import FedRep
@@ -60,6 +61,7 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     PFedMe,
     PerFedAvg,
     FedAla,
+    FedFomo,
     PFedHn,
     FedPer,
     FedRep,
