@@ -64,6 +64,21 @@ WIDE: dict[str, Any] = {  # pairs of rank 2 that wear 0; a wants 8 and has rank 
 }
 
 
+class Wanted:
+    """Stands in for a task: the labels of a row are the numbers it wants."""
+
+    def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
+        return Batch({}, torch.tensor(examples.pick(indices).labels, dtype=torch.float32))
+
+    def loss(self, point: Tensor, labels: Tensor) -> Tensor:
+        """The mean over rows of half the squared distance of some numbers, the same for each."""
+        point = point if point.dim() == 1 else point.mean(0)
+        # Split into distance and width, so that no row's share of 1/3 rounds the gradient.
+        middle = labels.mean(0)
+        wide = (labels - middle).square().sum(1).mean()
+        return ((point - middle).square().sum() + wide) / 2
+
+
 @dataclass
 class Bowl:
     """Stands in for ``PersonalModel``. One ``Slots`` holds both sides, so there is no far.
@@ -76,6 +91,7 @@ class Bowl:
     train: Train = None
     rows: int = 0
     far: None = None
+    task: Wanted = field(default_factory=Wanted)
 
     @contextmanager
     def training(self, train: Train, dropout: Dice) -> Generator[None]:
@@ -100,12 +116,13 @@ class Bowl:
 
     def loss(self, batch: Batch, wear: Wear = "personal") -> Tensor:
         """The mean over rows of half the squared distance."""
-        point = self.point(wear)
         self.rows = batch.rows
-        # Split into distance and width, so that no row's share of 1/3 rounds the gradient.
-        middle = batch.labels.mean(0)
-        wide = (batch.labels - middle).square().sum(1).mean()
-        return ((point - middle).square().sum() + wide) / 2
+        return self.task.loss(self.point(wear), batch.labels)
+
+    def logits(self, batch: Batch, wear: Wear = "personal") -> Tensor:
+        """The model's numbers, for every row."""
+        self.rows = batch.rows
+        return self.point(wear).expand(batch.rows, -1)
 
     def view(self, slot: str) -> Tensors:
         """A slot's tensors; those that train are leaves."""
@@ -121,13 +138,6 @@ def in_blocks(held: Tensors) -> dict[int, Tensor]:
     if FACTOR in held:
         held[FRONT] = held[FRONT] @ held[FACTOR] / len(held.pop(FACTOR))
     return {BLOCKS[name]: value for name, value in held.items()}
-
-
-class Wanted:
-    """Stands in for a task: the labels of a row are the numbers it wants."""
-
-    def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        return Batch({}, torch.tensor(examples.pick(indices).labels, dtype=torch.float32))
 
 
 @dataclass

@@ -121,13 +121,15 @@ class Desk:
         add: Mix = (),
         pull: Sequence[Drag] = (),
         clip_norm: float | None = None,
+        apart: bool = False,
         batches: Iterator[Batch] | None = None,
         steps: int | None = None,
     ) -> Facts:
         """Trains slots: gradient of the loss, plus ``add``, plus pulls, clipped, one step each.
 
         ``train`` names slots and what of each moves; a bare ``Where`` means every slot of the
-        wear. The clip is by the global norm over near and far. A step whose loss, clipped norm or
+        wear. The clip is by the global norm over near and far, and over all slots unless these are
+        clipped ``apart``. A step whose loss, clipped norm or
         gradient at the cut is not finite is skipped on both sides and counted. Returns loss (mean,
         nats), steps, skipped and rows.
 
@@ -137,7 +139,7 @@ class Desk:
         """
         chosen = dict.fromkeys(slots_of(wear), train) if isinstance(train, Where) else dict(train)
         clip = self.training.clip_norm if clip_norm is None else clip_norm
-        fit = Fit(self, loss, wear, chosen, add, pull, clip)
+        fit = Fit(self, loss, wear, chosen, add, pull, clip, apart)
         return fit.run(batches if batches is not None else self.batches(steps=steps))
 
     # ---- verbs: the same on both sides of the cut

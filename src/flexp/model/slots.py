@@ -31,6 +31,7 @@ class Slots:
     place: Callable[[str], Place]
     depth: int
     alpha: float = 16.0
+    alphas: dict[str, float] = field(default_factory=dict[str, float])  # of slots with their own
     values: dict[str, Tensors] = field(default_factory=dict[str, Tensors])
     grads: dict[str, Tensors] = field(default_factory=dict[str, Tensors])
     optims: dict[str, Optim] = field(default_factory=dict[str, Optim])
@@ -49,6 +50,10 @@ class Slots:
     def put(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
         """Copies tensors in; they replace the slot."""
         self.values[slot] = {k: v.detach().clone() for k, v in sorted(tensors.items())}
+
+    def alpha_of(self, *slots: str) -> float:
+        """LoRA's alpha of what these are together."""
+        return next((self.alphas[slot] for slot in slots if slot in self.alphas), self.alpha)
 
     def read(self, wear: Iterable[str]) -> dict[str, Tensors]:
         """The slots of those names."""
@@ -107,7 +112,7 @@ class Slots:
         pairs = lora_pairs(names) if op.form == "product" else {}
         done: set[str] = set()
         for a, b in pairs.values():
-            weight = op.weight * (self.alpha / mine[a].shape[0]) ** 2
+            weight = op.weight * (self.alpha_of(op.slot) / mine[a].shape[0]) ** 2
             grad_a, grad_b = gram_gradient(mine[a], mine[b], to[a], to[b])
             grad[a], grad[b] = grad[a] + weight * grad_a, grad[b] + weight * grad_b
             done |= {a, b}
@@ -210,7 +215,8 @@ class Slots:
         for down, up in pairs.values():
             # Double: a distance is a small difference of such numbers.
             four = (a[down], a[up], b[down], b[up])
-            scaling = self.alpha**2 / (len(a[down]) * len(b[down]))
+            alphas = self.alpha_of(op.a) * self.alpha_of(op.b)
+            scaling = alphas / (len(a[down]) * len(b[down]))
             out[self.place(up).block + 1] += scaling * float(gram_dot(*(v.double() for v in four)))
         return tuple(out)
 

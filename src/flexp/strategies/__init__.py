@@ -30,6 +30,7 @@ from flexp.strategies.flexp import FlexP
 from flexp.strategies.flexp_sfl import FlexPSfl
 from flexp.strategies.flexp_sft import FlexPSft
 from flexp.strategies.flora import Flora
+from flexp.strategies.fml import Fml
 from flexp.strategies.hetlora import HetLora
 from flexp.strategies.hsplitlora import HSplitLora
 from flexp.strategies.local import Local
@@ -62,6 +63,7 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     PerFedAvg,
     FedAla,
     FedFomo,
+    Fml,
     PFedHn,
     FedPer,
     FedRep,
