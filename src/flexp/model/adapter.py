@@ -65,7 +65,7 @@ class Dense:
     """Modules themselves, trained in full.
 
     ``targets`` are paths of modules, or names of linear maps of the blocks as LoRA takes them;
-    empty are all linear maps of the blocks.
+    ``*`` is every block in full, and empty are all linear maps of the blocks.
     """
 
     targets: tuple[str, ...] = ()
@@ -78,6 +78,7 @@ class Head:
 
 
 Kind = Lora | Ia3 | Prompt | Dense | Head
+EVERY = "*"  # as a target of Dense
 
 
 def alpha_of(kind: Kind) -> float:
@@ -133,19 +134,26 @@ def dense_paths(net: nn.Module, kind: Dense, blocks: str, head: tuple[str, ...] 
 
     A target that is the path of a module with parameters in the blocks, or of a leaf of the head,
     is that module; any other is a name. Raises AdapterError for a name that no linear map of the
-    blocks has.
+    blocks has, and for a module with parameters that are not in a leaf: nothing can be worn there.
     """
-    inside = [p for p in linear_maps(net) if p.startswith(f"{blocks}.")]
-    if not (kind.targets or inside):
-        raise AdapterError("adapter.targets: the blocks have no linear map. Name modules by path.")
+    inside = [] if kind.targets == (EVERY,) else _inside(linear_maps(net), blocks, kind.targets)
+    every = [f"{blocks}.{name}" for name, _ in net.get_submodule(blocks).named_children()]
     holding = (p for p, m in modules(net).items() if any(True for _ in m.parameters()))
     whole = {p for p in holding if p.startswith(f"{blocks}.")} | set(head)
     paths = [] if kind.targets else inside
     for target in kind.targets:
         found = [target] if target in whole else _ending(inside, target)
+        found = every if target == EVERY else found
         if not found:
             raise _unknown(target, inside)
         paths += found
+    for path in paths:
+        for name, module in modules(net.get_submodule(path)).items():
+            if list(module.children()) and list(module.parameters(recurse=False)):
+                raise AdapterError(
+                    f'adapter.targets: "{path}" has parameters in "{name or path}", beside modules '
+                    "of its own, so it cannot be trained in full. Name linear maps."
+                )
     return _outermost(paths)
 
 
@@ -163,6 +171,17 @@ def linear_maps(net: nn.Module) -> dict[str, nn.Module]:
 def _table(what: str) -> _Table:
     name = f"TRANSFORMERS_MODELS_TO_{what}_MODULES_MAPPING"
     return getattr(libraries.peft().utils.constants, name)
+
+
+def _inside(maps: Iterable[str], blocks: str, named: tuple[str, ...] = ()) -> list[str]:
+    """Linear maps of the blocks; AdapterError if there are none, and none is named."""
+    inside = [p for p in maps if p.startswith(f"{blocks}.")]
+    if not (inside or named):
+        raise AdapterError(
+            "adapter.targets: the blocks have no linear map. Train them in full, with "
+            f'adapter.kind dense and targets ["{EVERY}"].'
+        )
+    return inside
 
 
 def _ending(paths: Iterable[str], name: str) -> list[str]:
@@ -219,7 +238,7 @@ def _targets(
     stay a list unless a name also occurs outside the blocks; then a pattern confines it.
     """
     maps = linear_maps(net)
-    inside = [p for p in maps if p.startswith(f"{blocks}.")]
+    inside = _inside(maps, blocks)
     listed = table.get(_type_of(net))
     names = list(wanted) or (listed if isinstance(listed, list) else [])
     names = names or sorted({p.rpartition(".")[2] for p in inside})

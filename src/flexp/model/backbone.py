@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,10 +25,13 @@ from flexp.model.skeleton import (
     TaskKind,
     bare,
     block_list,
+    drawn,
     head_leaves,
     modules,
+    picture,
     read_config,
     reads_ids,
+    states_of,
 )
 from flexp.model.weights import Checkpoint
 from flexp.model.worn import PREFIX, Wearing, Worn
@@ -64,12 +68,13 @@ class Backbone:
         self.held = frozenset(i for i in every if f"{self.blocks_path}.{i}" not in self.absent)
         self.head = () if task == "causal-lm" else head_leaves(model, lacking, self.blocks_path)
         self.dtype = next(model.parameters()).dtype
-        with lent(model, list(blocks), self.held):
+        self.states = states_of(self.config, task, blocks_at)
+        with lent(model, list(blocks), self.held, self.states):
             self.in_tuple, self.width = self._probe(blocks)
         equip(model, self.blocks_path, blocks, self.in_tuple, self.head)
         self._layouts: dict[tuple[Kind, int | None], Layout] = {}
         self.spoken: set[tuple[int, int | None, bool]] = set()  # blocks proved to run with a cache
-        with lent(model, [block.forward for block in blocks], self.held):
+        with lent(model, [block.forward for block in blocks], self.held, self.states):
             self.check(self)
             self.output = self._tapped() if chunked and task == "causal-lm" else None
 
@@ -98,7 +103,8 @@ class Backbone:
         them. A server's trunk also does without what lies ``outside``: its embeddings are blank,
         its output embedding absent (a classifier's small head stays).
 
-        Parameters that the checkpoint lacks begin the same everywhere, from ``seed``. ``pad`` is
+        Parameters that the checkpoint lacks begin the same everywhere, from ``seed``; of a model
+        whose config says that it is drawn, all do. ``pad`` is
         the tokenizer's padding id. ``chunked`` lets a loss take the logits of a wide vocabulary a
         few tokens at a time, which adds in another order than whole logits do. With ``quantize``
         the blocks' linear maps hold codes, made on the processor. Raises ModelError.
@@ -107,9 +113,10 @@ class Backbone:
         if pad is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = pad
         checkpoint = Checkpoint(source, config, task, dtype, revision, Dice(seed)("head"))
-        model, lacking, blocks_at = checkpoint.load(
+        model, found, blocks_at = checkpoint.load(
             blocks, outside=outside, quantize=quantize, blocks_at=blocks_at
         )
+        lacking = None if drawn(config) else found  # else all of the model were its head
         model = model.to(device)
         more: dict[str, Any] = {"lacking": lacking, "blocks_at": blocks_at, "chunked": chunked}
         return cls(model, task=task, name=name or str(source), **more)
@@ -163,7 +170,8 @@ class Backbone:
     ) -> Tensor:
         """Blocks ``first`` to ``last`` of one forward, from ``feed`` if given.
 
-        Returns the hidden state [rows, length, width] at ``last``, or the logits if it is None;
+        Returns the hidden state at ``last`` ([rows, length, width]; a picture's may have other
+        dimensions), or the logits if it is None;
         with ``tap`` what the output embedding would have read. ``recompute`` keeps nothing from
         inside a block for the backward pass, which runs it again. The blocks that run read and
         write their layers of a ``cache``.
@@ -207,11 +215,9 @@ class Backbone:
                 mask[0, -2:] = 0
                 ids = torch.where(mask.bool(), ids, self.config.pad_token_id)
             return {"input_ids": ids, "attention_mask": mask}
-        size = self.config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (rows, self.config.num_channels, height, width)
-        image = torch.linspace(-1, 1, rows * shape[1] * height * width).reshape(shape)
-        return {"pixel_values": image.to(self.dtype)}
+        shape = rows, *picture(self.config)
+        pixels = torch.linspace(-1, 1, prod(shape)).reshape(shape)
+        return {"pixel_values": pixels.to(self.dtype)}
 
     def _tapped(self) -> nn.Linear | None:
         """The output embedding, if logits are just its product; families may scale them after."""
@@ -245,7 +251,7 @@ class Backbone:
             )
         in_tuple = [isinstance(out, tuple) for out in seen]
         first = seen[0][0] if in_tuple[0] else seen[0]
-        if not isinstance(first, Tensor) or first.dim() != 3:
+        if not isinstance(first, Tensor) or (self.states is None and first.dim() != 3):
             raise ModelError(f"The blocks of {self.name} do not pass on one hidden state.")
         return in_tuple, int(first.shape[-1])
 
