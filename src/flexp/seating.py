@@ -70,7 +70,7 @@ def adapter_kind(recipe: AdapterRecipe) -> Kind:
     if recipe.kind == "ia3":
         return Ia3(recipe.targets, recipe.feedforward, recipe.head)
     if recipe.kind == "prompt":
-        return Prompt(recipe.tokens, recipe.head)
+        return Prompt(recipe.tokens, recipe.head, recipe.at)
     return Dense(recipe.targets, recipe.head) if recipe.kind == "dense" else Head()
 
 
@@ -139,7 +139,7 @@ def _sizes(
         () if recipe.task.kind == "causal-lm" else head_leaves(bones.model, None, bones.blocks_path)
     )
     dtype, train = dtype_of(recipe), recipe.train
-    prompt = kind.tokens if isinstance(kind, Prompt) else 0
+    prompt = kind.tokens if isinstance(kind, Prompt) and kind.at != "added" else 0
     sized = measure_costs(
         bones.model,
         bones.blocks_path,

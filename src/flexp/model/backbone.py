@@ -17,8 +17,9 @@ from torch.nn import functional
 
 from flexp.dice import Dice
 from flexp.errors import ModelError
-from flexp.model.adapter import Kind, Layout, initial, layout
-from flexp.model.cut import PASS, Pass, Seat, Station, Tap, run
+from flexp.model import prompts
+from flexp.model.adapter import Frame, Kind, Layout, Prompt, initial, layout
+from flexp.model.cut import AT_CUT, PASS, Pass, Seat, Station, Tap, run
 from flexp.model.hollow import Absent, absent, beginnable, lent
 from flexp.model.quantize import Quantize, QuantizedLinear, value_of
 from flexp.model.skeleton import (
@@ -124,11 +125,16 @@ class Backbone:
     # ---- names
 
     def block_of(self, name: str) -> int:
-        """The block of an adapter tensor: -1 before the blocks, ``depth`` after them."""
+        """The block of an adapter tensor: -1 before the blocks, ``depth`` after them.
+
+        ``AT_CUT`` if that is the server's first one.
+        """
         path = name.removeprefix(PREFIX)
         if path.startswith(f"{self.blocks_path}."):
             return int(path[len(self.blocks_path) + 1 :].split(".", 1)[0])
-        return -1 if path == "prompt_embeddings" else self.depth
+        if path not in prompts.NAMES:
+            return self.depth
+        return AT_CUT if path == prompts.AT_CUT else -1
 
     def place(self, name: str, seat: Seat) -> Place:
         """Where an adapter tensor sits for a client."""
@@ -147,7 +153,8 @@ class Backbone:
         What begins as a copy of the backbone's own values is there for held modules only.
         """
         shapes = beginnable(self.layout(kind, rank), self.absent)
-        return initial(shapes, dice, partial(value_of, self.model))
+        spread = kind.spread if isinstance(kind, Prompt | Frame) else 0.0
+        return initial(shapes, dice, partial(value_of, self.model), spread=spread)
 
     def scaled(self, adapter: Tensors, length: float) -> Tensors:
         """The adapter with every row of the head's matrices at that length."""

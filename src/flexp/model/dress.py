@@ -82,7 +82,7 @@ def dress(
             Group(read(views[s], slots.alpha_of(s)), torch.nonzero(rows == n)[:, 0])
             for n, s in enumerate(wear.slots)
         ]
-        if any(group.worn.prompt is not None for group in groups):
+        if any(group.worn.inputs for group in groups):
             raise AdapterError("A prompt cannot be worn per row: rows would differ in length.")
         return Worn(groups=Groups.made(g for g in groups if len(g.rows)))
     if isinstance(wear, Stacked):
@@ -100,7 +100,7 @@ def _summands(
         given = coefs[n] if n < len(coefs) else None
         coef = _everywhere(float(term.coef)) if given is None else _per_block(slots, given)
         worn = read(value, slots.alpha_of(term.slot))
-        if worn.prompt is not None or worn.scales:
+        if worn.inputs or worn.scales:
             raise AdapterError("Only LoRA, dense and head tensors can be stacked.")
         out.append((worn, coef))
     return out

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from flexp.data.loss import chunked_loss, wide
 from flexp.dice import Dice
+from flexp.model import prompts
 from flexp.model.adapter import Layout
 from flexp.model.backbone import equip
 from flexp.model.cut import Pass, Stopped, Tap, run
@@ -130,19 +131,24 @@ class _Model:
         self.blocks = cast(nn.ModuleList, bones.model.get_submodule(self.path))
         head = () if task == "causal-lm" else head_leaves(self.net, None, self.path)
         leaves = {k: torch.empty(size, requires_grad=True) for k, size in adapter.items()}
-        self.prompt = leaves.get("prompt_embeddings")
+        self.learned = prompts.NAMES & leaves.keys()  # at the input
+        inside = self.learned & {prompts.FRONT, prompts.BEHIND, prompts.AT_CUT}
+        self.more = sum(len(leaves[name]) for name in inside)
         self.worn = dropping(read(leaves, 1.0), shape.dropout, Dice(0))
         self.inputs = self._inputs(bones.config)
         seen = self._first_output()
         in_tuple = isinstance(seen, tuple)
         self.hidden = cast(Tensor, seen[0] if in_tuple else seen)
+        if self.more and "pixel_values" in self.inputs:
+            rows, length, width = self.hidden.shape
+            self.hidden = self.hidden.new_empty(rows, length + self.more, width)
         equip(self.net, self.path, self.blocks, [in_tuple] * self.depth, head)
 
     def trial(self) -> Trial:
         """Each kind of block once, and the end."""
         kinds = [self._kind(n, block) for n, block in enumerate(self.blocks)]
         alike = {kind: kinds.index(kind) for kind in kinds}
-        start = {kind: self._block(n, grad=self.prompt is not None) for kind, n in alike.items()}
+        start = {kind: self._block(n, grad=bool(self.learned)) for kind, n in alike.items()}
         once = {kind: self._block(n, grad=True) for kind, n in alike.items()}
         twice = {kind: self._block(n, grad=True, recompute=True) for kind, n in alike.items()}
         return Trial(
@@ -163,7 +169,7 @@ class _Model:
                 rows, config.num_channels, height, width, dtype=next(self.net.parameters()).dtype
             )
             return {"pixel_values": pixels}
-        length += 0 if self.prompt is None else len(self.prompt)
+        length += self.more
         ids = torch.ones(rows, length, dtype=torch.int64)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -205,8 +211,8 @@ class _Model:
         return _held(lambda: self._loss(run(self.net, now, self.inputs), output))
 
     def _loss(self, out: Tensor, output: nn.Linear | None) -> Tensor:
-        if self.prompt is not None and out.dim() == 3:
-            out = out[:, len(self.prompt) :]
+        if out.dim() == 3:
+            out = out[:, self.more :]
         flat = out.flatten(0, -2)
         targets = torch.zeros(len(flat), dtype=torch.int64)
         if output is None:
