@@ -122,6 +122,7 @@ class Desk:
         pull: Sequence[Drag] = (),
         clip_norm: float | None = None,
         apart: bool = False,
+        fade: float = 1.0,
         batches: Iterator[Batch] | None = None,
         steps: int | None = None,
     ) -> Facts:
@@ -129,9 +130,9 @@ class Desk:
 
         ``train`` names slots and what of each moves; a bare ``Where`` means every slot of the
         wear. The clip is by the global norm over near and far, and over all slots unless these are
-        clipped ``apart``. A step whose loss, clipped norm or
-        gradient at the cut is not finite is skipped on both sides and counted. Returns loss (mean,
-        nats), steps, skipped and rows.
+        clipped ``apart``. Each step's rate is ``fade`` times that of the one before. A step whose
+        loss, clipped norm or gradient at the cut is not finite is skipped on both sides and
+        counted. Returns loss (mean, nats), steps, skipped and rows.
 
         With ``Training.ahead`` the front of each batch but the first wears what trains as it was
         before the last step, in all forwards of its loss; tail and trunk wear it as it is. There a
@@ -139,7 +140,7 @@ class Desk:
         """
         chosen = dict.fromkeys(slots_of(wear), train) if isinstance(train, Where) else dict(train)
         clip = self.training.clip_norm if clip_norm is None else clip_norm
-        fit = Fit(self, loss, wear, chosen, add, pull, clip, apart)
+        fit = Fit(self, loss, wear, chosen, add, pull, clip, apart, fade)
         return fit.run(batches if batches is not None else self.batches(steps=steps))
 
     # ---- verbs: the same on both sides of the cut

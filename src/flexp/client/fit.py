@@ -41,6 +41,7 @@ class Fit:
     pull: Sequence[Drag]
     clip: float | None
     apart: bool = False
+    fade: float = 1.0
     losses: list[float] = field(default_factory=list[float])
     skipped: int = 0
     rows: int = 0
@@ -204,8 +205,8 @@ class Fit:
         return ops
 
     def _steps(self, scales: Mapping[str, float] | None = None) -> list[Op]:
-        scales = scales or {}
-        return [Step(s, f"{s}@g", scales.get(s, 1.0), w) for s, w in self.chosen.items()]
+        scales, share = scales or {}, self.fade ** (len(self.losses) - 1)
+        return [Step(s, f"{s}@g", scales.get(s, 1.0), w, share) for s, w in self.chosen.items()]
 
 
 def together(runs: Sequence[Facts]) -> Facts:
