@@ -28,7 +28,7 @@ from flexp.errors import LinkError
 from flexp.evaluate import pooled
 from flexp.link.messages import Answer, Link, Message
 from flexp.link.metered import Ledger
-from flexp.model.adapter import Dense, Kind, Lora
+from flexp.model.adapter import Dense, Kind, Lora, Prompt
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim
@@ -42,6 +42,7 @@ from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.flexp import FlexP
 from flexp.strategies.hsplitlora import HSplitLora
 from flexp.strategies.pfedme import PFedMe
+from flexp.strategies.pfedpg import PFedPg
 from flexp.strategies.pfedpt import PFedPt
 from flexp.strategies.splitfed_v2 import SplitFedV2
 from flexp.strategies.splitfed_v3 import SplitFedV3
@@ -98,6 +99,7 @@ SPECIAL: dict[str, Any] = {
     "hsplitlora": {"alone": HSplitLora(every=9)},
     # What is near is frozen, head and all, so the cut says what learns.
     # A prompt beside an adapter is nothing that PEFT has.
+    "pfedpg": {"strategy": PFedPg("sgd", 1.0), "kind": Prompt(3, at="behind"), "worn": "personal"},
     "pfedpt": {
         "strategy": PFedPt(form="behind", tokens=2),
         "worn": (Term("personal"), Term("prompt")),

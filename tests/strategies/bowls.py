@@ -35,7 +35,8 @@ FACTOR = "base_model.model.blocks.0.lora_A.weight"
 FRONT = "base_model.model.blocks.0.lora_B.weight"
 TRUNK = "base_model.model.blocks.1.lora_B.weight"
 HEAD = "base_model.model.head.weight"
-BLOCKS = {FACTOR: 0, FRONT: 0, TRUNK: 1, HEAD: 2}
+PROMPT = "prompt_behind"
+BLOCKS = {PROMPT: -1, FACTOR: 0, FRONT: 0, TRUNK: 1, HEAD: 2}
 DEPTH = 2
 CUT, WHOLE = Seat(Cut(1)), uncut(DEPTH)  # cut, block 1 is far; the head never is
 

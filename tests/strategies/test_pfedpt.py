@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from strategies.bowls import Bench, flat
+from strategies.pictures import Pictures, seen
 from strategies.prices import SEATS, SGD, STEPS, body, sizer
-from toys import LENGTH, H, ToyTask, at_desk, backbone, examples, play, same, whole
+from toys import LENGTH, H, at_desk, backbone, examples, play, same, whole
 
 from flexp.client.desk import Desk, Training
-from flexp.data.examples import Batch, Examples, Shard
+from flexp.data.examples import Batch, Shard
 from flexp.dice import Dice
-from flexp.model.adapter import Frame, Lora, Prompt
+from flexp.model.adapter import Lora, Prompt
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim
 from flexp.model.prompts import BOTTOM, LEFT, RIGHT, TOP, framed
@@ -48,25 +48,6 @@ def test_rates_of_the_prompt_fade_step_by_step() -> None:
     bench = Bench(build("pfedpt", {**PLAIN, "fade": 0.5}), steps=2)
     bench.round()
     assert flat(bench.kept["a"]["prompt"])[0] == 5
-
-
-# ---- pictures
-
-
-class Pictures(ToyTask):
-    """A row's ids draw its pixels."""
-
-    def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        drawn = [Dice(sum(examples.ids[i]))("pixels").generator() for i in indices]
-        pixels = torch.stack([torch.randn(3, 16, 16, generator=g) for g in drawn])
-        return Batch({"pixel_values": pixels}, super().collate(examples, indices).labels)
-
-
-def seen(family: str) -> dict[str, Any]:
-    """A family of models, and rows for it."""
-    if family == "bert-cls":
-        return {"family": family}
-    return {"family": family, "task": Pictures(), "kind": Lora(3, 6.0)}
 
 
 # ---- oracles

@@ -38,6 +38,7 @@ from flexp.strategies.per_fedavg import PerFedAvg
 from flexp.strategies.pfedhn import PFedHn
 from flexp.strategies.pfedlora import PFedLora
 from flexp.strategies.pfedme import PFedMe
+from flexp.strategies.pfedpg import PFedPg
 from flexp.strategies.pfedpt import PFedPt
 from flexp.strategies.pooled import Pooled
 from flexp.strategies.pretrained import Base
@@ -67,6 +68,7 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     Fml,
     PFedPt,
     PFedHn,
+    PFedPg,
     FedPer,
     FedRep,
     FedBabu,
