@@ -24,11 +24,12 @@ from flexp.evaluate import pooled
 from flexp.link.metered import Ledger
 from flexp.link.wire import Wire
 from flexp.model import vision
-from flexp.model.adapter import EVERY, Dense, Kind, Lora
+from flexp.model.adapter import Dense, Kind, Lora
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Labels, Seat, uncut
 from flexp.model.ops import Optim, SlotSpec
-from flexp.model.skeleton import TaskKind, picture
+from flexp.model.skeleton import TaskKind, image_shape
+from flexp.model.targets import EVERY
 from flexp.parcel import Parcel
 from flexp.rounds import flow_of, waves_of
 from flexp.strategies.base import Scene, Strategy, Turn
@@ -122,6 +123,7 @@ IMAGE: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 8,
 }
+IMAGE_SIZE: dict[str, Any] = {"image_size": 16}  # the config's class names no such field
 
 
 def _families(depth: int) -> dict[str, tuple[Any, Any]]:
@@ -192,7 +194,7 @@ def _families(depth: int) -> dict[str, tuple[Any, Any]]:
                 hidden_sizes=[8, 16, 24, 32][:depth],
                 depths=[1] * depth,
                 layer_type="basic",
-                image_size=16,
+                **IMAGE_SIZE,
                 **labels,
             ),
         ),
@@ -208,7 +210,7 @@ def _families(depth: int) -> dict[str, tuple[Any, Any]]:
 
 
 def _blocks(**config: Any) -> tuple[Any, Any]:
-    """One of our own models of pictures; a class is known by its config."""
+    """One of our own models of images; a class is known by its config."""
     vision.register()
     made = hf.AutoConfig.for_model(vision.KIND, **config)
     return hf.AutoModelForImageClassification.from_config, made
@@ -255,7 +257,7 @@ def drawn_once(made: Any, config: Any) -> Any:
 def batches_for(body: Backbone, n: int, side: str = "right") -> list[Batch]:
     """Ready batches for any task, padded at either side."""
     if body.task == "images":
-        stream, shape = torch.Generator().manual_seed(5), picture(body.config)
+        stream, shape = torch.Generator().manual_seed(5), image_shape(body.config)
         return [
             Batch(
                 {"pixel_values": torch.randn(3, *shape, generator=stream)},

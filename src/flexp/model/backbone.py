@@ -1,7 +1,4 @@
-"""Opens a frozen Hugging Face model and makes its forward cuttable, whatever its family.
-
-A check at open compares a cut forward with a whole one.
-"""
+"""Opens a frozen model and makes it cuttable; a check compares a cut forward with a whole one."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from torch.nn import functional
 from flexp.dice import Dice
 from flexp.errors import ModelError
 from flexp.model import prompts
-from flexp.model.adapter import Frame, Kind, Layout, Prompt, initial, layout
+from flexp.model.adapter import Kind, Layout, initial, layout
 from flexp.model.cut import AT_CUT, PASS, Pass, Seat, Station, Tap, run
 from flexp.model.hollow import Absent, absent, beginnable, lent
 from flexp.model.quantize import Quantize, QuantizedLinear, value_of
@@ -26,10 +23,9 @@ from flexp.model.skeleton import (
     TaskKind,
     bare,
     block_list,
-    drawn,
     head_leaves,
+    image_shape,
     modules,
-    picture,
     read_config,
     reads_ids,
     states_of,
@@ -75,7 +71,7 @@ class Backbone:
         equip(model, self.blocks_path, blocks, self.in_tuple, self.head)
         self._layouts: dict[tuple[Kind, int | None], Layout] = {}
         self.spoken: set[tuple[int, int | None, bool]] = set()  # blocks proved to run with a cache
-        with lent(model, [block.forward for block in blocks], self.held, self.states):
+        with lent(model, [b.forward for b in blocks], self.held, self.states):
             self.check(self)
             self.output = self._tapped() if chunked and task == "causal-lm" else None
 
@@ -104,20 +100,19 @@ class Backbone:
         them. A server's trunk also does without what lies ``outside``: its embeddings are blank,
         its output embedding absent (a classifier's small head stays).
 
-        Parameters that the checkpoint lacks begin the same everywhere, from ``seed``; of a model
-        whose config says that it is drawn, all do. ``pad`` is
-        the tokenizer's padding id. ``chunked`` lets a loss take the logits of a wide vocabulary a
-        few tokens at a time, which adds in another order than whole logits do. With ``quantize``
-        the blocks' linear maps hold codes, made on the processor. Raises ModelError.
+        Parameters that the checkpoint lacks begin the same everywhere, from ``seed``: all of them,
+        where the config says that the model is drawn. ``pad`` is the tokenizer's padding id.
+        ``chunked`` lets a loss take the logits of a wide vocabulary a few tokens at a time, which
+        adds in another order than whole logits do. With ``quantize`` the blocks' linear maps hold
+        codes, made on the processor. Raises ModelError.
         """
         config = read_config(source, task, classes, revision)
         if pad is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = pad
         checkpoint = Checkpoint(source, config, task, dtype, revision, Dice(seed)("head"))
-        model, found, blocks_at = checkpoint.load(
+        model, lacking, blocks_at = checkpoint.load(
             blocks, outside=outside, quantize=quantize, blocks_at=blocks_at
         )
-        lacking = None if drawn(config) else found  # else all of the model were its head
         model = model.to(device)
         more: dict[str, Any] = {"lacking": lacking, "blocks_at": blocks_at, "chunked": chunked}
         return cls(model, task=task, name=name or str(source), **more)
@@ -125,16 +120,12 @@ class Backbone:
     # ---- names
 
     def block_of(self, name: str) -> int:
-        """The block of an adapter tensor: -1 before the blocks, ``depth`` after them.
-
-        ``AT_CUT`` if that is the server's first one.
-        """
+        """The block of an adapter tensor: -1 before, ``depth`` after all, or ``AT_CUT``."""
         path = name.removeprefix(PREFIX)
         if path.startswith(f"{self.blocks_path}."):
             return int(path[len(self.blocks_path) + 1 :].split(".", 1)[0])
-        if path not in prompts.NAMES:
-            return self.depth
-        return AT_CUT if path == prompts.AT_CUT else -1
+        before = AT_CUT if path == prompts.AT_CUT else -1
+        return before if path in prompts.NAMES else self.depth
 
     def place(self, name: str, seat: Seat) -> Place:
         """Where an adapter tensor sits for a client."""
@@ -153,8 +144,7 @@ class Backbone:
         What begins as a copy of the backbone's own values is there for held modules only.
         """
         shapes = beginnable(self.layout(kind, rank), self.absent)
-        spread = kind.spread if isinstance(kind, Prompt | Frame) else 0.0
-        return initial(shapes, dice, partial(value_of, self.model), spread=spread)
+        return initial(shapes, dice, partial(value_of, self.model), getattr(kind, "spread", 0.0))
 
     def scaled(self, adapter: Tensors, length: float) -> Tensors:
         """The adapter with every row of the head's matrices at that length."""
@@ -177,11 +167,10 @@ class Backbone:
     ) -> Tensor:
         """Blocks ``first`` to ``last`` of one forward, from ``feed`` if given.
 
-        Returns the hidden state at ``last`` ([rows, length, width]; a picture's may have other
-        dimensions), or the logits if it is None;
-        with ``tap`` what the output embedding would have read. ``recompute`` keeps nothing from
-        inside a block for the backward pass, which runs it again. The blocks that run read and
-        write their layers of a ``cache``.
+        Returns the hidden state at ``last`` ([rows, length, width], or as images have it), or the
+        logits if it is None; with ``tap`` what the output embedding would have read. ``recompute``
+        keeps nothing from inside a block for the backward pass, which runs it again. The blocks
+        that run read and write their layers of a ``cache``.
         """
         if feed is not None and first == last:
             return feed
@@ -222,9 +211,8 @@ class Backbone:
                 mask[0, -2:] = 0
                 ids = torch.where(mask.bool(), ids, self.config.pad_token_id)
             return {"input_ids": ids, "attention_mask": mask}
-        shape = rows, *picture(self.config)
-        pixels = torch.linspace(-1, 1, prod(shape)).reshape(shape)
-        return {"pixel_values": pixels.to(self.dtype)}
+        shape = rows, *image_shape(self.config)
+        return {"pixel_values": torch.linspace(-1, 1, prod(shape)).reshape(shape).to(self.dtype)}
 
     def _tapped(self) -> nn.Linear | None:
         """The output embedding, if logits are just its product; families may scale them after."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexp.errors import AdapterError
-from flexp.model.skeleton import inputs_of, picture, reads_ids, states_of
+from flexp.model.skeleton import image_shape, inputs_of, reads_ids, states_of
 
 if TYPE_CHECKING:
     from flexp.model.backbone import Backbone
@@ -60,7 +60,7 @@ def input_layout(net: Any, kind: Prompt | Frame) -> dict[str, tuple[int, ...]]:
         return {PLACES[kind.at]: (kind.tokens, _width(net, kind))}
     if reads_ids(net):
         raise AdapterError("A frame is for pictures, and this model reads token ids.")
-    channels, height, width = picture(net.config)
+    channels, height, width = image_shape(net.config)
     if not 0 < 2 * kind.width < min(height, width):
         raise AdapterError(f"A frame of width {kind.width} does not fit {height} x {width} pixels.")
     channels = 1 if kind.gray else channels
@@ -141,6 +141,11 @@ def widened(
     if mask is None or not more:
         return wide, mask
     return wide, torch.cat([mask[:, :1], mask.new_ones(len(mask), more), mask[:, 1:]], dim=1)
+
+
+def longer(shape: tuple[int, ...], more: int) -> tuple[int, ...]:
+    """A row's hidden state with so many positions more, if it is one of positions."""
+    return (shape[0] + more, shape[1]) if len(shape) == 2 else shape
 
 
 def put_in(hidden: Tensor, prompt: Tensor) -> Tensor:

@@ -151,8 +151,8 @@ def inputs_of(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def picture(config: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the pictures that a model takes."""
+def image_shape(config: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model takes."""
     size = getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     return int(config.num_channels), int(height), int(width)
@@ -170,10 +170,10 @@ class States:
 
 
 def states_of(config: Any, task: TaskKind, blocks_at: str | None = None) -> States | None:
-    """The states of a model of pictures, from its config; None where rows differ in length."""
-    net = bare(config, task, blocks_at=blocks_at).model.eval()
-    if reads_ids(net):
+    """The states of a model of images, from its config; None where rows differ in length."""
+    if task != "images":
         return None
+    net = bare(config, task, blocks_at=blocks_at).model.eval()
     _, blocks = block_list(net, blocks_at)
     seen: list[Any] = []
 
@@ -183,7 +183,7 @@ def states_of(config: Any, task: TaskKind, blocks_at: str | None = None) -> Stat
     hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: seen.append(out)))
     with torch.no_grad():
-        net(pixel_values=torch.empty(1, *picture(config), device="meta"))
+        net(pixel_values=torch.empty(1, *image_shape(config), device="meta"))
     for hook in hooks:
         hook.remove()
     in_tuple = isinstance(seen[-1], tuple)

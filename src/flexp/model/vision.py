@@ -1,4 +1,4 @@
-"""Convolutional classifiers of pictures as a list of equal blocks, for models without a checkpoint.
+"""Convolutional classifiers of images as a list of equal blocks, for models without a checkpoint.
 
 ``residual``: a stem and basic blocks (He et al. 2016, arXiv 1512.03385) with group norms, which
 know nothing of the other rows of a batch; else the CNN of federated averaging (McMahan et al. 2017,
@@ -30,7 +30,7 @@ class Block(nn.Module):
         self.skip: nn.Module | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """From pictures [rows, channels, height, width] or [rows, width] to the same."""
+        """From images [rows, channels, height, width] or [rows, width] to the same."""
         out: Tensor = self.steps(hidden_states)
         return out if self.skip is None else functional.relu(out + self.skip(hidden_states))
 
@@ -52,7 +52,7 @@ def register() -> None:
             self.channels, self.residual, self.repeat = [32, 64], False, 1
             self.kernel, self.hidden_size = 5, 512
             self.image_size, self.num_channels = 32, 3
-            super().__init__(**given)
+            super().__init__(**given)  # pyright: ignore[reportUnknownMemberType]
 
     class Blocks(model_class):
         """Blocks, the mean over the places that are left of each channel, and a head."""
@@ -62,7 +62,7 @@ def register() -> None:
         main_input_name = "pixel_values"
 
         def __init__(self, config: Any) -> None:
-            super().__init__(config)
+            super().__init__(config)  # pyright: ignore[reportUnknownMemberType]
             self.body = nn.Module()
             self.body.blocks = nn.ModuleList(_residual(config) if config.residual else _cnn(config))
             width = config.channels[-1] if config.residual else config.hidden_size

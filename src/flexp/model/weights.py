@@ -42,8 +42,10 @@ class Checkpoint:
         outside: bool = True,
         quantize: Quantize | None = None,
         blocks_at: str | None = None,
-    ) -> tuple[nn.Module, set[str], str | None]:
+    ) -> tuple[nn.Module, set[str] | None, str | None]:
         """The model, the names of what the checkpoint lacks, and the path of the list of blocks.
+
+        Of a model that is drawn there is no checkpoint to lack anything (None).
 
         Only the tensors of these blocks are read (None: all), and what lies ``outside``. The path
         stays as it is given where nothing is left out. Raises ModelError; no parser sees a file of
@@ -52,7 +54,7 @@ class Checkpoint:
         if Path(self.source).is_dir():
             tables(Path(self.source))
         if drawn(self.config):
-            return *self._drawn(blocks, blocks_at, quantize), blocks_at
+            return self._drawn(blocks, blocks_at, quantize)
         if blocks is None and outside and quantize is None:
             return *self._read(), blocks_at
         bones = bare(self.config, self.task, blocks_at=blocks_at)
@@ -64,7 +66,7 @@ class Checkpoint:
 
     def _drawn(
         self, blocks: Iterable[int] | None, blocks_at: str | None, quantize: Quantize | None
-    ) -> tuple[nn.Module, set[str]]:
+    ) -> tuple[nn.Module, None, str]:
         """The model that a config describes, without a checkpoint."""
         if quantize is not None:
             raise ModelError(
@@ -74,9 +76,8 @@ class Checkpoint:
         bones = bare(self.config, self.task, blocks_at=blocks_at)
         model = cast(nn.Module, auto(self.task).from_config(self.config))
         hollow(model, part(bones, blocks, outside=True).absent)
-        names = {name for name, _ in model.named_parameters()}
-        fill(model, names, self.dice, drawn=True)
-        return model.to(self.dtype), names
+        fill(model, {name for name, _ in model.named_parameters()}, self.dice, drawn=True)
+        return model.to(self.dtype), None, bones.blocks_path
 
     def _read(self, wanted: Part | None = None) -> tuple[nn.Module, set[str]]:
         loader = auto(self.task) if wanted is None else wanted.loader()

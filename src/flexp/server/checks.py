@@ -13,7 +13,7 @@ from flexp.errors import LinkError, ParcelError
 from flexp.link.messages import Forward, Message, Submit
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
-from flexp.model.skeleton import picture
+from flexp.model.skeleton import image_shape
 from flexp.model.slots import Slots
 from flexp.parcel import plain_facts
 from flexp.selection import NEAR, select
@@ -52,11 +52,11 @@ def check(backbone: Backbone, seat: Seat, m: Forward) -> None:
     if not m.hidden.numel():
         raise LinkError("A hidden state has numbers; this one has 0.")
     rows, length = m.hidden.shape[:2]
-    pictures = None if backbone.states is None else (rows, *picture(backbone.config))
+    images = None if backbone.states is None else (rows, *image_shape(backbone.config))
     for name, shape in m.shapes.items():
-        if pictures is not None:
-            if (name, tuple(shape)) != ("pixel_values", pictures):
-                raise LinkError(f'"{name}" of shape {list(shape)} does not fit {list(pictures)}.')
+        if images is not None:
+            if (name, tuple(shape)) != ("pixel_values", images):
+                raise LinkError(f'"{name}" of shape {list(shape)} does not fit {list(images)}.')
             continue
         size = (rows, length)
         # Blanks are made of that shape: what is much larger than the message is an attack.

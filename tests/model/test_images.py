@@ -1,4 +1,4 @@
-"""Models of pictures: hidden states of other shapes from block to block, and weights of a seed."""
+"""Models of images: hidden states of other shapes from block to block, and weights of a seed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from toys import CONVOLUTIONS, at_desk, backbone, batches_for, cuts, same, whole
 
 from flexp.data.examples import Batch
 from flexp.errors import AdapterError, LinkError, ModelError
-from flexp.model.adapter import EVERY, Dense, Lora
+from flexp.model.adapter import Dense, Lora
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Labels, Seat
 from flexp.model.quantize import Quantize
-from flexp.model.skeleton import picture
+from flexp.model.skeleton import image_shape
+from flexp.model.targets import EVERY
 from flexp.model.together import Together
 
 FULL = Dense((EVERY,))
@@ -38,12 +39,12 @@ def test_all_of_its_blocks_train_at_every_cut_like_the_whole(family: str) -> Non
 
 @pytest.mark.parametrize("family", [*CONVOLUTIONS, "vit"])
 def test_the_gradient_of_a_pixel_comes_back_through_the_trunk(family: str) -> None:
-    """Also where nothing near trains: what is added to a picture can be learned."""
+    """Also where nothing near trains: what is added to an image can be learned."""
     body = backbone(family, 3)
     batch = batches_for(body, 1)[0]
     found: list[torch.Tensor] = []
     for seat in (whole(body.depth), Seat(Cut(1, 1))):
-        frame = torch.zeros(picture(body.config), requires_grad=True)
+        frame = torch.zeros(image_shape(body.config), requires_grad=True)
         framed = Batch({"pixel_values": batch.inputs["pixel_values"] + frame}, batch.labels)
         with at_desk(body, seat, kind=FULL) as (desk, _), desk.model.training({}, None):
             desk.model.loss(framed).backward()
