@@ -112,7 +112,7 @@ def test_a_folder_per_class(tmp_path: Path) -> None:
         path = tmp_path / where
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
-    found = [(dict(r.fields), r.origin) for r in sources.read(tmp_path)]
+    found = sorted(((dict(r.fields), r.origin) for r in sources.read(tmp_path)), key=str)
     places = [(tmp_path / at).as_posix() for at in ("cat/1.pgm", "dog/2.PNG")]
     assert found == [
         ({"image": places[0], "label": "cat"}, places[0]),
@@ -136,6 +136,20 @@ def test_folders_above_say_split_and_client(
     path.write_bytes(b"")
     (row,) = sources.read(tmp_path)
     assert row.fields == {"image": path.as_posix(), "label": "cat", **more}
+
+
+def test_the_first_rows_of_a_folder_are_of_all_classes(tmp_path: Path) -> None:
+    """Also in the same order wherever the folder lies: a device has the shard of the simulation."""
+    orders: list[list[str]] = []
+    for place in ("here", "there/anna"):
+        for n in range(30):
+            path = tmp_path / place / "abc"[n // 10] / f"{n}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+        rows = sources.read(tmp_path / place)
+        orders.append([Path(row.origin).name for row in rows])
+        assert {row.fields["label"] for row in rows[:8]} == {"a", "b", "c"}
+    assert orders[0] == orders[1]
 
 
 @pytest.mark.parametrize(
