@@ -53,8 +53,9 @@ def write(folder: Path, adapter: Tensors, backbone: Backbone, kind: Kind, card: 
     LoRA's rank is what the tensors have; PEFT takes one for all, and those that are others.
     Raises ExportError if the kind is not one PEFT adapter on this model.
     """
-    if isinstance(kind, Prompt) and backbone.head:
-        raise ExportError("PEFT has no prompt adapter with a trained head. Use a LoRA adapter.")
+    if isinstance(kind, Prompt) and (backbone.head or kind.at != "front"):
+        what = "with a trained head" if backbone.head else f'"{kind.at}" its input'
+        raise ExportError(f"PEFT has no prompt adapter {what}. Use a LoRA adapter.")
     pairs = lora_pairs(adapter).items()
     ranks = {path.removeprefix(PREFIX): len(adapter[a]) for path, (a, _) in pairs}
     rank = max(ranks.values(), default=None)

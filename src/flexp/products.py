@@ -28,8 +28,13 @@ def gram_distance(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
 
     A: (r, in), B: (out, r); the second pair may have another rank.
     """
-    same = ((b.T @ b) * (a @ a.T)).sum() + ((b2.T @ b2) * (a2 @ a2.T)).sum()
-    return same - 2 * ((b.T @ b2) * (a @ a2.T)).sum()
+    same = gram_dot(a, b, a, b) + gram_dot(a2, b2, a2, b2)
+    return same - 2 * gram_dot(a, b, a2, b2)
+
+
+def gram_dot(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+    """The inner product of B A and B' A', without forming a d x d matrix."""
+    return ((b.T @ b2) * (a @ a2.T)).sum()
 
 
 def gram_gradient(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,6 +72,7 @@ class AdapterRecipe(_Part):
     targets: tuple[str, ...] = ()
     feedforward: tuple[str, ...] = ()
     tokens: Annotated[int, Field(ge=1)] = 8
+    at: Literal["front", "added", "behind", "cut"] = "front"
     dora: bool = False
     head: bool = True
 

@@ -15,6 +15,7 @@ from flexp.errors import CutError, ModelError, PlanError
 from flexp.link.wire import Wire, packed_bytes
 from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, dropout_of, layout
 from flexp.model.cut import Cut, Seat
+from flexp.model.prompts import longer
 from flexp.model.quantize import Quantize
 from flexp.model.skeleton import Skeleton, bare, head_leaves, states_of
 from flexp.plan import (
@@ -70,7 +71,7 @@ def adapter_kind(recipe: AdapterRecipe) -> Kind:
     if recipe.kind == "ia3":
         return Ia3(recipe.targets, recipe.feedforward, recipe.head)
     if recipe.kind == "prompt":
-        return Prompt(recipe.tokens, recipe.head)
+        return Prompt(recipe.tokens, recipe.head, recipe.at)
     return Dense(recipe.targets, recipe.head) if recipe.kind == "dense" else Head()
 
 
@@ -139,7 +140,7 @@ def _sizes(
         () if recipe.task.kind == "causal-lm" else head_leaves(bones.model, None, bones.blocks_path)
     )
     dtype, train = dtype_of(recipe), recipe.train
-    prompt = kind.tokens if isinstance(kind, Prompt) else 0
+    prompt = kind.tokens if isinstance(kind, Prompt) and kind.at != "added" else 0
     states = states_of(bones.config, recipe.task.kind, bones.blocks_path)
     sized = measure_costs(
         bones.model,
@@ -148,7 +149,7 @@ def _sizes(
         batch=train.batch,
         length=recipe.task.max_length + prompt,
         itemsize=dtype.itemsize,
-        states=() if states is None else states.shapes,
+        states=() if states is None else tuple(longer(s, prompt) for s in states.shapes),
     )
     stored = getattr(bones.config, "dtype", None) or torch.float32
     quantize = quantize_of(recipe)

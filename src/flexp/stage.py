@@ -22,7 +22,7 @@ from flexp.engine.local import LocalEngine
 from flexp.errors import DataError, RecipeError, StrategyError
 from flexp.evaluate import pooled
 from flexp.fleet import Fleet, fleet, packed_costs
-from flexp.model.adapter import Kind
+from flexp.model.adapter import Kind, Prompt
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
 from flexp.model.ops import Optim, SlotSpec
@@ -249,6 +249,11 @@ def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Fleet:
         if strategy.split.startswith("no") and any(not s.near_only(depth) for s in seats.values()):
             reason = strategy.split.partition(":")[2].strip()
             refusal = f"{reason} Give every client the whole model with plan.cut=[{depth},0]."
+        kind = adapter_kind(recipe.adapter)
+        if isinstance(kind, Prompt) and kind.at == "cut":
+            blocks = [s.cut.front + s.cut.back < depth for s in seats.values()]
+            wanted = "its prompts at the cut need blocks at the server. Move cuts, or adapter.at."
+            refusal = refusal if all(blocks) else wanted
         lone = any(given.alone(r) for r in range(recipe.rounds))
         if not refusal and lone and "personal" not in strategy.slots:
             refusal = 'it has no slot "personal" to train alone. Remove alone from participation.'

@@ -22,7 +22,10 @@ BlockScalars = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a mix: ``coef * slot`` or ``coef * slot * times`` (elementwise)."""
+    """One summand of a mix: ``coef * slot`` or ``coef * slot * times`` (elementwise).
+
+    Slots of a mix that hold other tensors, as a LoRA adapter and a prompt, are worn side by side.
+    """
 
     slot: str
     coef: float | Tensor = 1.0
@@ -244,12 +247,14 @@ def mixed(
 ) -> Tensors:
     """The value of a mix. ``coefs[n]``, if given, replaces term n's number by a value per block.
 
+    Slots hold the same tensors, or none in common; then all are there, one beside the other.
     A single term with the number 1 gives the slot's own tensors, so gradients reach them directly.
     """
     out: Tensors = {}
     for n, term in enumerate(mix):
         value = slots[term.slot]
-        if out and value.keys() != out.keys():
+        known = any(value.keys() == slots[before.slot].keys() for before in mix[:n])
+        if not known and not value.keys().isdisjoint(out):
             _same(out, value)
         spread = coefs[n] if n < len(coefs) else None
         for k, v in value.items():
@@ -260,7 +265,7 @@ def mixed(
                 x = x * spread[place(k).block + 1].to(x.dtype)
             elif float(term.coef) != 1.0:
                 x = x * float(term.coef)
-            out[k] = out[k] + x if n else x
+            out[k] = out[k] + x if k in out else x
     return out
 
 

@@ -1,8 +1,8 @@
-"""Two methods that only tests have: one with far dot products, one with learned coefficients."""
+"""A method that only tests have: one with learned coefficients."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,58 +15,9 @@ from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
 from flexp.selection import ALL, Where
 from flexp.strategies.base import ClientId, MethodKind, Scene, Served, Strategy, Turn
-from flexp.tensors import Mix, Tensors, Term, mean, total
+from flexp.tensors import Mix, Tensors, Term, mean
 
-PEERS, BASES = 2, 3
-
-
-@dataclass(frozen=True)
-class Fomo(Strategy[Mapping[ClientId, Tensors]]):
-    """Each client mixes in peers' adapters by the fall of its validation loss per distance."""
-
-    name: ClassVar[str] = "test-fomo"
-    paper: ClassVar[str] = "after Zhang et al. 2021, arXiv 2012.08565"
-    kind: ClassVar[MethodKind] = "personalised"
-    own: ClassVar[Where] = ALL
-    leaves: ClassVar[tuple[Leave, ...]] = (Leave("personal", why="peers mix it in"),)
-    slots: ClassVar[Mapping[str, SlotSpec]] = {
-        "personal": SlotSpec(lasts="run", moments="keep"),
-        **{f"peer/{n}": SlotSpec() for n in range(PEERS)},
-    }
-
-    def start(self, scene: Scene) -> Mapping[ClientId, Tensors]:
-        return {}
-
-    def offer(self, state: Mapping[ClientId, Tensors], client: ClientId, turn: Turn) -> Parcel:
-        peers = [c for c in sorted(state) if c != client][:PEERS]
-        adapters = {f"peer/{n}": state[c] for n, c in enumerate(peers)}
-        return Parcel(adapters, facts={"peers": sorted(adapters)})
-
-    def train(self, desk: Desk, offer: Parcel) -> Parcel:
-        peers: Any = offer.facts["peers"]
-        self.mix_in(desk, peers)
-        facts = desk.fit()
-        return desk.reply("personal", facts=facts)
-
-    def mix_in(self, desk: Desk, peers: Sequence[str]) -> None:
-        gains = dict[str, float]()
-        batches = list(desk.batches(epochs=1, split="val"))
-        with torch.no_grad():
-            own = sum(float(desk.model.loss(b)) for b in batches)
-            for peer in peers:
-                desk.assign("difference", (Term(peer), Term("personal", -1.0)))
-                distance = total(desk.dot("difference", "difference")) ** 0.5
-                fall = own - sum(float(desk.model.loss(b, peer)) for b in batches)
-                gains[peer] = max(0.0, fall / distance)
-        if sum(gains.values()):
-            shares = {peer: gain / sum(gains.values()) / 2 for peer, gain in gains.items()}
-            mine = Term("personal", 1.0 - sum(shares.values()))
-            desk.assign("personal", (mine, *(Term(p, share) for p, share in shares.items())))
-
-    def merge(
-        self, state: Mapping[ClientId, Tensors], replies: Mapping[ClientId, Parcel], turn: Turn
-    ) -> Mapping[ClientId, Tensors]:
-        return {**state, **{c: reply.adapters["personal"] for c, reply in replies.items()}}
+BASES = 3
 
 
 @dataclass(frozen=True)

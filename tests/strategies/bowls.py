@@ -35,7 +35,8 @@ FACTOR = "base_model.model.blocks.0.lora_A.weight"
 FRONT = "base_model.model.blocks.0.lora_B.weight"
 TRUNK = "base_model.model.blocks.1.lora_B.weight"
 HEAD = "base_model.model.head.weight"
-BLOCKS = {FACTOR: 0, FRONT: 0, TRUNK: 1, HEAD: 2}
+PROMPT = "prompt_behind"
+BLOCKS = {PROMPT: -1, FACTOR: 0, FRONT: 0, TRUNK: 1, HEAD: 2}
 DEPTH = 2
 CUT, WHOLE = Seat(Cut(1)), uncut(DEPTH)  # cut, block 1 is far; the head never is
 
@@ -64,6 +65,21 @@ WIDE: dict[str, Any] = {  # pairs of rank 2 that wear 0; a wants 8 and has rank 
 }
 
 
+class Wanted:
+    """Stands in for a task: the labels of a row are the numbers it wants."""
+
+    def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
+        return Batch({}, torch.tensor(examples.pick(indices).labels, dtype=torch.float32))
+
+    def loss(self, point: Tensor, labels: Tensor) -> Tensor:
+        """The mean over rows of half the squared distance of some numbers, the same for each."""
+        point = point if point.dim() == 1 else point.mean(0)
+        # Split into distance and width, so that no row's share of 1/3 rounds the gradient.
+        middle = labels.mean(0)
+        wide = (labels - middle).square().sum(1).mean()
+        return ((point - middle).square().sum() + wide) / 2
+
+
 @dataclass
 class Bowl:
     """Stands in for ``PersonalModel``. One ``Slots`` holds both sides, so there is no far.
@@ -76,6 +92,7 @@ class Bowl:
     train: Train = None
     rows: int = 0
     far: None = None
+    task: Wanted = field(default_factory=Wanted)
 
     @contextmanager
     def training(self, train: Train, dropout: Dice) -> Generator[None]:
@@ -100,12 +117,13 @@ class Bowl:
 
     def loss(self, batch: Batch, wear: Wear = "personal") -> Tensor:
         """The mean over rows of half the squared distance."""
-        point = self.point(wear)
         self.rows = batch.rows
-        # Split into distance and width, so that no row's share of 1/3 rounds the gradient.
-        middle = batch.labels.mean(0)
-        wide = (batch.labels - middle).square().sum(1).mean()
-        return ((point - middle).square().sum() + wide) / 2
+        return self.task.loss(self.point(wear), batch.labels)
+
+    def logits(self, batch: Batch, wear: Wear = "personal") -> Tensor:
+        """The model's numbers, for every row."""
+        self.rows = batch.rows
+        return self.point(wear).expand(batch.rows, -1)
 
     def view(self, slot: str) -> Tensors:
         """A slot's tensors; those that train are leaves."""
@@ -121,13 +139,6 @@ def in_blocks(held: Tensors) -> dict[int, Tensor]:
     if FACTOR in held:
         held[FRONT] = held[FRONT] @ held[FACTOR] / len(held.pop(FACTOR))
     return {BLOCKS[name]: value for name, value in held.items()}
-
-
-class Wanted:
-    """Stands in for a task: the labels of a row are the numbers it wants."""
-
-    def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        return Batch({}, torch.tensor(examples.pick(indices).labels, dtype=torch.float32))
 
 
 @dataclass
@@ -248,11 +259,12 @@ class Bench:
         central = self.strategy.kind == "centralised"
         wanted = [r for c in sorted(self.rows) if central or c == client for r in self.rows[c]]
         nothing = ((0,),) * len(wanted)
+        mine = Examples(nothing, tuple(wanted), ("by hand",) * len(wanted))
         return Desk(
             client=client,
             seat=seat,
             model=cast("Any", Bowl(slots)),
-            shard=Shard(Examples(nothing, tuple(wanted), ("by hand",) * len(wanted))),
+            shard=Shard(mine, val=mine),
             task=cast("Any", Wanted()),
             memory=deepcopy(self.memories.get(client, Memory())),
             dice=Dice(self.seed)("turn", client=client, round=self.done),

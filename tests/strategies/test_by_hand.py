@@ -296,8 +296,8 @@ ENDS: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(["fedavg", "fedprox", "fedper", "ffa_lora", "splitfed_v1", *FLEXP], (6, 6, 6)),
     **dict.fromkeys(["fedrep", "fedbn"], (6, 6, 6)),
     "fedbabu": (6, 6, 0),
-    "apfl": (8, 8, 8),
-    **dict.fromkeys(["pfedme", "per_fedavg", "fedala"], (6, 6, 6)),
+    **dict.fromkeys(["apfl", "fml"], (8, 8, 8)),
+    **dict.fromkeys(["pfedme", "per_fedavg", "fedala", "fedfomo"], (6, 6, 6)),
     **dict.fromkeys(["splitfed_v2", "splitlora"], (8, 10, 8)),
     "pooled": (10, 10, 10),
     "sl": (7.5, 7.5, 7.5),
@@ -307,6 +307,7 @@ FREE: dict[str, dict[str, Any]] = {
     "fedprox": {"mu": 0.0},
     "ditto": {"lam": 0.0},
     "apfl": {"alpha": 1.0, "rate": 0.0},
+    "fml": {"alpha": 1.0, "beta": 1.0},
     "pfedme": {"lam": 0.5, "rate": 2.0, "inner": 1},
     "per_fedavg": {"alpha": 0.0},
     "fedala": {"rate": 0.0},
@@ -333,4 +334,5 @@ def test_every_method_is_worked_by_hand() -> None:
     for method in BUILT_IN:
         assert any(name.startswith(f"test_{method.name}_") for name in tests), method.name
     ended = {*ENDS, *test_federated_lora.ENDS, *test_split_methods.ENDS}
-    assert ended == {method.name for method in BUILT_IN} - {"base", "scaffold", "pfedhn"}
+    other = {"base", "scaffold", "pfedhn", "pfedpt", "pfedpg"}
+    assert ended == {method.name for method in BUILT_IN} - other

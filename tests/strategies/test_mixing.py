@@ -23,6 +23,7 @@ from flexp.strategies.apfl import Apfl
 from flexp.strategies.base import Scene, Setting
 from flexp.strategies.fedala import FedAla
 from flexp.strategies.fedavg import FedAvg
+from flexp.strategies.generator import code_of
 from flexp.strategies.local import Local
 from flexp.strategies.per_fedavg import PerFedAvg
 from flexp.strategies.pfedhn import Maker, PFedHn
@@ -283,4 +284,4 @@ def test_pfedhn_that_tells_nobody_apart_is_fedavg() -> None:
 def test_pfedhn_makes_something_for_who_comes_later() -> None:
     bench = Bench(build("pfedhn", {}))
     middle = (bench.state.clients["a"] + bench.state.clients["b"]) / 2
-    assert torch.allclose(PFedHn().embedding(bench.state, "c"), middle)
+    assert torch.allclose(code_of(bench.state.clients, "c"), middle)

@@ -17,7 +17,7 @@ from flexp.client.session import Session
 from flexp.data.examples import Batch, Examples, Shard, Split, grouped
 from flexp.data.tasks import Task
 from flexp.dice import Dice
-from flexp.errors import AdapterError
+from flexp.errors import AdapterError, StrategyError
 from flexp.model.cut import Seat
 from flexp.model.ops import Assign, Dot, Grad, Op, Optim, SlotSpec, Step
 from flexp.model.personal import PersonalModel
@@ -131,15 +131,18 @@ class Desk:
         add: Mix = (),
         pull: Sequence[Drag] = (),
         clip_norm: float | None = None,
+        apart: bool = False,
+        fade: float = 1.0,
         batches: Iterator[Batch] | None = None,
         steps: int | None = None,
     ) -> Facts:
         """Trains slots: gradient of the loss, plus ``add``, plus pulls, clipped, one step each.
 
         ``train`` names slots and what of each moves; a bare ``Where`` means every slot of the
-        wear. The clip is by the global norm over near and far. A step whose loss, clipped norm or
-        gradient at the cut is not finite is skipped on both sides and counted. Returns loss (mean,
-        nats), steps, skipped and rows.
+        wear. The clip is by the global norm over near and far, and over all slots unless these are
+        clipped ``apart``. Each step's rate is ``fade`` times that of the one before. A step whose
+        loss, clipped norm or gradient at the cut is not finite is skipped on both sides and
+        counted. Returns loss (mean, nats), steps, skipped and rows.
 
         With ``Training.ahead`` the front of each batch but the first wears what trains as it was
         before the last step, in all forwards of its loss; tail and trunk wear it as it is. There a
@@ -147,7 +150,7 @@ class Desk:
         """
         chosen = dict.fromkeys(slots_of(wear), train) if isinstance(train, Where) else dict(train)
         clip = self.training.clip_norm if clip_norm is None else clip_norm
-        fit = Fit(self, loss, wear, chosen, add, pull, clip)
+        fit = Fit(self, loss, wear, chosen, add, pull, clip, apart, fade)
         return fit.run(batches if batches is not None else self.batches(steps=steps))
 
     # ---- verbs: the same on both sides of the cut
@@ -191,9 +194,16 @@ class Desk:
         """``slot := mix`` where selected."""
         self.apply(Assign(slot, plain(mix), where, clip))
 
-    def dot(self, a: str, b: str, *, where: Where = ALL) -> BlockScalars:
+    def dot(
+        self,
+        a: str,
+        b: str,
+        *,
+        where: Where = ALL,
+        form: Literal["factors", "product"] = "factors",
+    ) -> BlockScalars:
         """The inner product of two slots per block; ``tensors.total`` sums it."""
-        op = Dot(a, b, where)
+        op = Dot(a, b, where, form)
         near = self.model.near.do([op])[0]
         return near if self.model.far is None else add_blocks(near, self.session.do([op])[-1])
 
@@ -219,6 +229,20 @@ class Desk:
                     held = sums.get(metric, (0.0, 0.0))
                     sums[metric] = (held[0] + value, held[1] + count)
         return dict(self.task.finish(sums))
+
+    def loss(self, wear: Wear = "personal", split: Split = "val") -> float:
+        """The mean over a split of what the client minimises, in nats.
+
+        StrategyError if it has no row there.
+        """
+        if not len(self.shard.split(split)):
+            raise StrategyError(
+                f'Client "{self.client}" has no {split} rows to compare models on. Set data.split.'
+            )
+        with torch.no_grad():
+            batches = list(self.batches(epochs=1, split=split))
+            sums = [float(self.model.loss(batch, wear)) * batch.counted for batch in batches]
+        return sum(sums) / sum(batch.counted for batch in batches)
 
     def reply(
         self,

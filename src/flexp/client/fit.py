@@ -40,6 +40,8 @@ class Fit:
     add: Mix
     pull: Sequence[Drag]
     clip: float | None
+    apart: bool = False
+    fade: float = 1.0
     losses: list[float] = field(default_factory=list[float])
     skipped: int = 0
     rows: int = 0
@@ -82,9 +84,9 @@ class Fit:
             self._counted(works, value)
             desk.apply(*self._bent())
             past = self._now() if self.ahead else None
-            norm = 0.0 if self.clip is None else self._norm()
-            if self._moves(value, norm):
-                self._move(norm)
+            norms = {} if self.clip is None else self._norms()
+            if self._moves(value, *norms.values()):
+                self._move(norms)
 
     def _descended(self, works: Sequence[Part], crew: Crew) -> Iterator[Tensor]:
         """The losses of a batch's parts; their gradients are gathered."""
@@ -98,15 +100,19 @@ class Fit:
                 desk.session.next_step()
             yield value
 
-    def _move(self, norm: float) -> None:
-        desk, clip = self.desk, self.clip
-        desk.apply(*self._steps(min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0))
+    def _move(self, norms: Mapping[str, float]) -> None:
+        desk, clip = self.desk, self.clip or 0.0
+        desk.apply(*self._steps({s: min(1.0, clip / (n + 1e-6)) for s, n in norms.items()}))
         if any(desk.specs[slot].eager for slot in self.chosen if slot in desk.specs):
             desk.session.flush()
 
-    def _norm(self) -> float:
-        dots = [self.desk.dot(f"{s}@g", f"{s}@g", where=w) for s, w in self.chosen.items()]
-        return math.sqrt(sum(total(d) for d in dots))
+    def _norms(self) -> dict[str, float]:
+        """By slot the norm that its step is clipped by: that of all, or its own."""
+        chosen = self.chosen.items()
+        squares = {s: total(self.desk.dot(f"{s}@g", f"{s}@g", where=w)) for s, w in chosen}
+        if self.apart:
+            return {slot: math.sqrt(square) for slot, square in squares.items()}
+        return dict.fromkeys(squares, math.sqrt(sum(squares.values())))
 
     # ---- the next batch sent ahead of the gradient of this one
 
@@ -179,9 +185,9 @@ class Fit:
         self.losses.append(value)
         self.rows += sum(work.batch.rows for work in works)
 
-    def _moves(self, value: float, norm: float = 0.0) -> bool:
-        """Whether there is a step: not if the loss or the norm is not finite."""
-        good = math.isfinite(value) and math.isfinite(norm)
+    def _moves(self, *numbers: float) -> bool:
+        """Whether there is a step: not if the loss or a norm is not finite."""
+        good = all(map(math.isfinite, numbers))
         self.skipped += not good
         return good
 
@@ -198,8 +204,9 @@ class Fit:
                     ops.append(Pull(slot, drag.to, drag.weight, grad, both, drag.form))
         return ops
 
-    def _steps(self, scale: float = 1.0) -> list[Op]:
-        return [Step(slot, f"{slot}@g", scale, where) for slot, where in self.chosen.items()]
+    def _steps(self, scales: Mapping[str, float] | None = None) -> list[Op]:
+        scales, share = scales or {}, self.fade ** (len(self.losses) - 1)
+        return [Step(s, f"{s}@g", scales.get(s, 1.0), w, share) for s, w in self.chosen.items()]
 
 
 def together(runs: Sequence[Facts]) -> Facts:

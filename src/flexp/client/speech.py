@@ -6,7 +6,7 @@ Only hidden states of new positions cross the link. A client that cannot hold it
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from flexp.client.desk import Desk
 from flexp.errors import CutError, DataError, LinkError, ModelError
 from flexp.model.cached import Cached
 from flexp.model.dress import Leaves, dress
+from flexp.model.prompts import FRONT, NAMES, entered
 from flexp.tensors import PerRow, Stacked, Wear, plain, terms
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Conversation:
                 'With labels "loss" nothing but the loss comes back from the server, so a text '
                 'cannot be continued. Set plan.labels to "keep" or "logits".'
             )
+        if NAMES & {*model.layout} - {FRONT}:
+            raise ModelError("A text is continued behind a prompt in front of it, and no other.")
         self.wear = _numbers(wear)
         with torch.no_grad():
             self.worn = dress(model.near, self.wear, (), None, Leaves())
@@ -98,12 +101,8 @@ class Conversation:
         """Positions that are left in the model; None if it has no limit."""
         config = self.model.backbone.config.get_text_config()
         most: int | None = getattr(config, "max_position_embeddings", None)
-        prompt = self.worn.prompt if self.read == 0 else None
-        return (
-            None
-            if most is None
-            else most - self.front.length - (0 if prompt is None else len(prompt))
-        )
+        prompt = self.worn.front if self.read == 0 else 0
+        return None if most is None else most - self.front.length - prompt
 
     def answer(
         self,
@@ -148,8 +147,8 @@ class Conversation:
         self.cut_off = True  # the two sides may differ until this has worked
         ids = torch.tensor([self.text[self.read :]])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        worn = self.worn if self.read == 0 else replace(self.worn, prompt=None)
-        inputs = self.model.worn_inputs(inputs, worn)
+        worn = self.worn.inputs if self.read == 0 else {}
+        inputs, _ = entered(self.model.backbone, inputs, worn)
         del inputs["attention_mask"]  # a text of one row has no padding
         before = self.front.length
         out = self.front.run(inputs)

@@ -24,7 +24,7 @@ from flexp.link.messages import Link
 from flexp.model.adapter import Kind, alpha_of, dropout_of
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
-from flexp.model.ops import Initial, Optim, SlotSpec
+from flexp.model.ops import Initial, Optim, SlotSpec, alphas_of
 from flexp.model.personal import PersonalModel
 from flexp.model.prefix import Prefix
 from flexp.model.slots import Slots
@@ -114,6 +114,7 @@ class Client:
         """The near side's slots, with what the client kept of them."""
         body, alpha = self.backbone, alpha_of(self.kind)
         near = Slots(lambda name: body.place(name, seat), body.depth, alpha, fused=body.fast)
+        near.alphas = alphas_of(specs)
         near.optims = {s: spec.optim for s, spec in specs.items() if spec.optim is not None}
         for slot in near.lasting(specs):
             kept = self.memory.get(f"slot/{slot}")

@@ -129,5 +129,6 @@ def beginning(
     body: Backbone, spec: SlotSpec, rank: int | None, *, kind: Kind, dice: Dice
 ) -> Tensors:
     """The adapter that a slot begins with on a backbone; ``kind`` where the slot names none."""
+    rank = rank if spec.kind is None else None
     fresh = body.initial(spec.kind or kind, dice("initial"), rank)
     return fresh if spec.head_rows is None else body.scaled(fresh, spec.head_rows)

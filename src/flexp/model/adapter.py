@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flexp import libraries
 from flexp.dice import Dice
 from flexp.errors import AdapterError
+from flexp.model.prompts import NAMES, Frame, Prompt, input_layout
 from flexp.model.skeleton import modules
 from flexp.model.targets import (
     dense_paths,
@@ -62,14 +63,6 @@ class Ia3:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """``tokens`` learned embeddings in front of the input (Lester et al. 2021); always near."""
-
-    tokens: int = 8
-    head: bool = True
-
-
-@dataclass(frozen=True)
 class Dense:
     """Modules themselves, trained in full.
 
@@ -86,7 +79,7 @@ class Head:
     """Only the head's leaves that the checkpoint lacks."""
 
 
-Kind = Lora | Ia3 | Prompt | Dense | Head
+Kind = Lora | Ia3 | Prompt | Frame | Dense | Head
 
 
 def alpha_of(kind: Kind) -> float:
@@ -114,6 +107,8 @@ def peft_config(
     Raises AdapterError if a target is not in the blocks.
     """
     peft = libraries.peft()
+    if isinstance(kind, Frame):
+        raise AdapterError("PEFT has no frames around pictures.")
     saved = wholes(net, head) if getattr(kind, "head", True) and head else None
     if isinstance(kind, Prompt):
         return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=kind.tokens)
@@ -197,11 +192,8 @@ def layout(
     for path in paths:
         for leaf, value in known[path].named_parameters():
             out[f"{PREFIX}{path}.{leaf}"] = tuple(value.shape)
-    if isinstance(kind, Prompt):
-        weight = getattr(cast(Any, net).get_input_embeddings(), "weight", None)
-        if weight is None or weight.dim() != 2:
-            raise AdapterError("A prompt needs a model that reads token ids. Use a LoRA adapter.")
-        out["prompt_embeddings"] = (kind.tokens, int(weight.shape[1]))
+    if isinstance(kind, Prompt | Frame):
+        out |= input_layout(net, kind)
     elif isinstance(kind, Lora | Ia3):
         config = peft_config(kind, "FEATURE_EXTRACTION", net, blocks, (), rank=rank)
         libraries.peft().inject_adapter_in_model(config, net)
@@ -214,11 +206,14 @@ def layout(
     return dict(sorted(out.items()))
 
 
-def initial(shapes: Layout, dice: Dice, base: Callable[[str], Tensor]) -> Tensors:
+def initial(
+    shapes: Layout, dice: Dice, base: Callable[[str], Tensor], spread: float = 0.02
+) -> Tensors:
     """The tensors that every client and the server begin with: the pretrained model, unchanged.
 
     LoRA's A is Kaiming-uniform from a stream per name (so it does not depend on which blocks are
-    loaded), B zero; scales are one; direct parameters copy the backbone's, which ``base`` gives.
+    loaded), B zero; scales are one; prompts and frames are normal numbers of that ``spread``;
+    direct parameters copy the backbone's, which ``base`` gives.
     """
     out: Tensors = {}
     for name, shape in shapes.items():
@@ -234,8 +229,8 @@ def initial(shapes: Layout, dice: Dice, base: Callable[[str], Tensor]) -> Tensor
             value = base(path.replace(".lora_magnitude_vector", ".weight"))
             value = value if value.shape[0] == shape[0] else value.T
             value = lengths(value.float())
-        elif name == "prompt_embeddings":
-            value = torch.empty(shape).normal_(generator=_stream(dice, name)) * 0.02
+        elif name in NAMES:
+            value = torch.empty(shape).normal_(generator=_stream(dice, name)) * spread
         else:
             value = base(path).detach().float().clone()
         out[name] = value

@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from flexp.dice import Dice
 from flexp.errors import ModelError
+from flexp.model import prompts
 from flexp.model.adapter import Kind, Layout, initial, layout
-from flexp.model.cut import PASS, Pass, Seat, Station, Tap, run
+from flexp.model.cut import AT_CUT, PASS, Pass, Seat, Station, Tap, run
 from flexp.model.hollow import Absent, absent, beginnable, lent
 from flexp.model.kernels import settle
 from flexp.model.quantize import Quantize, QuantizedLinear, value_of
@@ -120,11 +121,12 @@ class Backbone:
     # ---- names
 
     def block_of(self, name: str) -> int:
-        """The block of an adapter tensor: -1 before the blocks, ``depth`` after them."""
+        """The block of an adapter tensor: -1 before, ``depth`` after all, or ``AT_CUT``."""
         path = name.removeprefix(PREFIX)
         if path.startswith(f"{self.blocks_path}."):
             return int(path[len(self.blocks_path) + 1 :].split(".", 1)[0])
-        return -1 if path == "prompt_embeddings" else self.depth
+        before = AT_CUT if path == prompts.AT_CUT else -1
+        return before if path in prompts.NAMES else self.depth
 
     def place(self, name: str, seat: Seat) -> Place:
         """Where an adapter tensor sits for a client."""
@@ -143,7 +145,7 @@ class Backbone:
         What begins as a copy of the backbone's own values is there for held modules only.
         """
         shapes = beginnable(self.layout(kind, rank), self.absent)
-        return initial(shapes, dice, partial(value_of, self.model))
+        return initial(shapes, dice, partial(value_of, self.model), getattr(kind, "spread", 0.0))
 
     def scaled(self, adapter: Tensors, length: float) -> Tensors:
         """The adapter with every row of the head's matrices at that length."""

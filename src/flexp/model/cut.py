@@ -23,6 +23,7 @@ from flexp.model.worn import Worn
 from flexp.selection import Place
 
 Labels = Literal["keep", "logits", "loss"]
+AT_CUT = -2  # in place of a block's number
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,15 @@ class Seat:
         return self.labels == "keep" and self.cut.front + self.cut.back == depth
 
     def place(self, block: int, depth: int) -> Place:
-        """Where a tensor of that block sits (-1 before the blocks, ``depth`` after them)."""
+        """Where a tensor of that block sits (-1 before the blocks, ``depth`` after them).
+
+        ``AT_CUT`` is the server's first block, wherever that is; CutError if there is none.
+        """
         last = depth - self.cut.back
+        if block == AT_CUT:
+            if self.cut.front >= min(last, depth):
+                raise CutError("A prompt at the cut needs a block at the server. Move the cut.")
+            return Place("far", "trunk", self.cut.front, depth)
         if block < self.cut.front:
             return Place("near", "front", block, depth, self.cut.front - 1 - block)
         if block == depth:

@@ -79,16 +79,16 @@ def dress(
     if isinstance(wear, PerRow):
         rows = torch.tensor(wear.row)
         groups = [
-            Group(read(views[s], slots.alpha), torch.nonzero(rows == n)[:, 0])
+            Group(read(views[s], slots.alpha_of(s)), torch.nonzero(rows == n)[:, 0])
             for n, s in enumerate(wear.slots)
         ]
-        if any(group.worn.prompt is not None for group in groups):
+        if any(group.worn.inputs for group in groups):
             raise AdapterError("A prompt cannot be worn per row: rows would differ in length.")
         return Worn(groups=Groups.made(g for g in groups if len(g.rows)))
     if isinstance(wear, Stacked):
         return stacked(_summands(slots, wear, views, coefs))
     value = mixed(terms(wear), views, slots.place, coefs)
-    return read({**value, **(over or {})}, slots.alpha)
+    return read({**value, **(over or {})}, slots.alpha_of(*slots_of(wear)))
 
 
 def _summands(
@@ -99,8 +99,8 @@ def _summands(
         value = mixed((replace(term, coef=1.0),), views, slots.place)
         given = coefs[n] if n < len(coefs) else None
         coef = _everywhere(float(term.coef)) if given is None else _per_block(slots, given)
-        worn = read(value, slots.alpha)
-        if worn.prompt is not None or worn.scales:
+        worn = read(value, slots.alpha_of(term.slot))
+        if worn.inputs or worn.scales:
             raise AdapterError("Only LoRA, dense and head tensors can be stacked.")
         out.append((worn, coef))
     return out

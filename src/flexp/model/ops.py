@@ -6,11 +6,11 @@ mix, pull towards a slot, step, and take a dot product.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from flexp.model.adapter import Kind
+from flexp.model.adapter import Kind, Lora
 from flexp.selection import ALL, Where
 from flexp.tensors import Mix, Tensors
 
@@ -32,6 +32,7 @@ class Optim:
 class SlotSpec:
     """What a strategy says of a slot: its kind (None: the recipe's), home, life and optimizer.
 
+    A kind that it names has its own LoRA rank and alpha, at any seat.
     ``home`` "server" is one far copy that all tenants wear. ``lasts`` "run" keeps the near part in
     the client's memory and the far part in its tenancy. ``moments``: "fresh" starts the optimizer
     anew each turn, "keep" goes on with each side's own; the one copy at the server always keeps its
@@ -51,6 +52,11 @@ class SlotSpec:
     eager: bool = False
     head_rows: float | None = None
     any_rank: bool = False
+
+
+def alphas_of(specs: Mapping[str, SlotSpec]) -> dict[str, float]:
+    """LoRA's alpha of the slots that have a kind of their own."""
+    return {s: spec.kind.alpha for s, spec in specs.items() if isinstance(spec.kind, Lora)}
 
 
 # The adapter that a slot begins with, of that rank; the same on both sides.
@@ -107,11 +113,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Dot:
-    """The inner product of two slots, one number per block."""
+    """The inner product of two slots, one number per block; ``form`` as in ``Pull``."""
 
     a: str
     b: str
     where: Where = ALL
+    form: Literal["factors", "product"] = "factors"
 
 
 Op = Grad | Assign | Pull | Step | Dot

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,18 @@ from flexp.model.cut import Seat
 from flexp.model.dress import Leaves, Train, dress, dropping, spread
 from flexp.model.far import Ask, Crossing, Far, Until
 from flexp.model.prefix import Entry, Prefix, Wearer
+from flexp.model.prompts import entered, taken_out, widened
 from flexp.model.slots import Slots
 from flexp.model.worn import Worn
 from flexp.selection import ALL
 from flexp.tensors import PerRow, Stacked, Tensors, Wear, slots_of, terms
+
+
+class Start(NamedTuple):
+    """The inputs of a forward, and what enters the first block if that is not the model's own."""
+
+    inputs: dict[str, Tensor]
+    feed: Tensor | None
 
 
 class Inputs(Protocol):
@@ -123,14 +131,14 @@ class PersonalModel:
         """The hidden state [rows, length, width] at the first cut, or after the last block."""
         if at == "last":
             return self._forward(batch, wear, "hidden", None)
-        worn, inputs = self._begin(batch, wear, None)[:2]
-        return self._near(inputs, worn, last=self.seat.cut.front)
+        worn, start = self._begin(batch, wear, None)[:2]
+        return self._near(start.inputs, worn, last=self.seat.cut.front, feed=start.feed)
 
     # ---- inside
 
     def _begin(
         self, batch: Inputs, wear: Wear, near: Tensors | None
-    ) -> tuple[Worn, dict[str, Tensor], list[Tensor | None], Dice | None]:
+    ) -> tuple[Worn, Start, list[Tensor | None], Dice | None]:
         depth = self.backbone.depth
         coefs: list[Tensor | None] = [
             spread(t.coef, depth) if isinstance(t.coef, Tensor) else None for t in terms(wear)
@@ -140,7 +148,7 @@ class PersonalModel:
             dice = self.dropout("call", n=self.calls)
             self.calls += 1
         worn = self._worn(self.past or self.near, wear, coefs, near, dice)
-        return worn, self.worn_inputs(batch.inputs, worn), coefs, dice
+        return worn, Start(*entered(self.backbone, batch.inputs, worn.inputs)), coefs, dice
 
     def _worn(
         self,
@@ -153,31 +161,20 @@ class PersonalModel:
         worn = dress(slots, wear, coefs, self.train, self.leaves, over=near)
         return dropping(worn, self.dropout_rate, dice)
 
-    def worn_inputs(self, inputs: Mapping[str, Tensor], worn: Worn) -> dict[str, Tensor]:
-        """The inputs of a forward: behind the prompt that is worn, if one is."""
-        inputs = dict(inputs)
-        if worn.prompt is not None:
-            ids = inputs.pop("input_ids")
-            embedded: Tensor = cast(Any, self.backbone.model).get_input_embeddings()(ids)
-            rows, tokens = len(ids), len(worn.prompt)
-            prompt = worn.prompt.to(embedded.dtype).expand(rows, -1, -1)
-            inputs["inputs_embeds"] = torch.cat([prompt, embedded], dim=1)
-            mask = inputs["attention_mask"]
-            inputs["attention_mask"] = torch.cat([mask.new_ones(rows, tokens), mask], dim=1)
-        return inputs
-
     def _forward(
         self, batch: Inputs, wear: Wear, until: Until | Literal["tap"], near: Tensors | None
     ) -> Tensor:
-        worn, inputs, coefs, dice = self._begin(batch, wear, near)
+        worn, start, coefs, dice = self._begin(batch, wear, near)
+        inputs, put_in = start.inputs, worn.behind
         rows = len(next(iter(inputs.values())))
         if isinstance(wear, PerRow) and len(wear.row) != rows:
             raise AdapterError(f"{len(wear.row)} rows wear something, but the batch has {rows}.")
         depth, cut = self.backbone.depth, self.seat.cut
         stop = depth if until == "hidden" else None
         tap, whole = until == "tap", self.seat.near_only(depth)
-        entry = None if near else self._entry(inputs, wear, worn, depth if whole else cut.front)
-        way = {} if entry is None else {"first": entry.first, "feed": entry.feed}
+        kept = near is None and start.feed is None
+        entry = self._entry(inputs, wear, worn, depth if whole else cut.front) if kept else None
+        way = {"feed": start.feed} if entry is None else {"first": entry.first, "feed": entry.feed}
         if whole:
             out = self._near(inputs, worn, last=stop, tap=tap, **way)
         else:
@@ -195,13 +192,18 @@ class PersonalModel:
                 wants=front.requires_grad,
             )
             out = self._cross(ask, front, [c for c in coefs if c is not None])
+            more = out.shape[1] - front.shape[1] if out.dim() == 3 and front.dim() == 3 else 0
+            put_in += more  # by the server, at the cut
             if not ends_far:
                 first = depth - cut.back
                 if self.past is not None:
                     worn = self._worn(self.near, wear, coefs, near, dice)
+                if more:
+                    shapes, mask = widened(ask.shapes, ask.mask, more)
+                    inputs = self.backbone.blanks(shapes, mask)
                 out = self._near(inputs, worn, first=first, last=stop, feed=out, tap=tap)
-        if worn.prompt is not None and until in ("logits", "tap") and out.dim() == 3:
-            out = out[:, len(worn.prompt) :]
+        if until in ("logits", "tap") and out.dim() == 3:
+            out = taken_out(out[:, worn.front :], put_in)
         if out.requires_grad:
             count = partial(self._count, rows)
             out.register_hook(count)  # pyright: ignore[reportUnknownMemberType]

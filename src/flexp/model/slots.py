@@ -16,7 +16,7 @@ from torch.optim.sgd import sgd
 
 from flexp.errors import AdapterError
 from flexp.model.ops import Assign, Dot, Grad, Op, Optim, Pull, SlotSpec, Step
-from flexp.products import gram_gradient, lora_pairs
+from flexp.products import gram_dot, gram_gradient, lora_pairs
 from flexp.selection import Place, Where
 from flexp.tensors import BlockScalars, Tensors, block_dots, mixed, plain
 
@@ -35,6 +35,7 @@ class Slots:
     depth: int
     alpha: float = 16.0
     fused: bool = False
+    alphas: dict[str, float] = field(default_factory=dict[str, float])  # of slots with their own
     values: dict[str, Tensors] = field(default_factory=dict[str, Tensors])
     grads: dict[str, Tensors] = field(default_factory=dict[str, Tensors])
     optims: dict[str, Optim] = field(default_factory=dict[str, Optim])
@@ -53,6 +54,10 @@ class Slots:
     def put(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
         """Copies tensors in; they replace the slot."""
         self.values[slot] = {k: v.detach().clone() for k, v in sorted(tensors.items())}
+
+    def alpha_of(self, *slots: str) -> float:
+        """LoRA's alpha of what these are together."""
+        return next((self.alphas[slot] for slot in slots if slot in self.alphas), self.alpha)
 
     def read(self, wear: Iterable[str]) -> dict[str, Tensors]:
         """The slots of those names."""
@@ -111,7 +116,7 @@ class Slots:
         pairs = lora_pairs(names) if op.form == "product" else {}
         done: set[str] = set()
         for a, b in pairs.values():
-            weight = op.weight * (self.alpha / mine[a].shape[0]) ** 2
+            weight = op.weight * (self.alpha_of(op.slot) / mine[a].shape[0]) ** 2
             grad_a, grad_b = gram_gradient(mine[a], mine[b], to[a], to[b])
             grad[a], grad[b] = grad[a] + weight * grad_a, grad[b] + weight * grad_b
             done |= {a, b}
@@ -213,7 +218,18 @@ class Slots:
 
     def _dot(self, op: Dot) -> BlockScalars:
         a = {k: self[op.a][k] for k in self._chosen(op.a, op.where)}
-        return block_dots(a, {k: self[op.b][k] for k in a}, self.place, self.depth)
+        b = {k: self[op.b][k] for k in a}
+        pairs = lora_pairs(a) if op.form == "product" else {}
+        factors = {name for pair in pairs.values() for name in pair}
+        plain = {k: v for k, v in a.items() if k not in factors}
+        out = list(block_dots(plain, {k: b[k] for k in plain}, self.place, self.depth))
+        for down, up in pairs.values():
+            # Double: a distance is a small difference of such numbers.
+            four = (a[down], a[up], b[down], b[up])
+            alphas = self.alpha_of(op.a) * self.alpha_of(op.b)
+            scaling = alphas / (len(a[down]) * len(b[down]))
+            out[self.place(up).block + 1] += scaling * float(gram_dot(*(v.double() for v in four)))
+        return tuple(out)
 
     def forget(self, slot: str) -> None:
         """Drops a slot with its gradient and moments."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexp.dice import Dice
+from flexp.model.prompts import AT_CUT, BEHIND, FRONT, NAMES
 from flexp.tensors import Tensors
 
 PREFIX = "base_model.model."
@@ -43,10 +44,25 @@ class Worn:
     )
     scales: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     direct: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict[str, Tensors])
-    prompt: Tensor | None = None
+    inputs: Tensors = field(default_factory=dict[str, Tensor])  # prompts and frames
     dropout: float = 0.0
     dice: Dice | None = None
     groups: Groups | None = None
+
+    @property
+    def front(self) -> int:
+        """Positions in front of the input."""
+        return len(self.inputs[FRONT]) if FRONT in self.inputs else 0
+
+    @property
+    def at_cut(self) -> int:
+        """Positions that the server puts in at the cut."""
+        return len(self.inputs[AT_CUT]) if AT_CUT in self.inputs else 0
+
+    @property
+    def behind(self) -> int:
+        """Positions behind the input's first one."""
+        return len(self.inputs[BEHIND]) if BEHIND in self.inputs else 0
 
 
 @dataclass(frozen=True)
@@ -87,11 +103,11 @@ def read(adapter: Mapping[str, Tensor], alpha: float) -> Worn:
     factors: dict[str, tuple[Factors, ...]] = {}
     scales: dict[str, Tensor] = {}
     direct: dict[str, Tensors] = {}
-    prompt: Tensor | None = None
+    inputs: Tensors = {}
     for name, value in adapter.items():
         path = name.removeprefix(PREFIX)
-        if name == "prompt_embeddings":
-            prompt = value
+        if name in NAMES:
+            inputs[name] = value
         elif ".lora_A." in path:
             stem = path.split(".lora_A.")[0]
             b = adapter[name.replace(".lora_A.", ".lora_B.")]
@@ -102,7 +118,7 @@ def read(adapter: Mapping[str, Tensor], alpha: float) -> Worn:
         elif ".lora_" not in path:
             stem, _, leaf = path.rpartition(".")
             direct.setdefault(stem, {})[leaf] = value
-    return Worn(factors, scales, direct, prompt)
+    return Worn(factors, scales, direct, inputs)
 
 
 def stacked(many: list[tuple[Worn, Coef]]) -> Worn:

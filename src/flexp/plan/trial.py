@@ -22,12 +22,14 @@ from torch.nn import functional
 
 from flexp.data.loss import chunked_loss, wide
 from flexp.dice import Dice
+from flexp.model import prompts
 from flexp.model.adapter import Layout
 from flexp.model.backbone import equip
 from flexp.model.cut import Pass, Stopped, Tap, run
 from flexp.model.dress import dropping
 from flexp.model.kernels import attend_wide, fuse
 from flexp.model.meter import Meter
+from flexp.model.prompts import longer
 from flexp.model.quantize import Quantize, blank_maps, quantizable
 from flexp.model.skeleton import (
     Skeleton,
@@ -152,7 +154,9 @@ class _Model:
         self.blocks = cast(nn.ModuleList, bones.model.get_submodule(self.path))
         head = () if task == "causal-lm" else head_leaves(self.net, None, self.path)
         leaves = {k: torch.empty(size, requires_grad=True) for k, size in adapter.items()}
-        self.prompt = leaves.get("prompt_embeddings")
+        self.learned = prompts.NAMES & leaves.keys()  # at the input
+        inside = self.learned & {prompts.FRONT, prompts.BEHIND, prompts.AT_CUT}
+        self.more = sum(len(leaves[name]) for name in inside)
         self.worn = dropping(read(leaves, 1.0), shape.dropout, Dice(0))
         self.states, self.inputs = states, self._inputs(bones.config)
         seen = self._first_output()
@@ -164,7 +168,7 @@ class _Model:
         """Each kind of block once, and the end."""
         kinds = [self._kind(n, block) for n, block in enumerate(self.blocks)]
         alike = {kind: kinds.index(kind) for kind in kinds}
-        start = {kind: self._block(n, grad=self.prompt is not None) for kind, n in alike.items()}
+        start = {kind: self._block(n, grad=bool(self.learned)) for kind, n in alike.items()}
         once = {kind: self._block(n, grad=True) for kind, n in alike.items()}
         twice = {kind: self._block(n, grad=True, recompute=True) for kind, n in alike.items()}
         return Trial(
@@ -181,7 +185,7 @@ class _Model:
         if not reads_ids(self.net):
             dtype = next(self.net.parameters()).dtype
             return {"pixel_values": torch.empty(rows, *image_shape(config), dtype=dtype)}
-        length += 0 if self.prompt is None else len(self.prompt)
+        length += self.more
         ids = torch.ones(rows, length, dtype=torch.int64)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -215,7 +219,7 @@ class _Model:
         """What enters block ``n``."""
         if self.states is None:
             return torch.empty_like(self.hidden, requires_grad=grad)
-        shape = self.shape.rows, *self.states.shapes[n]
+        shape = self.shape.rows, *longer(self.states.shapes[n], self.more)
         return torch.empty(shape, dtype=self.hidden.dtype, requires_grad=grad)
 
     def _block(self, n: int, *, grad: bool, recompute: bool = False) -> Held:
@@ -230,8 +234,8 @@ class _Model:
         return _held(lambda: self._loss(run(self.net, now, self.inputs), output))
 
     def _loss(self, out: Tensor, output: nn.Linear | None) -> Tensor:
-        if self.prompt is not None and out.dim() == 3:
-            out = out[:, len(self.prompt) :]
+        if out.dim() == 3:
+            out = out[:, self.more :]
         flat = out.flatten(0, -2)
         targets = torch.zeros(len(flat), dtype=torch.int64)
         if output is None:

@@ -19,13 +19,17 @@ from flexp.parcel import plain_facts
 from flexp.selection import NEAR, select
 from flexp.tensors import PerRow, Tensors, finite, terms
 
+MOST = 4096  # positions of a picture's hidden state, with a prompt
+
 
 def check_rows(backbone: Backbone, seat: Seat, m: Forward) -> None:
     """LinkError unless what is on board are hidden states, and as many as it is said."""
     width, shape = backbone.width, list(m.hidden.shape)
     if backbone.states is not None:
         wanted = list(backbone.states.shapes[seat.cut.front])
-        if not shape or shape[1:] != wanted:
+        # Rows of positions may have more of them: behind a prompt.
+        longer = len(wanted) == 2 and shape[2:] == wanted[1:] and wanted[0] < shape[1] <= MOST
+        if not shape or (shape[1:] != wanted and not longer):
             raise LinkError(f"A hidden state at this cut is {wanted} a row; this one is {shape}.")
     elif m.hidden.dim() != 3 or shape[-1] != width:
         raise LinkError(f"A hidden state is [rows, length, {width}]; this one is {shape}.")

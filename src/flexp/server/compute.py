@@ -22,6 +22,7 @@ from flexp.model.cut import Seat
 from flexp.model.dress import Leaves, dress, dropping
 from flexp.model.joint import Member
 from flexp.model.personal import Objective
+from flexp.model.prompts import AT_CUT, put_in, taken_out, widened
 from flexp.model.slots import Slots
 from flexp.model.together import Together
 from flexp.model.worn import Worn
@@ -124,16 +125,18 @@ class Compute:
     def graph(self, job: ForwardJob) -> Graph:
         """One forward: called again, it gives the same bits."""
         with torch.set_grad_enabled(job.message.keep):
-            worn, graph = self._dressed(job)
-            return replace(graph, out=self._out(job, worn, graph.hidden, job.seat.cut.front))
+            worn, feed, graph = self._dressed(job)
+            return replace(graph, out=self._out(job, worn, feed, job.seat.cut.front))
 
     def _out(self, job: ForwardJob, worn: Worn, feed: Tensor, first: int) -> Tensor:
         """What a forward asks for, from the hidden state before a block."""
         m, last = job.message, None
         if m.until == "hidden":
             last = self.backbone.depth - job.seat.cut.back
-        blanks = self.backbone.blanks(m.shapes, m.mask)
+        blanks = self.backbone.blanks(*widened(m.shapes, m.mask, worn.at_cut))
         out = self.backbone.run(blanks, worn, first=first, last=last, feed=feed)
+        if m.until != "hidden" and out.dim() == 3:
+            out = taken_out(out, worn.at_cut)
         if m.labels is not None and m.until == "loss":
             return self.task.loss(out, m.labels)
         return out
@@ -143,10 +146,14 @@ class Compute:
         with torch.set_grad_enabled(messages[0].keep):
             dressed = [self._dressed(job) for job in jobs]
             members = [
-                Member(job.seat.cut.front, depth - job.seat.cut.back, graph.hidden, worn)
-                for job, (worn, graph) in zip(jobs, dressed, strict=True)
+                Member(job.seat.cut.front, depth - job.seat.cut.back, feed, worn)
+                for job, (worn, feed, _) in zip(jobs, dressed, strict=True)
             ]
-            shapes, masks = [m.shapes for m in messages], [m.mask for m in messages]
+            wide = [
+                widened(m.shapes, m.mask, worn.at_cut)
+                for m, (worn, _, _) in zip(messages, dressed, strict=True)
+            ]
+            shapes, masks = [s for s, _ in wide], [mask for _, mask in wide]
             hidden = self.jointly.run(members, shapes, masks)
             # Heads are not alike: each is alone with its own.
             outs = [
@@ -154,11 +161,11 @@ class Compute:
                 for job, member, out in zip(jobs, members, hidden, strict=True)
             ]
         shared = Shared({job.client for job in jobs})
-        graphs = [graph for _, graph in dressed]
+        graphs = [graph for *_, graph in dressed]
         return [replace(g, out=o, shared=shared) for g, o in zip(graphs, outs, strict=True)]
 
-    def _dressed(self, job: ForwardJob) -> tuple[Worn, Graph]:
-        """What a forward wears, and its leaves; there is no result yet."""
+    def _dressed(self, job: ForwardJob) -> tuple[Worn, Tensor, Graph]:
+        """What a forward wears, what it starts from, and its leaves; there is no result yet."""
         m, leaves = job.message, Leaves()
         given = iter(m.coefs)
         coefs = [
@@ -170,7 +177,8 @@ class Compute:
         hidden = m.hidden.detach().requires_grad_(m.keep and m.wants)
         worn = dress(job.slots, m.wear, coefs, m.train, leaves)
         worn = dropping(worn, self.dropout, m.dropout)
-        return worn, Graph(hidden, hidden, [c for c in coefs if c is not None], leaves)
+        feed = put_in(hidden, worn.inputs[AT_CUT]) if worn.at_cut else hidden
+        return worn, feed, Graph(hidden, hidden, [c for c in coefs if c is not None], leaves)
 
     # ---- gradients
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from flexp.errors import AdapterError, CutError, LinkError
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
-from flexp.model.ops import Initial, Op, Optim, SlotSpec, Step
+from flexp.model.ops import Initial, Op, Optim, SlotSpec, Step, alphas_of
 from flexp.model.slots import Slots, moments
 from flexp.parcel import JSON, Facts, Parcel
 from flexp.selection import ALL, FAR, NEAR, Place, Where, select
@@ -93,7 +93,7 @@ class Tenants:
         home.counted, home.counted_rows = (-1, 0), 0
         home.seen, home.stepped = self.steps, 0
         home.moving, home.leaving, home.there, home.awaited = False, {}, {}, set()
-        home.slots.alpha = alpha
+        home.slots.alpha, home.slots.alphas = alpha, alphas_of(slots)
         home.slots.end_turn(slots)
         offer = offer or Parcel()
         if home.seat != seat:

@@ -19,6 +19,7 @@ from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.fedbabu import FedBabu
 from flexp.strategies.fedbn import FedBn
 from flexp.strategies.feddpa import FedDpa
+from flexp.strategies.fedfomo import FedFomo
 from flexp.strategies.fedper import FedPer
 from flexp.strategies.fedprox import FedProx
 from flexp.strategies.fedrep import FedRep
@@ -29,6 +30,7 @@ from flexp.strategies.flexp import FlexP
 from flexp.strategies.flexp_sfl import FlexPSfl
 from flexp.strategies.flexp_sft import FlexPSft
 from flexp.strategies.flora import Flora
+from flexp.strategies.fml import Fml
 from flexp.strategies.hetlora import HetLora
 from flexp.strategies.hsplitlora import HSplitLora
 from flexp.strategies.local import Local
@@ -36,6 +38,8 @@ from flexp.strategies.per_fedavg import PerFedAvg
 from flexp.strategies.pfedhn import PFedHn
 from flexp.strategies.pfedlora import PFedLora
 from flexp.strategies.pfedme import PFedMe
+from flexp.strategies.pfedpg import PFedPg
+from flexp.strategies.pfedpt import PFedPt
 from flexp.strategies.pooled import Pooled
 from flexp.strategies.pretrained import Base
 from flexp.strategies.scaffold import Scaffold
@@ -60,7 +64,11 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     PFedMe,
     PerFedAvg,
     FedAla,
+    FedFomo,
+    Fml,
+    PFedPt,
     PFedHn,
+    PFedPg,
     FedPer,
     FedRep,
     FedBabu,

@@ -51,7 +51,7 @@ class Setting:
 
 
 class Beginning(Protocol):
-    """The adapter that a slot begins with, of a rank (None: the recipe's)."""
+    """The adapter that a slot begins with, of a rank (None: the recipe's, or its own kind's)."""
 
     def __call__(self, spec: SlotSpec, rank: int | None = None, /) -> Tensors: ...
 

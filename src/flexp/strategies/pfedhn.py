@@ -19,13 +19,13 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flexp.client.desk import Desk
-from flexp.dice import Dice
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
 from flexp.selection import ALL, Where
 from flexp.strategies.base import ClientId, MethodKind, Scene, Strategy, Turn
-from flexp.tensors import Tensors, add, mean
+from flexp.strategies.generator import code_of, drawn, send_back
+from flexp.tensors import Tensors, add
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,7 @@ class PFedHn(Strategy[Maker]):
 
     def offer(self, state: Maker, client: ClientId, turn: Turn) -> Parcel:
         with torch.no_grad():
-            return Parcel({"personal": made(state, self.embedding(state, client))})
-
-    def embedding(self, state: Maker, client: ClientId) -> Tensor:
-        """A client's; who came later begins at the mean."""
-        known = {c: {"": v} for c, v in sorted(state.clients.items())}
-        if client in known:
-            return state.clients[client]
-        return mean(list(known.values()), [1.0] * len(known))[""]
+            return Parcel({"personal": made(state, code_of(state.clients, client))})
 
     def train(self, desk: Desk, offer: Parcel) -> Parcel:
         facts = desk.fit()
@@ -89,13 +82,13 @@ class PFedHn(Strategy[Maker]):
             return state
         held = (state.layers, state.maps, state.begun)
         layers, maps, begun = ({k: v.clone().requires_grad_() for k, v in x.items()} for x in held)
-        codes = {c: self.embedding(state, c).clone().requires_grad_() for c in replies}
+        codes = {c: code_of(state.clients, c).clone().requires_grad_() for c in replies}
         shares = turn.weights(list(replies))
         for (client, reply), share in zip(replies.items(), shares, strict=True):
             theta = made(Maker(layers, maps, begun), codes[client])
             trained = reply.adapters["personal"]
-            pairs = [(v * (v.detach() - trained[k])).sum() for k, v in theta.items()]
-            torch.stack(pairs).sum().mul(share / sum(shares)).backward()  # pyright: ignore[reportUnknownMemberType]
+            change = {k: v.detach() - trained[k] for k, v in theta.items()}
+            send_back(theta, change, share / sum(shares))
         moved = (self.moved(x) for x in (layers, maps, begun))
         return Maker(*moved, clients={**state.clients, **self.moved(codes)})
 
@@ -111,8 +104,3 @@ def made(maker: Maker, code: Tensor) -> Tensors:
         code = torch.relu(weight @ code)
     maps = maker.maps
     return {k: v + (maps[k] @ code).reshape(v.shape) for k, v in maker.begun.items()}
-
-
-def drawn(dice: Dice, *shape: int) -> Tensor:
-    """Normal numbers, smaller the longer a row is."""
-    return torch.randn(shape, generator=dice.generator()) / shape[-1] ** 0.5

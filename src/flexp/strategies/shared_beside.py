@@ -30,7 +30,7 @@ class SharedBeside(Strategy[Tensors]):
     leaves: ClassVar[tuple[Leave, ...]] = (Leave("shared", why="to be averaged"),)
 
     def start(self, scene: Scene) -> Tensors:
-        return scene.initial(self.slots["shared"])
+        return scene.initial(self.specs()["shared"])
 
     def offer(self, state: Tensors, client: ClientId, turn: Turn) -> Parcel:
         return Parcel({"shared": state})
