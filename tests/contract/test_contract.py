@@ -34,7 +34,7 @@ from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim
 from flexp.parcel import Parcel, decode, encode
 from flexp.rounds import waves_of
-from flexp.selection import HEAD, NEAR, NONE, Where
+from flexp.selection import FRONT, HEAD, NEAR, NONE, Where
 from flexp.strategies import BUILT_IN, about
 from flexp.strategies.base import MethodKind, Scene, Strategy, Turn
 from flexp.strategies.fedala import FedAla
@@ -96,6 +96,8 @@ SPECIAL: dict[str, Any] = {
     "hsplitlora": {"alone": HSplitLora(every=9)},
     # What is near is frozen, head and all, so the cut says what learns.
     "splitfrozen": {"seats": CUTS, "uncut": False, "reaches": 0.97, "fixed": NEAR},
+    # Fronts are frozen, so again the cut says what learns.
+    "pfsl": {"seats": CUTS, "uncut": False, "fixed": FRONT},
 }
 
 
@@ -301,7 +303,7 @@ def test_only_what_is_its_own_differs_between_clients(name: str) -> None:
         mine = strategy.owns().holds(k, body().place(k, seat))
         fixed = TABLE[name].fixed.holds(k, body().place(k, seat))
         if name != "base" and "lora_A" not in k and not fixed:
-            assert not torch.equal(one[k], BEGUN[0, TABLE[name].kind, None, None][k]), (
+            assert not torch.equal(one[k], BEGUN[0, TABLE[name].kind, None, None, "drawn"][k]), (
                 k
             )  # it was trained
         equal = torch.equal(one[k], two[k]) or torch.equal(two[k], three[k])

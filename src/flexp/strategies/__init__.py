@@ -20,6 +20,7 @@ from flexp.strategies.fedbabu import FedBabu
 from flexp.strategies.fedbn import FedBn
 from flexp.strategies.feddpa import FedDpa
 from flexp.strategies.fedper import FedPer
+from flexp.strategies.fedppa import FedPpa
 from flexp.strategies.fedprox import FedProx
 from flexp.strategies.fedrep import FedRep
 from flexp.strategies.fedsa_lora import FedSaLora
@@ -36,6 +37,8 @@ from flexp.strategies.per_fedavg import PerFedAvg
 from flexp.strategies.pfedhn import PFedHn
 from flexp.strategies.pfedlora import PFedLora
 from flexp.strategies.pfedme import PFedMe
+from flexp.strategies.pfsl import Pfsl
+from flexp.strategies.phsfl import Phsfl
 from flexp.strategies.pooled import Pooled
 from flexp.strategies.pretrained import Base
 from flexp.strategies.scaffold import Scaffold
@@ -61,6 +64,7 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     PerFedAvg,
     FedAla,
     PFedHn,
+    FedPpa,
     FedPer,
     FedRep,
     FedBabu,
@@ -80,6 +84,8 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     SplitLora,
     HSplitLora,
     SplitFrozen,
+    Phsfl,
+    Pfsl,
     FlexP,
     FlexPSft,
     FlexPSfl,
