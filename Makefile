@@ -108,7 +108,7 @@ docs: $(STAMP)  ## Build the documentation into build/site
 # Resolved for Linux, macOS and Windows at once; see [tool.uv] in pyproject.toml.
 lock: build/uv/bin/uv  ## Resolve requirements.lock again (UPGRADE=1 takes the newest versions)
 	build/uv/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
-	  --extra data --extra gguf --extra dev --no-emit-package torch --no-header \
+	  --extra data --extra gguf --extra images --extra dev --no-emit-package torch --no-header \
 	  $(if $(UPGRADE),--upgrade) --quiet --output-file requirements.lock
 
 wheels-arm: build/uv/bin/uv  ## Does the core install on 64-bit Arm Linux without a compiler?

@@ -23,11 +23,13 @@ from flexp.engine.local import LocalEngine
 from flexp.evaluate import pooled
 from flexp.link.metered import Ledger
 from flexp.link.wire import Wire
-from flexp.model.adapter import Kind, Lora
+from flexp.model import vision
+from flexp.model.adapter import Dense, Kind, Lora
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Labels, Seat, uncut
 from flexp.model.ops import Optim, SlotSpec
-from flexp.model.skeleton import TaskKind
+from flexp.model.skeleton import TaskKind, image_shape
+from flexp.model.targets import EVERY
 from flexp.parcel import Parcel
 from flexp.rounds import flow_of, waves_of
 from flexp.strategies.base import Scene, Strategy, Turn
@@ -121,6 +123,7 @@ IMAGE: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 8,
 }
+IMAGE_SIZE: dict[str, Any] = {"image_size": 16}  # the config's class names no such field
 
 
 def _families(depth: int) -> dict[str, tuple[Any, Any]]:
@@ -180,6 +183,21 @@ def _families(depth: int) -> dict[str, tuple[Any, Any]]:
             hf.ViTForImageClassification,
             hf.ViTConfig(**IMAGE, **n, **labels),
         ),
+        "cnn": _blocks(channels=[4, 6, 8][: depth - 1], kernel=3, image_size=30, **labels),
+        "resnet": _blocks(
+            channels=[8, 16, 24, 32][: depth - 1], residual=True, image_size=16, **labels
+        ),
+        "resnet-norms": (
+            hf.ResNetForImageClassification,
+            hf.ResNetConfig(
+                embedding_size=8,
+                hidden_sizes=[8, 16, 24, 32][:depth],
+                depths=[1] * depth,
+                layer_type="basic",
+                **IMAGE_SIZE,
+                **labels,
+            ),
+        ),
         "dinov2": (
             hf.Dinov2ForImageClassification,
             hf.Dinov2Config(
@@ -191,11 +209,25 @@ def _families(depth: int) -> dict[str, tuple[Any, Any]]:
     }
 
 
-FAMILIES = tuple(_families(1))
+def _blocks(**config: Any) -> tuple[Any, Any]:
+    """One of our own models of images; a class is known by its config."""
+    vision.register()
+    made = hf.AutoConfig.for_model(vision.KIND, **config)
+    return hf.AutoModelForImageClassification.from_config, made
+
+
+CONVOLUTIONS = ("cnn", "resnet", "resnet-norms")
+FAMILIES = tuple(family for family in _families(4) if family not in CONVOLUTIONS)
+
+
+def kind_for(body: Backbone) -> Kind:
+    """LoRA, or all in full where blocks are convolutions."""
+    convolves = body.states is not None and len(body.states.shapes[0]) == 3
+    return Dense((EVERY,)) if convolves else Lora(rank=3, alpha=6.0)
 
 
 def task_of(model: Any) -> TaskKind:
-    if hasattr(model.config, "patch_size") and hasattr(model.config, "image_size"):
+    if model.main_input_name == "pixel_values":
         return "images"
     return "causal-lm" if "SequenceClass" not in type(model).__name__ else "classification"
 
@@ -225,10 +257,10 @@ def drawn_once(made: Any, config: Any) -> Any:
 def batches_for(body: Backbone, n: int, side: str = "right") -> list[Batch]:
     """Ready batches for any task, padded at either side."""
     if body.task == "images":
-        stream = torch.Generator().manual_seed(5)
+        stream, shape = torch.Generator().manual_seed(5), image_shape(body.config)
         return [
             Batch(
-                {"pixel_values": torch.randn(3, 3, 16, 16, generator=stream)},
+                {"pixel_values": torch.randn(3, *shape, generator=stream)},
                 torch.tensor([0, 1, 2]),
             )
             for _ in range(n)
@@ -266,7 +298,7 @@ def at_desk(
         body,
         task or toy_task(body),
         {"me": shard(1)},
-        kind=kind or Lora(rank=3, alpha=6.0),
+        kind=kind or kind_for(body),
         training=Training(optim or Optim(lr=1e-2), batch=4, cache=cache),
         dice=Dice(3),
         profile="open",
@@ -353,7 +385,7 @@ def play(
         task or toy_task(body),
         shards,
         pool=pooled(shards, None, "train") if central else None,
-        kind=kind or Lora(rank=3, alpha=6.0),
+        kind=kind or kind_for(body),
         training=training or Training(Optim(lr=1e-2), batch=4, steps=3, clip_norm=0.5),
         dice=Dice(0),
         profile=profile,

@@ -34,7 +34,7 @@ def check_own(recipe: Recipe, federation: Federation) -> None:
                 f"clients.{client}: its own task or labels need its head at the client. Set "
                 "plan.labels to keep."
             )
-        if recipe.train.label_prior and task.name != "classification":
+        if recipe.train.label_prior and task.name == "causal-lm":
             raise RecipeError(
                 f"clients.{client}: train.label_prior needs classifications only. Switch it off."
             )

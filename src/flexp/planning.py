@@ -8,7 +8,8 @@ from typing import Any
 
 from flexp import assets
 from flexp.errors import PlanError
-from flexp.model.skeleton import Skeleton, read_config, skeleton
+from flexp.model.skeleton import Skeleton, drawn, read_config, skeleton
+from flexp.model.targets import EVERY
 from flexp.plan import (
     PROFILES,
     BlockCosts,
@@ -112,7 +113,7 @@ def _row(
         "accumulate": accumulate,
         "recompute": recompute,
         "bytes": dict(parts),
-        "step_bytes": 0 if alone else step_bytes(sized, limits.form),
+        "step_bytes": 0 if alone else step_bytes(sized, limits.form, cut=cut),
     }
 
 
@@ -156,13 +157,14 @@ def of_model(asked: Asked, cache: assets.Cache, *, say: Say = lambda text: None)
 def _bones(asked: Asked, cache: assets.Cache, say: Say) -> tuple[Skeleton, Asked]:
     """The skeleton of an asset, a folder or a hub id (only its config is fetched), and its task."""
     source: str | Path = asked.model
-    if asked.model in cache.catalogue:
+    if asked.model in (*cache.catalogue, *assets.drawn_models()):
         source = assets.resolve(asked.model, cache, say=say)
     task = asked.task
     if task is None:
         made = read_config(source, "causal-lm", 2, None).architectures or [""]
         speaks = str(made[0]).endswith(("ForCausalLM", "LMHeadModel"))
-        task = "causal-lm" if speaks else "classification"
+        sees = str(made[0]).endswith(("ForImageClassification", "Blocks"))
+        task = "causal-lm" if speaks else "images" if sees else "classification"
     kind = make({"task": {"kind": task}}, WHERE).task.kind
     return skeleton(source, kind), replace(asked, task=kind)
 
@@ -173,7 +175,9 @@ def _recipe(asked: Asked, bones: Skeleton, say: Say) -> Recipe:
         "mode": "fast",
         "task": {"kind": asked.task, "max_length": asked.length},
         "model": {"source": asked.model, "dtype": asked.dtype, "quantize": asked.quantize},
-        "adapter": {"rank": asked.rank},
+        "adapter": {"rank": asked.rank}
+        if not drawn(bones.config)
+        else {"kind": "dense", "targets": [EVERY]},
         "train": {"batch": asked.batch},
     }
     here = None

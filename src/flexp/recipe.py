@@ -18,15 +18,17 @@ class DataRecipe(_Part):
 
     path: str = "vader"
     text: str = "text"
+    image: str = "image"
     label: str = "label"
     prompt: str | None = None
     client: str | None = None
-    partition: Literal["auto", "column", "iid", "dirichlet", "shards", "quantity", "label-skew"] = (
-        "auto"
-    )
+    partition: Literal[
+        "auto", "column", "iid", "dirichlet", "shards", "quantity", "label-skew", "dominant"
+    ] = "auto"
     clients: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 0.5
     per_client: Annotated[int, Field(ge=1)] = 2
+    share: Annotated[float, Field(ge=0, le=1)] = 0.9
     group: str | None = None
     biggest: Annotated[int, Field(ge=1)] | None = None
     rows: Annotated[int, Field(ge=1)] | None = None
@@ -38,15 +40,13 @@ class DataRecipe(_Part):
     def _sums(self) -> DataRecipe:
         if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6:
             raise ValueError("split: three fractions of at least 0 that add up to 1")
-        if self.partition == "label-skew" and self.group is None:
-            raise ValueError('partition "label-skew" needs group, the column of the domains')
         return self
 
 
 class TaskRecipe(_Part):
     """What is learned. ``labels`` fixes their names and order; empty takes them from the data."""
 
-    kind: Literal["classification", "causal-lm"] = "classification"
+    kind: Literal["classification", "causal-lm", "images"] = "classification"
     labels: tuple[str, ...] = ()
     max_length: Annotated[int, Field(ge=2)] = 128
 

@@ -72,7 +72,7 @@ class ParticipationRecipe(Part):
 class OwnTaskRecipe(Part):
     """A task of a client's own; what is not given is as in the recipe's ``task``."""
 
-    kind: Literal["classification", "causal-lm"] | None = None
+    kind: Literal["classification", "causal-lm", "images"] | None = None
     labels: tuple[str, ...] | None = None
     max_length: Annotated[int, Field(ge=2)] | None = None
 
@@ -105,6 +105,7 @@ class ClientRecipe(Part):
 
     task: OwnTaskRecipe | None = None
     text: str | None = None
+    image: str | None = None
     label: str | None = None
     prompt: str | None = None
     objective: ObjectiveRecipe | None = None

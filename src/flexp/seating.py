@@ -16,7 +16,7 @@ from flexp.link.wire import Wire, packed_bytes
 from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, dropout_of, layout
 from flexp.model.cut import Cut, Seat
 from flexp.model.quantize import Quantize
-from flexp.model.skeleton import Skeleton, bare, head_leaves
+from flexp.model.skeleton import Skeleton, bare, head_leaves, states_of
 from flexp.plan import (
     BlockCosts,
     BlockWork,
@@ -140,6 +140,7 @@ def _sizes(
     )
     dtype, train = dtype_of(recipe), recipe.train
     prompt = kind.tokens if isinstance(kind, Prompt) else 0
+    states = states_of(bones.config, recipe.task.kind, bones.blocks_path)
     sized = measure_costs(
         bones.model,
         bones.blocks_path,
@@ -147,6 +148,7 @@ def _sizes(
         batch=train.batch,
         length=recipe.task.max_length + prompt,
         itemsize=dtype.itemsize,
+        states=() if states is None else states.shapes,
     )
     stored = getattr(bones.config, "dtype", None) or torch.float32
     quantize = quantize_of(recipe)
@@ -167,9 +169,11 @@ def _sizes(
 
 def packed(sized: BlockCosts, recipe: Recipe, wire: Wire) -> BlockCosts:
     """The same costs with messages that travel under a wire."""
-    shape = sized.batch, sized.length, sized.width
-    size = packed_bytes(shape, dtype_of(recipe), wire)
-    return replace(sized, packed_bytes=size, window=recipe.link.window, ahead=recipe.link.ahead)
+    batch, dtype = sized.batch, dtype_of(recipe)
+    size = packed_bytes((batch, sized.length, sized.width), dtype, wire)
+    each = tuple(packed_bytes((batch, *shape), dtype, wire) for shape in sized.states)
+    sized = replace(sized, packed_bytes=size, packed_states=each)
+    return replace(sized, window=recipe.link.window, ahead=recipe.link.ahead)
 
 
 def work(recipe: Recipe, bones: Skeleton, kind: Kind) -> BlockWork:

@@ -13,7 +13,7 @@ from flexp.client.desk import Training
 from flexp.data import sources
 from flexp.data.federation import Federation, federate, space_of
 from flexp.data.sources import Row
-from flexp.data.tokens import open_tokenizer, padding_of
+from flexp.data.tokens import padding_of
 from flexp.dice import Dice
 from flexp.engine.base import Own
 from flexp.engine.flow import Pace
@@ -26,6 +26,7 @@ from flexp.model.adapter import Kind
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
 from flexp.model.ops import Optim, SlotSpec
+from flexp.model.reader import open_reader
 from flexp.model.skeleton import Skeleton, TaskKind, skeleton
 from flexp.own_tasks import check_own, classes_of, own_costs, own_of
 from flexp.plan.costs import BlockCosts
@@ -112,15 +113,16 @@ class Stage(Generic[E_co]):
 def survey(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None) -> Survey:
     """Reads data and config and places every client; raises a FlexpError if something is wrong."""
     task = recipe.task.kind
-    if recipe.train.label_prior and (task != "classification" or recipe.plan.labels == "loss"):
+    if recipe.train.label_prior and (task == "causal-lm" or recipe.plan.labels == "loss"):
         raise RecipeError(
             "train.label_prior needs a classification whose loss is at the client. Switch it off, "
-            'or set task.kind to "classification" and plan.labels to "keep" or "logits".'
+            'or set task.kind to "classification" or "images", and plan.labels to "keep" or '
+            '"logits".'
         )
     check_labels(recipe.plan.labels, recipe.privacy.profile, text=task == "causal-lm")
     rows = read_rows(recipe, cache, say)
     source = assets.resolve(recipe.model.source, cache, revision=recipe.model.revision, say=say)
-    tokenizer = open_tokenizer(source)
+    tokenizer = open_reader(source, task)
     dice = Dice(recipe.seed)
     federation = federate(rows, recipe.data, recipe.task, tokenizer, dice, clients=recipe.clients)
     check_own(recipe, federation)
@@ -267,7 +269,7 @@ def setting_of(found: Survey, recipe: Recipe, seats: Mapping[ClientId, Seat]) ->
     """What a method is asked to run in."""
     federation = found.federation
     heads = {c: space_of(federation.task_of(c)) for c in federation.shards}
-    head = recipe.adapter.head and any(space[0] == "classification" for space in heads.values())
+    head = recipe.adapter.head and any(space[0] != "causal-lm" for space in heads.values())
     kind = adapter_kind(recipe.adapter)
     how = training(recipe)
     return Setting(recipe.task.kind, kind, seats, found.bones.depth, head, heads, how)

@@ -235,7 +235,30 @@ def test_classification_loss_and_metrics_by_hand(classify: Classification) -> No
     assert sums["accuracy"] == (2.0, 3.0)
     assert sums["loss"] == (pytest.approx(3 * nats), 3.0)
     done = classify.finish(sums)
-    assert done == {"accuracy": pytest.approx(2 / 3), "loss": pytest.approx(nats)}
+    # 0 is told three times and true twice; 2 is true once, never told; 1 does not occur.
+    f1 = (2 * 2 / (3 + 2) + 0 / (0 + 1)) / 2
+    assert done == {
+        "accuracy": pytest.approx(2 / 3),
+        "loss": pytest.approx(nats),
+        "macro_f1": pytest.approx(f1),
+    }
+
+
+def test_macro_f1_of_two_batches_is_that_of_all_rows(classify: Classification) -> None:
+    stream = torch.Generator().manual_seed(4)
+    logits = torch.randn(40, 3, generator=stream)
+    labels = torch.randint(3, (40,), generator=stream)
+    told, each = logits.argmax(-1), list[float]()
+    for n in range(3):
+        right = int(((told == n) & (labels == n)).sum())
+        precision, recall = right / int((told == n).sum()), right / int((labels == n).sum())
+        each.append(2 * precision * recall / (precision + recall))
+    sums: dict[str, tuple[float, float]] = {}
+    for rows in (slice(0, 7), slice(7, 40)):
+        for name, (value, count) in classify.measure(logits[rows], labels[rows]).items():
+            held = sums.get(name, (0.0, 0.0))
+            sums[name] = held[0] + value, held[1] + count
+    assert classify.finish(sums)["macro_f1"] == pytest.approx(sum(each) / 3)
     assert classify.metric in done
     assert classify.higher_is_better
 

@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from flexp.dice import Dice
 from flexp.errors import AdapterError
-from flexp.model.adapter import Dense, dense_paths, layout
+from flexp.model.adapter import Dense, layout
 from flexp.model.backbone import Backbone
 from flexp.model.skeleton import bare
+from flexp.model.targets import dense_paths
 from flexp.model.worn import PREFIX
 from flexp.tensors import Tensors
 
@@ -47,7 +48,7 @@ def test_a_path_is_that_module_alone_and_nothing_is_there_twice() -> None:
     norm, block = f"{LAYER}.0.output.LayerNorm", f"{LAYER}.1"
     net = bare(body.config, body.task).model
     kind = Dense((norm, block, "query", norm), head=False)
-    paths = dense_paths(net, kind, body.blocks_path)
+    paths = dense_paths(net, kind.targets, body.blocks_path)
     assert paths == [norm, block, f"{LAYER}.0.attention.self.query"]
     of_block = {k for k, _ in body.model.named_parameters() if k.startswith(f"{block}.")}
     leaves = {f"{path}.{leaf}" for path in paths[::2] for leaf in ("weight", "bias")}

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor
-from toys import CLASSES, FAMILIES, batches_for, same, task_of
+from toys import CLASSES, CONVOLUTIONS, FAMILIES, batches_for, kind_for, same, task_of
 from toys import _families as families
 
 from flexp.dice import Dice
@@ -66,12 +66,12 @@ def stages(
 
 def stirred(body: Backbone) -> Tensors:
     """An adapter of which no gradient vanishes."""
-    begun = body.initial(Lora(rank=2), Dice(1))
+    begun = body.initial(kind_for(body), Dice(1))
     stream = torch.Generator().manual_seed(2)
     return {k: v + 0.05 * torch.randn(v.shape, generator=stream) for k, v in begun.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *CONVOLUTIONS])
 def test_two_halves_are_the_whole(family: str, tmp_path: Path) -> None:
     model = saved(family, tmp_path, base="cls" in family)
     body = opened(tmp_path, model)

@@ -137,7 +137,7 @@ def ticks(*seconds: float) -> Iterator[float]:
 @pytest.mark.parametrize("family", ["bert-cls", "llama", "gpt2", "vit", "modernbert-cls"])
 def test_a_block_is_measured_by_its_operations_and_the_clock(family: str) -> None:
     body = backbone(family)
-    bones = Skeleton(body.model, body.blocks_path, body.depth, body.width, body.config)
+    bones = Skeleton(body.model, body.blocks_path, body.depth, body.config)
     clock = ticks(1.0, 4.0, 2.0)  # the median is 2 s
     found = measure_flops(bones, body.task, batch=2, length=9, runs=3, clock=lambda: next(clock))
     work = measure_work(bones, Lora(rank=1, targets=()), body.task, batch=2, length=9)

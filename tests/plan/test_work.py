@@ -31,7 +31,7 @@ SEATS = [Seat(Cut(1, 1)), Seat(Cut(2)), Seat(Cut(1, 2)), Seat(Cut(4)), Seat(Cut(
 
 
 def bones_of(body: Backbone) -> Skeleton:
-    return Skeleton(body.model, body.blocks_path, body.depth, body.width, body.config)
+    return Skeleton(body.model, body.blocks_path, body.depth, body.config)
 
 
 def predicted(work: BlockWork, seat: Seat) -> tuple[int, int]:

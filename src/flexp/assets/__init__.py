@@ -13,7 +13,7 @@ from flexp.assets.cache import (
     verify,
 )
 from flexp.assets.catalogue import CATALOGUE
-from flexp.assets.hub import resolve
+from flexp.assets.hub import drawn_models, resolve
 from flexp.assets.registries import Done, Run
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Say",
     "Take",
     "default_root",
+    "drawn_models",
     "fetch",
     "listing",
     "locate",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from flexp import headers
 from flexp.assets.asset import Kind
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from huggingface_hub.utils import tqdm
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DRAWN = Path(__file__).parent / "drawn"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Never *.bin, *.pt or *.py: they run code when they are opened.
 _WANTED: dict[Kind, list[str]] = {
@@ -41,9 +42,9 @@ def resolve(
 ) -> Path:
     """The local folder behind ``source``, fetched first where it must be.
 
-    Tried in this order: the name of an asset, a local path, a hub id (``org/name``) at
-    ``revision``. ``endpoint`` and ``hub_cache`` default to the hub library's own. A hub file is
-    compared with the digest under which the hub announced it, once.
+    Tried in this order: the name of an asset or of a model that is drawn, a local path, a hub id
+    (``org/name``) at ``revision``. ``endpoint`` and ``hub_cache`` default to the hub library's own.
+    A hub file is compared with the digest under which the hub announced it, once.
 
     Raises:
         AssetError: none of the three, a missing revision or file, a wrong digest, no connection,
@@ -54,6 +55,9 @@ def resolve(
         if (found := cache.catalogue[source].kind) != kind:
             raise AssetError(f'"{source}" is a {_NOUN[found]}, where a {_NOUN[kind]} is needed.')
         return fetch(source, cache, say=say)
+    if kind == "model" and source in (models := drawn_models()):
+        _pinned(source, revision)
+        return models[source]
     path = Path(source).expanduser()
     if source and path.exists():
         _pinned(source, revision)
@@ -64,6 +68,7 @@ def resolve(
         raise AssetError(f'There is no folder "{source}". Check the path.')
     if not _HUB_ID.fullmatch(source):
         names = [name for name, asset in cache.catalogue.items() if asset.kind == kind]
+        names += drawn_models() if kind == "model" else []
         raise AssetError(
             f'"{source}" is neither an asset nor a folder. {nearest(source, names)} '
             "A model of the hub is written as org/name."
@@ -75,6 +80,11 @@ def resolve(
     if kind == "model":
         _check_model(folder, source)
     return folder
+
+
+def drawn_models() -> dict[str, Path]:
+    """Folders, by name, of models that are a config alone: a run draws their weights."""
+    return {path.parent.name: path.parent for path in sorted(_DRAWN.glob("*/config.json"))}
 
 
 _NOUN: dict[Kind, str] = {"model": "model", "data": "data set"}
@@ -180,11 +190,20 @@ def _check_model(folder: Path, source: str) -> None:
         headers.of_model(folder)
     except ParcelError as problem:
         raise AssetError(f"{source}: {problem}") from problem
-    if not files:
+    if not files and not _is_drawn(folder):
         raise AssetError(
             f"{source} has no safetensors weights. Pickled weights (*.bin, *.pt) can run code and "
             "are refused; convert them, or choose another model."
         )
+
+
+def _is_drawn(folder: Path) -> bool:
+    """Whether a config says that there is nothing to read."""
+    try:
+        told = headers.strict_json((folder / "config.json").read_text("utf-8"))
+        return isinstance(told, dict) and bool(cast("dict[str, Any]", told).get("drawn"))
+    except (OSError, ValueError, ParcelError):
+        return False
 
 
 def _check_digests(folder: Path, source: str, cache: Cache, say: Say | None) -> None:

@@ -43,7 +43,9 @@ def main() -> None:
         typer.echo(f"{type(problem).__name__}: {problem}", err=True)
         sys.exit(2)
     except Stopped as asked:
-        typer.echo("Stopped. Continue with the same command; `flexp run` wants --resume with it.", err=True)
+        typer.echo(
+            "Stopped. Continue with the same command; `flexp run` wants --resume with it.", err=True
+        )
         well = asked.signal == signal.SIGTERM and sys.argv[1:2] and sys.argv[1] in SERVICES
         sys.exit(0 if well else 128 + asked.signal)
 

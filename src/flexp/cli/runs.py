@@ -151,7 +151,7 @@ def plan(
     length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 128,
     rank: Annotated[int, typer.Option(min=1, help="Of LoRA.")] = 8,
     task: Annotated[
-        str | None, typer.Option(help="classification or causal-lm; else by the model.")
+        str | None, typer.Option(help="classification, causal-lm or images; else by the model.")
     ] = None,
     labels: Annotated[str, typer.Option(help="keep, logits or loss.")] = "keep",
     server: Annotated[str, typer.Option(help='A profile, or "here".')] = "gpu-server",

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Collection, Sequence
 
-from flexp.data.formats import Value
+from flexp.data.formats import Plain, Value
 from flexp.data.sources import Row
 from flexp.errors import DataError
 
@@ -33,8 +33,16 @@ def in_order(names: Collection[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def cell_of(row: Row, column: str) -> Value:
-    """What a row holds in a column; DataError if there is no such column."""
+def cell_of(row: Row, column: str) -> Plain:
+    """What a row holds in a column; DataError if there is no such column, or a file in it."""
+    value = file_of(row, column)
+    if isinstance(value, bytes):
+        raise DataError(f'{row.origin}: column "{column}" holds a file. Name another column.')
+    return value
+
+
+def file_of(row: Row, column: str) -> Value:
+    """The same where it may be the bytes of a file."""
     if column not in row.fields:
         close = difflib.get_close_matches(column, row.fields, n=1)
         hint = f'Did you mean "{close[0]}"?' if close else f"There are {len(row.fields)} others."

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexp.errors import DataError
 
-Example = tuple[int, ...]  # token ids, or a label per token
+Example = tuple[int, ...] | bytes  # token ids, a label per token, or the numbers of an image
 Side = Literal["right", "left"]
 Split = Literal["train", "val", "test"]
 
@@ -20,7 +20,10 @@ IGNORED = -100  # a label that no loss and no metric counts
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of a model by name, int64 [B, T]; labels int64 [B], or [B, T] with ``IGNORED``."""
+    """Inputs of a model by name; labels int64 [B], or [B, T] with ``IGNORED``.
+
+    Ids and masks are int64 [B, T], ``pixel_values`` of images float32 [B, channels, height, width].
+    """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor

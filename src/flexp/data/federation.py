@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from flexp.data import partition
-from flexp.data.columns import cell_of, label_names, label_of, text_of
+from flexp.data.columns import cell_of, in_order, label_names, label_of, text_of
 from flexp.data.examples import Shard
+from flexp.data.images import Pixels
 from flexp.data.objectives import Objective, objective_of
 from flexp.data.shards import check
 from flexp.data.sources import SPLITS, Row
@@ -57,10 +58,14 @@ def space_of(task: Task) -> Space:
 def make_task(
     recipe: TaskRecipe,
     data: DataRecipe,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Pixels,
     labels: tuple[str, ...],
 ) -> Task:
-    """The task of a recipe."""
+    """The task of a recipe; DataError for one of texts among images, or of images among texts."""
+    if (recipe.kind == "images") != isinstance(tokenizer, Pixels):
+        raise DataError("task.kind: one run has texts or images, not both. Give all clients one.")
+    if isinstance(tokenizer, Pixels):
+        return Classification(labels, tokenizer, data.image, data.label)
     if recipe.kind == "classification":
         return Classification(labels, tokenizer, data.text, data.label, recipe.max_length)
     return CausalLM(tokenizer, data.text, data.prompt, recipe.max_length)
@@ -68,7 +73,7 @@ def make_task(
 
 def labels_of(rows: Sequence[Row], task: TaskRecipe, data: DataRecipe) -> tuple[str, ...]:
     """The label names of a classification: the recipe's, else those of the rows."""
-    if task.kind != "classification":
+    if task.kind == "causal-lm":
         return ()
     return task.labels or label_names(rows, data.label)
 
@@ -77,7 +82,7 @@ def federate(
     rows: Sequence[Row],
     data: DataRecipe,
     task_recipe: TaskRecipe,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Pixels,
     dice: Dice,
     *,
     clients: Mapping[str, ClientRecipe] | None = None,
@@ -134,7 +139,7 @@ def own_task(
 ) -> Task:
     """A client's own task: what it does not say is the recipe's; its labels may be its rows'."""
     told = asked.task or OwnTaskRecipe()
-    columns = {k: getattr(asked, k) for k in ("text", "label", "prompt")}
+    columns = {k: getattr(asked, k) for k in ("text", "image", "label", "prompt")}
     data = data.model_copy(update={k: v for k, v in columns.items() if v is not None})
     mine = told.model_dump(exclude_none=True)
     if told.labels is None and asked.label is None and told.kind in (None, recipe.kind):
@@ -148,7 +153,9 @@ def own_task(
 
 def has_own(asked: ClientRecipe | None) -> bool:
     """Whether a client's task or columns differ from the recipe's."""
-    return asked is not None and any((asked.task, asked.text, asked.label, asked.prompt))
+    return asked is not None and any(
+        (asked.task, asked.text, asked.image, asked.label, asked.prompt)
+    )
 
 
 def _skew(rows: Sequence[Row], data: DataRecipe, parts: Mapping[str, list[int]]) -> float:
@@ -174,22 +181,26 @@ def divide(
         parts = partition.by_column([cell_of(row, column) for row in rows])
         for client, held in parts.items():
             _presentable(client, rows[held[0]], column)
-        return _biggest(parts, rows, data) if data.biggest else parts
+        return _biggest(parts, rows, data, task) if data.biggest else parts
     if data.biggest:
         raise DataError('data.biggest chooses among named clients: it needs partition "column".')
     if kind == "iid":
         return partition.iid(len(rows), data.clients, stream)
     if kind == "quantity":
         return partition.quantity(len(rows), data.clients, data.alpha, stream, minimum=data.minimum)
-    if task.kind != "classification":
+    if task.kind == "causal-lm":
         raise DataError(f'data.partition "{kind}" needs labels. Use column, iid or quantity.')
     names = [label_of(row, data.label) for row in rows]
     if kind == "dirichlet":
         return partition.dirichlet(names, data.clients, data.alpha, stream, minimum=data.minimum)
     if kind == "shards":
         return partition.shards(names, data.clients, data.per_client, stream)
-    groups = [str(cell_of(row, data.group or "")) for row in rows]
     each = data.rows or len(rows) // data.clients
+    if kind == "dominant":
+        known = task.labels or in_order(set(names))
+        wanted = partition.dominant(known, data.clients, data.per_client, data.share, each)
+        return partition.counted(names, wanted, stream)
+    groups = [str(cell_of(row, data.group)) if data.group else "" for row in rows]
     return partition.label_skew(names, groups, data.clients, each, data.alpha, stream)
 
 
@@ -216,11 +227,13 @@ def _presentable(client: str, row: Row, column: str) -> None:
 
 
 def _biggest(
-    parts: dict[str, list[int]], rows: Sequence[Row], data: DataRecipe
+    parts: dict[str, list[int]], rows: Sequence[Row], data: DataRecipe, task: TaskRecipe
 ) -> dict[str, list[int]]:
-    """The clients with most text, in characters; of equals the first by name."""
+    """The clients with most text, in characters, or most images; of equals the first by name."""
 
     def size(client: str) -> tuple[int, str]:
+        if task.kind == "images":
+            return -len(parts[client]), client
         return -sum(len(text_of(rows[n], data.text)) for n in parts[client]), client
 
     kept = sorted(parts, key=size)[: data.biggest]

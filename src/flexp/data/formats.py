@@ -19,7 +19,8 @@ from typing import Any, NoReturn, cast
 from flexp.data.lines import CHUNK, LONGEST, Line, Source, lines_of, opened, place
 from flexp.errors import DataError, nearest
 
-Value = str | int | float | bool | None
+Plain = str | int | float | bool | None
+Value = Plain | bytes  # of a file, as an image
 Record = tuple[int, dict[str, Value]]  # number of the line or row, fields
 
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -71,7 +72,7 @@ def tabs(source: Source) -> Iterator[Record]:
 
 def parquet(source: Source) -> Iterator[Record]:
     """A parquet file of flat columns; needs the extra ``data``."""
-    with _extra("pyarrow"):
+    with extra("pyarrow"):
         import pyarrow as pa
         from pyarrow import parquet as written
     arrow, files = cast("Any", pa), cast("Any", written)  # without type stubs
@@ -113,7 +114,7 @@ def is_saved(folder: Path) -> bool:
 
 def saved(folder: Path) -> Iterator[tuple[str | None, Record]]:
     """Split (None for a data set without splits) and record of a data set saved on disk."""
-    with _extra("datasets"):
+    with extra("datasets"):
         import datasets
     library = cast("Any", datasets)  # its types are partly unknown
     try:
@@ -126,21 +127,36 @@ def saved(folder: Path) -> Iterator[tuple[str | None, Record]]:
     splits: dict[str | None, Any] = (
         dict(opened) if isinstance(opened, library.DatasetDict) else {None: opened}
     )
-    for split, rows in splits.items():
+    for split, found in splits.items():
+        rows = found
+        for column, feature in dict(found.features).items():
+            if isinstance(feature, library.Image):  # or it would be decoded
+                rows = rows.cast_column(column, library.Image(decode=False))
         where = folder.as_posix() if split is None else f"{folder.as_posix()}/{split}"
         for number, fields in enumerate(rows.with_format(None), start=1):
             yield split, (number, flat(f"{where}, row {number}", fields))
 
 
 def flat(where: str, fields: Mapping[str, object]) -> dict[str, Value]:
-    """The fields, when each is text, a number, true, false or null."""
+    """The fields, when each is text, a number, true, false, null, or the bytes of a file.
+
+    An image of the datasets library is its bytes, or else its path.
+    """
+    fields = {name: _filed(value) for name, value in fields.items()}
     for name, value in fields.items():
-        if not (value is None or isinstance(value, str | int | float)):
+        if not (value is None or isinstance(value, str | int | float | bytes)):
             raise DataError(
                 f'{where}: column "{name}" holds a {type(value).__name__}; only text, numbers, '
                 "true, false and null can be used. Flatten the column, or remove it."
             )
     return cast("dict[str, Value]", dict(fields))
+
+
+def _filed(value: object) -> object:
+    held = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    if held.keys() != {"bytes", "path"}:
+        return cast("object", value)
+    return held["path"] if held["bytes"] is None else held["bytes"]
 
 
 class _Feed:
@@ -265,11 +281,11 @@ _DECODER = json.JSONDecoder(parse_constant=_constant)
 
 
 @contextmanager
-def _extra(library: str) -> Generator[None]:
+def extra(library: str, name: str = "data") -> Generator[None]:
     """Imports of an optional library; a missing one names the extra that brings it."""
     try:
         yield
     except ImportError as missing:
         raise DataError(
-            f'Reading this data needs {library}. Install it: pip install "flexp-sfl[data]"'
+            f'Reading this data needs {library}. Install it: pip install "flexp-sfl[{name}]"'
         ) from missing

@@ -88,3 +88,22 @@ def counted(logits: Tensor, targets: Tensor) -> dict[str, tuple[float, float]]:
 
 def means(sums: Sums) -> dict[str, float]:
     return {metric: total / count for metric, (total, count) in sums.items() if count > 0}
+
+
+def hits(logits: Tensor, targets: Tensor) -> dict[str, tuple[float, float]]:
+    """By class that occurs, twice the rows that are right, and rows predicted and true together.
+
+    Added over batches, their quotient is the class's F1.
+    """
+    count = logits.shape[-1]
+    told = logits.argmax(-1)
+    right = torch.bincount(targets[told == targets], minlength=count)
+    both = torch.bincount(told, minlength=count) + torch.bincount(targets, minlength=count)
+    return {f"f1 of {n}": (2.0 * int(right[n]), float(both[n])) for n in range(count) if both[n]}
+
+
+def macro(sums: Sums) -> dict[str, float]:
+    """Means, with one ``macro_f1`` for the F1 of all classes that occur in truth or prediction."""
+    found = means(sums)
+    each = [found.pop(name) for name in [*found] if name.startswith("f1 of ")]
+    return found | ({"macro_f1": sum(each) / len(each)} if each else {})

@@ -126,6 +126,55 @@ def label_skew(  # noqa: PLR0917 - the experiment's own six quantities
     return _named(parts)
 
 
+def dominant(
+    labels: Sequence[str | int], clients: int, per_client: int, share: float, rows: int
+) -> list[dict[str | int, int]]:
+    """How many of ``rows`` rows each client has of each label.
+
+    ``per_client`` labels, the next ones in turn, have ``share`` of them between them in equal
+    parts, the other labels the rest.
+    """
+    count = len(labels)
+    if clients < 1 or not 0 < per_client <= count or rows < 1:
+        raise DataError(
+            f"{clients} clients x {rows} rows, {per_client} dominant of {count} labels: ask for 1 "
+            "or more of each, and no more labels than there are (data.per_client)."
+        )
+    out: list[dict[str | int, int]] = []
+    for client in range(clients):
+        mine = [labels[(client * per_client + n) % count] for n in range(per_client)]
+        others = [label for label in labels if label not in mine]
+        whole = share if others else 1.0
+        shares = [whole / per_client] * per_client + [(1 - whole) / max(1, len(others))] * len(
+            others
+        )
+        sizes = [end - start for start, end in pairwise(_cuts(shares, rows))]
+        out.append(dict(zip([*mine, *others], sizes, strict=True)))
+    return out
+
+
+def counted(
+    labels: Sequence[str | int],
+    wanted: Sequence[Mapping[str | int, int]],
+    generator: torch.Generator,
+) -> Parts:
+    """Random rows of each label, as many as each client is to have."""
+    stream = _stream(generator)
+    pools: dict[str | int, list[int]] = {}
+    for row in _shuffled(range(len(labels)), stream):
+        pools.setdefault(labels[row], []).append(row)
+    for at, label in enumerate(dict.fromkeys(label for each in wanted for label in each), start=1):
+        asked, held = sum(each.get(label, 0) for each in wanted), len(pools.get(label, ()))
+        if asked > held:
+            raise DataError(
+                f"Label {at} has {held} rows, but {asked} are dealt. Lower data.rows or "
+                "data.clients."
+            )
+    return _named(
+        [[pools[label].pop() for label, n in each.items() for _ in range(n)] for each in wanted]
+    )
+
+
 def split(
     indices: Sequence[int], fractions: tuple[float, float, float], generator: torch.Generator
 ) -> tuple[list[int], list[int], list[int]]:

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexp.data import formats
+from flexp.data import formats, images
 from flexp.data.formats import Value
 from flexp.data.mail import read_mail
 from flexp.errors import AssetError, DataError, nearest
 
 SPLITS = ("train", "validation", "test")
-SHIPPED = ("vader", "shakespeare", "spam")
+SHIPPED = ("vader", "shakespeare", "spam", "fashion-mnist", "cifar10")
 
 _DOMAINS = ("tweets", "movies", "amazon", "nyt")
 _ROLE = re.compile(r"\*\*(.+)\*\*\s*")
@@ -26,10 +26,14 @@ _SMALL = frozenset({"and", "as", "for", "in", "of", "the", "to"})
 
 @dataclass(frozen=True)
 class Row:
-    """One example as it was found; ``origin`` is like ``mine/a.jsonl:3`` and unique in a source."""
+    """One example as it was found; ``origin`` is like ``mine/a.jsonl:3`` and unique in a source.
+
+    Relative paths in it begin in ``base``.
+    """
 
     fields: Mapping[str, Value]
     origin: str
+    base: str = ""
 
 
 def read(path: Path) -> list[Row]:
@@ -37,7 +41,8 @@ def read(path: Path) -> list[Row]:
 
     A folder's files are one client each (adds the field ``client``); in a folder of folders every
     folder is one client and its files are named by split (adds ``client`` and ``split``); a folder
-    of nothing but train.*, validation.* and test.* is one data set (adds ``split``).
+    of nothing but train.*, validation.* and test.* is one data set (adds ``split``). Images in a
+    folder per class (adds ``image`` and ``label``) may lie in folders per split, client, or both.
     """
     try:
         return _read(path)
@@ -47,6 +52,8 @@ def read(path: Path) -> list[Row]:
 
 
 def _read(path: Path) -> list[Row]:
+    if path.is_dir() and not formats.is_saved(path) and images.holds_images(path):
+        return [Row(fields, origin) for fields, origin in images.listed(path, SPLITS)]
     if path.is_dir():
         return _saved(path, {}) if formats.is_saved(path) else _folder(path)
     if path.exists():
@@ -64,7 +71,7 @@ def shipped(name: str, folder: Path) -> list[Row]:
     ``shakespeare``: text (one speech), role (with its play), play, cue (the speech before it in
     the scene and the name of who speaks now, laid out as in a play).
     ``spam``: text (subject and beginning of an e-mail), label (ham or spam), list (the mailing
-    list by which it came, or direct).
+    list by which it came, or direct). ``fashion-mnist``, ``cifar10``: image, label.
     """
     if name == "vader":
         return [row for domain in _DOMAINS for row in _ratings(folder, domain)]
@@ -78,12 +85,16 @@ def shipped(name: str, folder: Path) -> list[Row]:
         if not mails:
             raise AssetError(f"spam: no mail in {folder}. Fetch the asset again.")
         return [row for mail in mails for row in _mail(mail)]
+    if name in ("fashion-mnist", "cifar10"):
+        found = images.fashion(folder) if name == "fashion-mnist" else images.cifar10(folder)
+        return [Row(fields, origin) for fields, origin in found]
     raise DataError(f'"{name}" is not a packaged data set. {nearest(name, SHIPPED)}')
 
 
 def _file(path: Path, more: Mapping[str, Value]) -> list[Row]:
     found = formats.records(path)
-    rows = [_row(fields, f"{path.as_posix()}:{at}", more) for at, fields in found]
+    base = path.parent.as_posix()
+    rows = [_row(fields, f"{path.as_posix()}:{at}", more, base) for at, fields in found]
     return _some(rows, path)
 
 
@@ -155,14 +166,14 @@ def _distinct_stems(folder: Path, entries: list[Path]) -> None:
             )
 
 
-def _row(fields: dict[str, Value], origin: str, more: Mapping[str, Value]) -> Row:
+def _row(fields: dict[str, Value], origin: str, more: Mapping[str, Value], base: str = "") -> Row:
     for name in more:
         if name in fields:
             raise DataError(
                 f'{origin}: the column "{name}" stands against the {name} that the file or folder '
                 "name gives. Rename the column."
             )
-    return Row({**fields, **more}, origin)
+    return Row({**fields, **more}, origin, base)
 
 
 def _some(rows: list[Row], path: Path) -> list[Row]:

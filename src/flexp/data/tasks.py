@@ -1,4 +1,4 @@
-"""Tasks: rows to batches, losses and metrics; the only place that knows a tokenizer."""
+"""Tasks: rows to batches, losses and metrics; the only place that knows a tokenizer or pixels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flexp.data.columns import is_integer, label_names, label_of, text_of
+from flexp.data.columns import file_of, is_integer, label_names, label_of, text_of
 from flexp.data.examples import IGNORED, Batch, Example, Examples, Shard, Side, Split, pad
-from flexp.data.loss import Sums, chunked_loss, counted, means, wide
+from flexp.data.images import Pixels
+from flexp.data.loss import Sums, chunked_loss, counted, hits, macro, means, wide
 from flexp.data.sources import Row
 from flexp.data.tokens import begin_of, filler_of, ids_of, only
 from flexp.errors import DataError, nearest
@@ -73,15 +74,17 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class Classification:
-    """One of a few labels for a text; the logits are [B, labels]."""
+    """One of a few labels for a text or, read by ``Pixels``, an image; the logits are [B, labels].
+
+    ``text`` is the column of either.
+    """
 
     labels: tuple[str, ...]
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | Pixels
     text: str = "text"
     label: str = "label"
     max_length: int = 128
     side: Side = "right"
-    name: Literal["classification"] = field(default="classification", init=False)
     metric: Literal["accuracy"] = field(default="accuracy", init=False)
     higher_is_better: Literal[True] = field(default=True, init=False)
     rows_at_once: Literal[64] = field(default=64, init=False)
@@ -94,10 +97,19 @@ class Classification:
                 "classification needs two or more, each once. Name them in task.labels."
             )
 
+    @property
+    def name(self) -> Literal["classification", "images"]:
+        """The kind of task, which is another for images, as their models are."""
+        return "images" if isinstance(self.tokenizer, Pixels) else "classification"
+
     def encode(self, rows: Sequence[Row]) -> Examples:
         """Label names, or places 0 to n-1 unless the names are numbers themselves."""
+        labels, origins = tuple(self._index(row) for row in rows), tuple(row.origin for row in rows)
+        if isinstance(self.tokenizer, Pixels):
+            cells = ((file_of(row, self.text), row) for row in rows)
+            images = (self.tokenizer.fitted(cell, r.origin, r.base) for cell, r in cells)
+            return Examples(tuple(images), labels, origins)
         texts = [text_of(row, self.text) for row in rows]
-        labels = tuple(self._index(row) for row in rows)
         ids = ids_of(self.tokenizer, texts, whole=True, max_length=self.max_length)
         for row, held in zip(rows, ids, strict=True):
             if not held:
@@ -105,21 +117,23 @@ class Classification:
                     f'{row.origin}: column "{self.text}" has no token that this model knows. '
                     "Write other text, or remove the row."
                 )
-        return Examples(ids, labels, tuple(row.origin for row in rows))
+        return Examples(ids, labels, origins)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         picked = examples.pick(indices)
         labels = torch.tensor(picked.labels, dtype=torch.int64)
+        if isinstance(self.tokenizer, Pixels):
+            return Batch(self.tokenizer.batch(picked.ids), labels)
         return Batch(pad(picked.ids, filler_of(self.tokenizer), self.side), labels)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return functional.cross_entropy(wide(logits), labels)
 
     def measure(self, logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
-        return counted(wide(logits), labels)
+        return counted(wide(logits), labels) | hits(logits, labels)
 
     def finish(self, sums: Sums) -> dict[str, float]:
-        return means(sums)
+        return macro(sums)
 
     def _index(self, row: Row) -> int:
         value = label_of(row, self.label)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from flexp import libraries
 from flexp.data.examples import Example
+from flexp.data.images import Pixels
 from flexp.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,8 +26,10 @@ def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         raise DataError(f'"{source}" has no tokenizer that can be opened: {first}') from problem
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of all that decides which ids a text becomes."""
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | Pixels) -> str:
+    """SHA-256 of all that decides which ids a text, or numbers an image, becomes."""
+    if isinstance(tokenizer, Pixels):
+        return tokenizer.digest
     held = cast("Any", tokenizer)
     inner = getattr(held, "backend_tokenizer", None)
     whole = inner.to_str() if inner is not None else json.dumps(held.get_vocab(), sort_keys=True)
@@ -34,8 +37,10 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{whole}\n{special}".encode()).hexdigest()
 
 
-def padding_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that batches are padded with."""
+def padding_of(tokenizer: PreTrainedTokenizerBase | Pixels) -> int | None:
+    """The id that batches are padded with; None of images."""
+    if isinstance(tokenizer, Pixels):
+        return None
     held = cast("Any", tokenizer)
     return held.pad_token_id if held.pad_token_id is not None else held.eos_token_id
 

@@ -17,7 +17,7 @@ from flexp import __version__, assets
 from flexp.client.store import StoredMemory
 from flexp.data import sources
 from flexp.data.sources import Row
-from flexp.data.tokens import open_tokenizer, tokenizer_digest
+from flexp.data.tokens import tokenizer_digest
 from flexp.errors import (
     DataError,
     ExportError,
@@ -49,6 +49,7 @@ from flexp.link.control import (
 from flexp.link.dial import GrpcLink, TurnLost
 from flexp.link.grpc import Keepalive
 from flexp.model.files import Manifest
+from flexp.model.reader import open_reader
 from flexp.model.skeleton import Skeleton
 from flexp.parcel import file_name, write_atomic
 from flexp.plan.devices import measure, measure_flops, measure_link
@@ -216,10 +217,10 @@ class Stay:
                 device=self.asked.device,
                 say=self.say,
             )
-        if tokenizer_digest(open_tokenizer(member.model)) != welcome.tokenizer:
+        if tokenizer_digest(open_reader(member.model, recipe.task.kind)) != welcome.tokenizer:
             raise LinkError(
-                f"The tokenizer in {member.model} is another one than the server's. Leave --model "
-                "out to fetch it from the server."
+                f"The tokenizer in {member.model}, or how it takes images, is another one than the "
+                "server's. Leave --model out to fetch it from the server."
             )
         self.link.wire = recipe.link.of(name)
         space = spaces_of(recipe, name, self.rows)

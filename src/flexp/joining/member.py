@@ -20,7 +20,7 @@ from flexp.data.objectives import objective_of
 from flexp.data.shards import check
 from flexp.data.sources import Row
 from flexp.data.tasks import Loss, Task
-from flexp.data.tokens import open_tokenizer, padding_of
+from flexp.data.tokens import padding_of
 from flexp.dice import Dice
 from flexp.engine.guests import turn_name
 from flexp.engine.host import beginning
@@ -35,6 +35,7 @@ from flexp.model.files import Manifest
 from flexp.model.hollow import part
 from flexp.model.ops import SlotSpec
 from flexp.model.prefix import Prefix
+from flexp.model.reader import open_reader
 from flexp.model.skeleton import skeleton
 from flexp.own_tasks import classes_of
 from flexp.parcel import Parcel
@@ -86,7 +87,7 @@ class Member:
         """
         shared = self.recipe.task
         labels = shared.labels or space[1:]
-        if shared.kind == "classification" and len(labels) < 2:  # others will come
+        if shared.kind != "causal-lm" and len(labels) < 2:  # others will come
             labels = (*labels, "one", "other")
         if self.rows:
             self._encoded(labels, note=lambda text: None)
@@ -106,7 +107,7 @@ class Member:
         """The task, whose labels for all are these, and the rows as it has them."""
         recipe, asked = self.recipe, self.recipe.clients.get(self.name)
         shared = recipe.task.model_copy(update={"labels": labels})
-        task = make_task(shared, recipe.data, open_tokenizer(self.model), labels)
+        task = make_task(shared, recipe.data, open_reader(self.model, shared.kind), labels)
         if asked is not None and has_own(asked):
             task = own_task(asked, shared, recipe.data, task, self.rows)
         if not self.rows:
@@ -181,7 +182,7 @@ class Member:
             device=self.device,
             blocks_at=recipe.model.blocks_at,
             name=recipe.model.source,
-            pad=padding_of(open_tokenizer(self.model)),
+            pad=padding_of(open_reader(self.model, recipe.task.kind)),
             chunked=recipe.mode == "fast",
             blocks=near,
         )
@@ -258,6 +259,6 @@ def spaces_of(recipe: Recipe, name: str, rows: Sequence[Row]) -> tuple[str, ...]
         told = told.model_copy(update=asked.task.model_dump(exclude_none=True))
     data = recipe.data
     if asked is not None:
-        columns = {k: getattr(asked, k) for k in ("text", "label", "prompt")}
+        columns = {k: getattr(asked, k) for k in ("text", "image", "label", "prompt")}
         data = data.model_copy(update={k: v for k, v in columns.items() if v is not None})
     return (told.kind, *labels_of(rows, told, data))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,8 +17,17 @@ from torch import Tensor, nn
 
 from flexp import libraries
 from flexp.dice import Dice
-from flexp.errors import AdapterError, nearest
+from flexp.errors import AdapterError
 from flexp.model.skeleton import modules
+from flexp.model.targets import (
+    dense_paths,
+    ending,
+    inside_of,
+    linear_maps,
+    outermost,
+    unknown,
+    wholes,
+)
 from flexp.model.worn import PREFIX, lengths
 from flexp.tensors import Tensors
 
@@ -65,7 +74,7 @@ class Dense:
     """Modules themselves, trained in full.
 
     ``targets`` are paths of modules, or names of linear maps of the blocks as LoRA takes them;
-    empty are all linear maps of the blocks.
+    ``*`` is every block in full, and empty are all linear maps of the blocks.
     """
 
     targets: tuple[str, ...] = ()
@@ -105,16 +114,16 @@ def peft_config(
     Raises AdapterError if a target is not in the blocks.
     """
     peft = libraries.peft()
-    saved = _wholes(net, head) if getattr(kind, "head", True) and head else None
+    saved = wholes(net, head) if getattr(kind, "head", True) and head else None
     if isinstance(kind, Prompt):
         return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=kind.tokens)
     if isinstance(kind, Dense | Head):
-        paths = dense_paths(net, kind, blocks, head) if isinstance(kind, Dense) else []
+        paths = dense_paths(net, kind.targets, blocks, head) if isinstance(kind, Dense) else []
         # PEFT has no method for modules alone: this is a LoRA that by its own word targets nothing.
         return peft.LoraConfig(
             task_type=task,
             target_modules=peft.utils.constants.DUMMY_TARGET_MODULES,
-            modules_to_save=_outermost([*paths, *(saved or ())]),
+            modules_to_save=outermost([*paths, *(saved or ())]),
         )
     table = _table("LORA_TARGET" if isinstance(kind, Lora) else "IA3_TARGET")
     targets, transposed = _targets(net, blocks, kind.targets, table)
@@ -128,70 +137,9 @@ def peft_config(
     )
 
 
-def dense_paths(net: nn.Module, kind: Dense, blocks: str, head: tuple[str, ...] = ()) -> list[str]:
-    """Paths of the modules that a dense adapter trains, without any inside another of them.
-
-    A target that is the path of a module with parameters in the blocks, or of a leaf of the head,
-    is that module; any other is a name. Raises AdapterError for a name that no linear map of the
-    blocks has.
-    """
-    inside = [p for p in linear_maps(net) if p.startswith(f"{blocks}.")]
-    if not (kind.targets or inside):
-        raise AdapterError("adapter.targets: the blocks have no linear map. Name modules by path.")
-    holding = (p for p, m in modules(net).items() if any(True for _ in m.parameters()))
-    whole = {p for p in holding if p.startswith(f"{blocks}.")} | set(head)
-    paths = [] if kind.targets else inside
-    for target in kind.targets:
-        found = [target] if target in whole else _ending(inside, target)
-        if not found:
-            raise _unknown(target, inside)
-        paths += found
-    return _outermost(paths)
-
-
-def _outermost(paths: list[str]) -> list[str]:
-    stems = tuple(f"{p}." for p in paths)
-    return [p for p in dict.fromkeys(paths) if not p.startswith(stems)]
-
-
-def linear_maps(net: nn.Module) -> dict[str, nn.Module]:
-    """The linear maps of a model, by path; the weight of GPT-2's own class is transposed."""
-    linear = nn.Linear, libraries.transformers().Conv1D
-    return {p: m for p, m in modules(net).items() if isinstance(m, linear)}
-
-
 def _table(what: str) -> _Table:
     name = f"TRANSFORMERS_MODELS_TO_{what}_MODULES_MAPPING"
     return getattr(libraries.peft().utils.constants, name)
-
-
-def _ending(paths: Iterable[str], name: str) -> list[str]:
-    return [p for p in paths if p == name or p.endswith(f".{name}")]
-
-
-def _unknown(name: str, inside: list[str]) -> AdapterError:
-    known = sorted({p.rpartition(".")[2] for p in inside})
-    return AdapterError(
-        f'adapter.targets: no linear map "{name}" in the blocks. {nearest(name, known)}'
-    )
-
-
-def _wholes(net: nn.Module, head: tuple[str, ...]) -> list[str]:
-    """The head's leaves, or the module that holds nothing but them: PEFT saves modules whole."""
-    out: dict[str, None] = {}
-    for leaf in head:
-        path = leaf
-        while "." in path:
-            parent = path.rpartition(".")[0]
-            held = {
-                f"{parent}.{name}".rpartition(".")[0]
-                for name, _ in net.get_submodule(parent).named_parameters()
-            }
-            if not held <= set(head):
-                break
-            path = parent
-        out[path] = None
-    return list(out)
 
 
 def _options(kind: Lora | Ia3, type_of: str, rank: int | None) -> dict[str, Any]:
@@ -219,14 +167,14 @@ def _targets(
     stay a list unless a name also occurs outside the blocks; then a pattern confines it.
     """
     maps = linear_maps(net)
-    inside = [p for p in maps if p.startswith(f"{blocks}.")]
+    inside = inside_of(maps, blocks)
     listed = table.get(_type_of(net))
     names = list(wanted) or (listed if isinstance(listed, list) else [])
     names = names or sorted({p.rpartition(".")[2] for p in inside})
-    hits = {n: _ending(maps, n) for n in names}
+    hits = {n: ending(maps, n) for n in names}
     for name, paths in hits.items():
         if wanted and not set(paths) & set(inside):
-            raise _unknown(name, inside)
+            raise unknown(name, inside)
     used = [p for paths in hits.values() for p in paths]
     transposed = any(not isinstance(maps[p], nn.Linear) for p in used)
     if set(used) <= set(inside):
@@ -243,7 +191,7 @@ def layout(
     Raises AdapterError if there is nothing to train, or a target is unknown.
     """
     out: dict[str, tuple[int, ...]] = {}
-    paths = dense_paths(net, kind, blocks, head) if isinstance(kind, Dense) else []
+    paths = dense_paths(net, kind.targets, blocks, head) if isinstance(kind, Dense) else []
     paths += head if getattr(kind, "head", True) else ()
     known = modules(net)
     for path in paths:

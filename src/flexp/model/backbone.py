@@ -1,12 +1,10 @@
-"""Opens a frozen Hugging Face model and makes its forward cuttable, whatever its family.
-
-A check at open compares a cut forward with a whole one.
-"""
+"""Opens a frozen model and makes it cuttable; a check compares a cut forward with a whole one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,9 +22,11 @@ from flexp.model.skeleton import (
     bare,
     block_list,
     head_leaves,
+    image_shape,
     modules,
     read_config,
     reads_ids,
+    states_of,
 )
 from flexp.model.weights import Checkpoint
 from flexp.model.worn import PREFIX, Wearing, Worn
@@ -63,12 +63,13 @@ class Backbone:
         self.held = frozenset(i for i in every if f"{self.blocks_path}.{i}" not in self.absent)
         self.head = () if task == "causal-lm" else head_leaves(model, lacking, self.blocks_path)
         self.dtype = next(model.parameters()).dtype
-        with lent(model, list(blocks), self.held):
+        self.states = states_of(self.config, task, blocks_at)
+        with lent(model, list(blocks), self.held, self.states):
             self.in_tuple, self.width = self._probe(blocks)
         equip(model, self.blocks_path, blocks, self.in_tuple, self.head)
         self._layouts: dict[tuple[Kind, int | None], Layout] = {}
         self.spoken: set[tuple[int, int | None, bool]] = set()  # blocks proved to run with a cache
-        with lent(model, [block.forward for block in blocks], self.held):
+        with lent(model, [b.forward for b in blocks], self.held, self.states):
             self.check(self)
             self.output = self._tapped() if chunked and task == "causal-lm" else None
 
@@ -97,10 +98,11 @@ class Backbone:
         them. A server's trunk also does without what lies ``outside``: its embeddings are blank,
         its output embedding absent (a classifier's small head stays).
 
-        Parameters that the checkpoint lacks begin the same everywhere, from ``seed``. ``pad`` is
-        the tokenizer's padding id. ``chunked`` lets a loss take the logits of a wide vocabulary a
-        few tokens at a time, which adds in another order than whole logits do. With ``quantize``
-        the blocks' linear maps hold codes, made on the processor. Raises ModelError.
+        Parameters that the checkpoint lacks begin the same everywhere, from ``seed``: all of them,
+        where the config says that the model is drawn. ``pad`` is the tokenizer's padding id.
+        ``chunked`` lets a loss take the logits of a wide vocabulary a few tokens at a time, which
+        adds in another order than whole logits do. With ``quantize`` the blocks' linear maps hold
+        codes, made on the processor. Raises ModelError.
         """
         config = read_config(source, task, classes, revision)
         if pad is not None and getattr(config, "pad_token_id", None) is None:
@@ -157,10 +159,10 @@ class Backbone:
     ) -> Tensor:
         """Blocks ``first`` to ``last`` of one forward, from ``feed`` if given.
 
-        Returns the hidden state [rows, length, width] at ``last``, or the logits if it is None;
-        with ``tap`` what the output embedding would have read. ``recompute`` keeps nothing from
-        inside a block for the backward pass, which runs it again. The blocks that run read and
-        write their layers of a ``cache``.
+        Returns the hidden state at ``last`` ([rows, length, width], or as images have it), or the
+        logits if it is None; with ``tap`` what the output embedding would have read. ``recompute``
+        keeps nothing from inside a block for the backward pass, which runs it again. The blocks
+        that run read and write their layers of a ``cache``.
         """
         if feed is not None and first == last:
             return feed
@@ -201,11 +203,8 @@ class Backbone:
                 mask[0, -2:] = 0
                 ids = torch.where(mask.bool(), ids, self.config.pad_token_id)
             return {"input_ids": ids, "attention_mask": mask}
-        size = self.config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (rows, self.config.num_channels, height, width)
-        image = torch.linspace(-1, 1, rows * shape[1] * height * width).reshape(shape)
-        return {"pixel_values": image.to(self.dtype)}
+        shape = rows, *image_shape(self.config)
+        return {"pixel_values": torch.linspace(-1, 1, prod(shape)).reshape(shape).to(self.dtype)}
 
     def _tapped(self) -> nn.Linear | None:
         """The output embedding, if logits are just its product; families may scale them after."""
@@ -239,7 +238,7 @@ class Backbone:
             )
         in_tuple = [isinstance(out, tuple) for out in seen]
         first = seen[0][0] if in_tuple[0] else seen[0]
-        if not isinstance(first, Tensor) or first.dim() != 3:
+        if not isinstance(first, Tensor) or (self.states is None and first.dim() != 3):
             raise ModelError(f"The blocks of {self.name} do not pass on one hidden state.")
         return in_tuple, int(first.shape[-1])
 

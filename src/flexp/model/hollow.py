@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from flexp.errors import ModelError
 from flexp.model.adapter import Layout
-from flexp.model.skeleton import Skeleton, modules, reads_ids
+from flexp.model.skeleton import Shape, Skeleton, States, inputs_of, modules, reads_ids
 from flexp.model.worn import PREFIX
 
 _IGNORED = "_keys_to_ignore_on_load_unexpected"  # transformers' own patterns
@@ -55,6 +56,20 @@ class Blank(Absent):
     def _blank(self, ids: Tensor) -> Tensor:
         columns = torch.arange(self.width, device=ids.device)
         return torch.sin(ids[..., None] + columns).to(self.dtype)
+
+
+class StandIn:
+    """Runs in place of an absent block that no other can stand for, as it gives another shape."""
+
+    def __init__(self, shape: Shape, in_tuple: bool) -> None:
+        self.shape, self.in_tuple = shape, in_tuple
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Numbers that differ from place to place, whatever comes in."""
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        numbers = torch.arange(len(hidden) * prod(self.shape), device=hidden.device)
+        out = torch.sin(numbers).reshape(len(hidden), *self.shape).to(hidden.dtype)
+        return (out,) if self.in_tuple else out
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,7 @@ def without(bones: Skeleton, blocks: Iterable[int], *, outside: bool) -> Part:
 def hollow(net: nn.Module, paths: Sequence[str]) -> None:
     """Takes the tensors out of the modules at these paths, and what they did."""
     model: Any = net
-    inputs = model.get_input_embeddings()
+    inputs = inputs_of(net)
     for path in paths:
         module: Any = net.get_submodule(path)
         module.forward = Blank(path, module.weight) if module is inputs else Absent(path)
@@ -163,14 +178,20 @@ def beginnable(shapes: Layout, paths: Sequence[str]) -> Layout:
 
 
 @contextmanager
-def lent(model: nn.Module, blocks: Sequence[Any], held: frozenset[int]) -> Generator[None]:
+def lent(
+    model: nn.Module, blocks: Sequence[Any], held: frozenset[int], states: States | None = None
+) -> Generator[None]:
     """Within this, absent blocks run with a held one's weights, so that all calls can be checked.
 
     ``blocks`` are the owners of their forwards. An absent output embedding gives back what it
-    reads.
+    reads. With ``states``, where blocks may be unlike, an absent one gives numbers of that shape.
     """
     lender = blocks[min(held)]
-    pairs = [(block, lender) for i, block in enumerate(blocks) if i not in held]
+    pairs = [
+        (block, StandIn(states.shapes[i + 1], states.in_tuple) if states else lender)
+        for i, block in enumerate(blocks)
+        if i not in held
+    ]
     output = cast(Any, model).get_output_embeddings()
     if output is not None and isinstance(output.forward, Absent):
         pairs.append((output.forward, nn.Identity()))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from flexp import libraries
 from flexp.errors import ModelError
-from flexp.model.adapter import Dense, Kind, linear_maps
+from flexp.model.adapter import Dense, Kind
+from flexp.model.targets import linear_maps
 from flexp.precision import product
 from flexp.quantized import Form, Quantized, blank, quantize
 

@@ -16,8 +16,10 @@ from torch import nn
 
 from flexp import libraries
 from flexp.errors import ModelError
+from flexp.model import vision
 
 TaskKind = Literal["classification", "causal-lm", "images"]
+Shape = tuple[int, ...]
 
 _AUTO: Mapping[TaskKind, str] = {
     "classification": "AutoModelForSequenceClassification",
@@ -33,6 +35,7 @@ PEFT_TASK: Mapping[TaskKind, str] = {
 
 def auto(task: TaskKind) -> Any:
     """The class that makes and loads models for a task, whatever their family."""
+    vision.register()
     return getattr(libraries.transformers(), _AUTO[task])
 
 
@@ -94,7 +97,6 @@ class Skeleton:
     model: nn.Module
     blocks_path: str
     depth: int
-    width: int
     config: Any
 
 
@@ -112,13 +114,13 @@ def bare(config: Any, task: TaskKind, *, blocks_at: str | None = None) -> Skelet
     with torch.device("meta"):
         model = auto(task).from_config(config)
     path, blocks = block_list(model, blocks_at)
-    width = int(model.get_input_embeddings().weight.shape[1]) if reads_ids(model) else 0
-    return Skeleton(model, path, len(blocks), width or int(config.hidden_size), config)
+    return Skeleton(model, path, len(blocks), config)
 
 
 def read_config(source: str | Path, task: TaskKind, classes: int, revision: str | None) -> Any:
     """The config of a model folder or hub id; encoder-decoders are refused."""
     more = {"num_labels": classes} if task != "causal-lm" else {}
+    vision.register()
     try:
         make = libraries.transformers().AutoConfig
         config = make.from_pretrained(source, revision=revision, **more)
@@ -134,6 +136,59 @@ def read_config(source: str | Path, task: TaskKind, classes: int, revision: str 
             "one hidden state at the cut is not enough. Choose an encoder or a decoder."
         )
     return config
+
+
+def drawn(config: Any) -> bool:
+    """Whether there is no checkpoint: all of the model's weights are drawn from a run's seed."""
+    return bool(getattr(config, "drawn", False))
+
+
+def inputs_of(model: nn.Module) -> nn.Module | None:
+    """The input embeddings; None where the class names none."""
+    try:
+        return cast(Any, model).get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def image_shape(config: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model takes."""
+    size = getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(config.num_channels), int(height), int(width)
+
+
+@dataclass(frozen=True)
+class States:
+    """Shapes of one row's hidden state before each block and behind the last one.
+
+    ``in_tuple``: whether a block gives it as the first of several.
+    """
+
+    shapes: tuple[Shape, ...]
+    in_tuple: bool
+
+
+def states_of(config: Any, task: TaskKind, blocks_at: str | None = None) -> States | None:
+    """The states of a model of images, from its config; None where rows differ in length."""
+    if task != "images":
+        return None
+    net = bare(config, task, blocks_at=blocks_at).model.eval()
+    _, blocks = block_list(net, blocks_at)
+    seen: list[Any] = []
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: seen.append(out)))
+    with torch.no_grad():
+        net(pixel_values=torch.empty(1, *image_shape(config), device="meta"))
+    for hook in hooks:
+        hook.remove()
+    in_tuple = isinstance(seen[-1], tuple)
+    seen[-1] = seen[-1][0] if in_tuple else seen[-1]
+    return States(tuple(tuple(one.shape[1:]) for one in seen), in_tuple)
 
 
 def reads_ids(model: nn.Module) -> bool:

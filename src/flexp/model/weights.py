@@ -15,9 +15,9 @@ from flexp import libraries
 from flexp.dice import Dice
 from flexp.errors import ModelError
 from flexp.model.files import tables
-from flexp.model.hollow import Part, part, without
+from flexp.model.hollow import Part, hollow, part, without
 from flexp.model.quantize import Quantize, quantizable, quantize_maps, together
-from flexp.model.skeleton import Skeleton, TaskKind, auto, bare
+from flexp.model.skeleton import Skeleton, TaskKind, auto, bare, drawn
 from flexp.precision import widen
 
 
@@ -42,8 +42,10 @@ class Checkpoint:
         outside: bool = True,
         quantize: Quantize | None = None,
         blocks_at: str | None = None,
-    ) -> tuple[nn.Module, set[str], str | None]:
+    ) -> tuple[nn.Module, set[str] | None, str | None]:
         """The model, the names of what the checkpoint lacks, and the path of the list of blocks.
+
+        Of a model that is drawn there is no checkpoint to lack anything (None).
 
         Only the tensors of these blocks are read (None: all), and what lies ``outside``. The path
         stays as it is given where nothing is left out. Raises ModelError; no parser sees a file of
@@ -51,6 +53,8 @@ class Checkpoint:
         """
         if Path(self.source).is_dir():
             tables(Path(self.source))
+        if drawn(self.config):
+            return self._drawn(blocks, blocks_at, quantize)
         if blocks is None and outside and quantize is None:
             return *self._read(), blocks_at
         bones = bare(self.config, self.task, blocks_at=blocks_at)
@@ -59,6 +63,21 @@ class Checkpoint:
             return *self._read(wanted), bones.blocks_path
         held = range(bones.depth) if blocks is None else sorted(blocks)
         return *self._quantized(bones, held, outside, quantize), bones.blocks_path
+
+    def _drawn(
+        self, blocks: Iterable[int] | None, blocks_at: str | None, quantize: Quantize | None
+    ) -> tuple[nn.Module, None, str]:
+        """The model that a config describes, without a checkpoint."""
+        if quantize is not None:
+            raise ModelError(
+                f'"{self.source}" is drawn, not pretrained: its weights are what is trained, so '
+                "they cannot be codes. Set model.quantize to none."
+            )
+        bones = bare(self.config, self.task, blocks_at=blocks_at)
+        model = cast(nn.Module, auto(self.task).from_config(self.config))
+        hollow(model, part(bones, blocks, outside=True).absent)
+        fill(model, {name for name, _ in model.named_parameters()}, self.dice, drawn=True)
+        return model.to(self.dtype), None, bones.blocks_path
 
     def _read(self, wanted: Part | None = None) -> tuple[nn.Module, set[str]]:
         loader = auto(self.task) if wanted is None else wanted.loader()
@@ -134,10 +153,11 @@ def _freed(block: nn.Module, model: nn.Module) -> nn.Module:
     return block
 
 
-def fill(model: nn.Module, lacking: set[str], dice: Dice) -> None:
+def fill(model: nn.Module, lacking: set[str], dice: Dice, *, drawn: bool = False) -> None:
     """Gives parameters that the checkpoint lacks the same values in every process.
 
-    Matrices are normal with the config's own width, gains one, biases zero.
+    Matrices are normal with the config's own width, gains one, biases zero. Where all is ``drawn``
+    the variance of a matrix is one over the numbers that each output reads (LeCun et al. 1998).
     """
     std = float(getattr(cast(Any, model).config, "initializer_range", 0.02) or 0.02)
     with torch.no_grad():
@@ -146,6 +166,9 @@ def fill(model: nn.Module, lacking: set[str], dice: Dice) -> None:
                 continue
             if value.dim() > 1:
                 fresh = torch.empty(value.shape)
-                value.copy_(fresh.normal_(0.0, std, generator=dice("fill", name=name).generator()))
+                width = value[0].numel() ** -0.5 if drawn else std
+                value.copy_(
+                    fresh.normal_(0.0, width, generator=dice("fill", name=name).generator())
+                )
             else:
                 value.fill_(1.0 if name.endswith("weight") else 0.0)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexp.errors import ModelError
 from flexp.model.meter import operations
-from flexp.model.skeleton import Skeleton, TaskKind, bare, reads_ids
+from flexp.model.skeleton import Skeleton, TaskKind, bare, image_shape, reads_ids
 
 _ITEM = torch.ops.aten._local_scalar_dense  # noqa: SLF001
 _BMM = torch.ops.aten.bmm
@@ -81,10 +81,8 @@ def sample(net: nn.Module, length: int) -> dict[str, Tensor]:
             )
         ids = torch.zeros(1, length, dtype=torch.long, device="meta")
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    config: Any = net.config
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return {"pixel_values": torch.empty(1, config.num_channels, height, width, device="meta")}
+    shape = image_shape(cast(Any, net).config)
+    return {"pixel_values": torch.empty(1, *shape, device="meta")}
 
 
 @contextmanager

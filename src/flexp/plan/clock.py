@@ -60,9 +60,9 @@ def step_load(
     if head_near and front + back == costs.blocks:
         return Load(near, 0, 0, 0, 0)
     far = far_flops(work, front, back, head_near=head_near)
-    hidden = crossing_bytes(costs)
-    sent = hidden + {"u": hidden, "logits": costs.logits_bytes, "loss": costs.label_bytes}[form]
-    both = step_bytes(costs, form, front_trains=work.first < front)
+    hidden, returned = (crossing_bytes(costs, at) for at in (front, costs.blocks - back))
+    sent = hidden + {"u": returned, "logits": costs.logits_bytes, "loss": costs.label_bytes}[form]
+    both = step_bytes(costs, form, work.first < front, cut)
     waits = -(-max(accumulate, costs.window) // costs.window)
     return Load(near, far, sent, both - sent, waits if costs.ahead else 2 * waits)
 

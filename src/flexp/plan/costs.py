@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from flexp.errors import CutError, PlanError
@@ -28,6 +29,8 @@ class BlockCosts:
     hidden state as it crosses the link (None: as it is held). ``window`` parts of a batch are under
     way at a time; with ``ahead`` the fronts of as many more are there while these wait for their
     gradients.
+    ``states`` are the shapes of one row's hidden state before each block and behind the last, where
+    these differ (empty: length · width), ``packed_states`` their batches' bytes as they cross.
     ``cache_bytes`` of hidden states may be kept in front of what trains.
     """
 
@@ -52,6 +55,8 @@ class BlockCosts:
     window: int = 1
     ahead: bool = False
     cache_bytes: int = 0
+    states: tuple[tuple[int, ...], ...] = ()
+    packed_states: tuple[int, ...] = ()
     full: Trial | None = None
     single: Trial | None = None
 
@@ -95,11 +100,13 @@ def near_bytes(
     reading = _reading(costs, near, outside, weights)
     training = _training(_Rows(costs, rows, recompute), (cut_front, cut_back), head_near, ahead)
     # A step copies what it moves: the tensors, the scaled gradient and the moments.
+    comes_back = costs.blocks - cut_back if head_near else cut_front
+    both = message_bytes(costs, cut_front) + message_bytes(costs, comes_back)
     parts = {
         "weights": weights,
         "adapters": (2 + ahead + window + costs.moments) * adapter,
         "activations": max(training, (2 + costs.moments) * adapter, reading),
-        "link": 0 if whole else (2 + 2 * ahead) * message_bytes(costs) * rows // costs.batch,
+        "link": 0 if whole else (1 + ahead) * both * rows // costs.batch,
         "process": costs.process_bytes,
     }
     if costs.cache_bytes:
@@ -186,28 +193,46 @@ def _training(held: _Rows, cut: tuple[int, int], head_near: bool, ahead: bool) -
     most = max(most, kept + max((one.work for one in tail), default=0))
     whole = head_near and len(front) + len(tail) == costs.blocks
     # While anything works, one of the link's two messages is gone already.
-    return most if whole else max(crossing, most - held.message)
+    gone = held.message
+    if costs.states:
+        ends = cut_front, costs.blocks - cut_back
+        gone = min(message_bytes(costs, at) for at in ends) * held.rows // costs.batch
+    return most if whole else max(crossing, most - gone)
 
 
-def message_bytes(costs: BlockCosts) -> int:
-    """S, the size of one hidden state: batch · length · width · itemsize."""
-    return costs.batch * costs.length * costs.width * costs.itemsize
+def message_bytes(costs: BlockCosts, at: int | None = None) -> int:
+    """S, the size of one hidden state: batch · length · width · itemsize.
+
+    Where they differ, that before block ``at``, or the largest.
+    """
+    sizes = [prod(shape) for shape in costs.states] or [costs.length * costs.width]
+    size = sizes[at] if costs.states and at is not None else max(sizes)
+    return costs.batch * size * costs.itemsize
 
 
-def crossing_bytes(costs: BlockCosts) -> int:
+def crossing_bytes(costs: BlockCosts, at: int | None = None) -> int:
     """What crosses the link for one hidden state, or for its gradient: S, or less if packed."""
-    return message_bytes(costs) if costs.packed_bytes is None else costs.packed_bytes
+    if costs.packed_states:
+        return max(costs.packed_states) if at is None else costs.packed_states[at]
+    return message_bytes(costs, at) if costs.packed_bytes is None else costs.packed_bytes
 
 
-def step_bytes(costs: BlockCosts, form: Form = "u", front_trains: bool = True) -> int:
-    """Bytes over the link in one training step, both ways; the cut does not matter.
+def step_bytes(
+    costs: BlockCosts,
+    form: Form = "u",
+    front_trains: bool = True,
+    cut: tuple[int, int] | None = None,
+) -> int:
+    """Bytes over the link in one training step, both ways.
 
     ``u``: 4 S. ``logits``: 2 S, and logits and their gradient. ``loss``: 2 S and the labels.
-    Without a trainable tensor in the front its gradient, one S, stays away.
+    Without a trainable tensor in the front its gradient, one S, stays away. The ``cut`` matters
+    only where hidden states differ in shape.
     """
-    hidden = crossing_bytes(costs)
+    front, back = cut or (None, None)
+    hidden = crossing_bytes(costs, front)
     extra = {
-        "u": 2 * hidden,
+        "u": 2 * crossing_bytes(costs, None if back is None else costs.blocks - back),
         "logits": 2 * costs.logits_bytes,
         "loss": costs.label_bytes,
     }
@@ -220,7 +245,7 @@ def frame_bytes(costs: BlockCosts, scored: int, slots: int) -> int:
     Twice that, and room for masks, labels, names and whatever else a method sends.
     """
     rows = max(costs.batch, scored)
-    hidden = rows * costs.length * costs.width * max(4, costs.itemsize)
+    hidden = rows * message_bytes(costs) // (costs.batch * costs.itemsize) * max(4, costs.itemsize)
     logits = rows * costs.logits_bytes // costs.batch
     adapter = sum(costs.adapter_block_bytes) + costs.adapter_head_bytes
     return (16 << 20) + 2 * max(hidden, logits, (1 + costs.moments) * max(1, slots) * adapter)

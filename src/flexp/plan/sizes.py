@@ -15,7 +15,7 @@ from torch import nn
 from flexp.errors import ModelError
 from flexp.model.adapter import Layout
 from flexp.model.quantize import Quantize, quantizable, shape_of
-from flexp.model.skeleton import Skeleton, TaskKind
+from flexp.model.skeleton import Skeleton, TaskKind, inputs_of
 from flexp.plan.costs import BlockCosts, message_bytes
 from flexp.plan.trial import Held, Shape, Trial, Weights, attempt
 from flexp.quantized import quantized_bytes
@@ -86,6 +86,7 @@ def measure_costs(
     batch: int,
     length: int,
     itemsize: int,
+    states: tuple[tuple[int, ...], ...] = (),
 ) -> BlockCosts:
     """The sizes of a Hugging Face model, maybe on the meta device: no weight is read.
 
@@ -97,7 +98,8 @@ def measure_costs(
     blocks = _block_list(model, blocks_path)
     embed, head, seen_block = 0, 0, False
     sizes, early = [0] * len(blocks), set[int]()
-    inputs = {id(p) for p in _input_embeddings(model)}
+    embeddings = inputs_of(model)  # a few classes name none; order of registration decides then
+    inputs = {id(p) for p in embeddings.parameters()} if embeddings is not None else set[int]()
     for name, parameter in model.named_parameters():
         size = parameter.numel() * itemsize
         index = _block_of(name, blocks_path)
@@ -112,7 +114,7 @@ def measure_costs(
     adapter_sizes, adapter_head = adapter_bytes(adapters, blocks_path, len(blocks), itemsize)
     return BlockCosts(
         blocks=len(blocks),
-        width=_width(model),
+        width=0 if states else _width(model),
         embed_bytes=embed,
         block_bytes=tuple(sizes),
         head_bytes=head,
@@ -122,6 +124,7 @@ def measure_costs(
         length=length,
         itemsize=itemsize,
         tied_bytes=_tied(model, blocks_path, early) * itemsize,
+        states=states,
     )
 
 
@@ -143,13 +146,6 @@ def _block_list(model: nn.Module, path: str) -> nn.ModuleList:
     if not isinstance(found, nn.ModuleList) or len(found) == 0:
         raise ModelError(f'"{path}" is no list of blocks but a {type(found).__name__}.')
     return found
-
-
-def _input_embeddings(model: nn.Module) -> list[nn.Parameter]:
-    try:
-        return list(cast("Any", model).get_input_embeddings().parameters())
-    except NotImplementedError:  # a few classes name none; order of registration decides then
-        return []
 
 
 def _width(model: nn.Module) -> int:

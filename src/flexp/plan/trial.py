@@ -28,7 +28,17 @@ from flexp.model.cut import Pass, Stopped, Tap, run
 from flexp.model.dress import dropping
 from flexp.model.meter import Meter
 from flexp.model.quantize import Quantize, blank_maps, quantizable
-from flexp.model.skeleton import Skeleton, TaskKind, bare, head_leaves, modules, reads_ids
+from flexp.model.skeleton import (
+    Skeleton,
+    States,
+    TaskKind,
+    bare,
+    head_leaves,
+    image_shape,
+    modules,
+    reads_ids,
+    states_of,
+)
 from flexp.model.worn import PREFIX, read
 
 
@@ -89,13 +99,14 @@ def attempt(
     """
     config = copy.deepcopy(bones.config)
     config.use_cache = False
+    states = states_of(config, task, bones.blocks_path)
     fresh = bare(config, task, blocks_at=bones.blocks_path)
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         _fake(fresh.model.eval().requires_grad_(False), weights.dtype)
         if (how := weights.quantize) is not None:
             paths = quantizable(fresh.model, fresh.blocks_path, how.kind)
             blank_maps(fresh.model, paths, how.form)
-        return _Model(fresh, task, adapter, shape).trial()
+        return _Model(fresh, task, adapter, shape, states).trial()
 
 
 @contextmanager
@@ -124,7 +135,14 @@ def _fake(net: nn.Module, dtype: torch.dtype) -> None:
 class _Model:
     """A skeleton with stations, ready to run a part of itself."""
 
-    def __init__(self, bones: Skeleton, task: TaskKind, adapter: Layout, shape: Shape) -> None:
+    def __init__(
+        self,
+        bones: Skeleton,
+        task: TaskKind,
+        adapter: Layout,
+        shape: Shape,
+        states: States | None,
+    ) -> None:
         self.net, self.task, self.shape, self.adapter = bones.model, task, shape, adapter
         self.path, self.depth = bones.blocks_path, bones.depth
         self.blocks = cast(nn.ModuleList, bones.model.get_submodule(self.path))
@@ -132,7 +150,7 @@ class _Model:
         leaves = {k: torch.empty(size, requires_grad=True) for k, size in adapter.items()}
         self.prompt = leaves.get("prompt_embeddings")
         self.worn = dropping(read(leaves, 1.0), shape.dropout, Dice(0))
-        self.inputs = self._inputs(bones.config)
+        self.states, self.inputs = states, self._inputs(bones.config)
         seen = self._first_output()
         in_tuple = isinstance(seen, tuple)
         self.hidden = cast(Tensor, seen[0] if in_tuple else seen)
@@ -147,7 +165,7 @@ class _Model:
         twice = {kind: self._block(n, grad=True, recompute=True) for kind, n in alike.items()}
         return Trial(
             rows=self.shape.rows,
-            message=self.hidden.numel() * self.hidden.element_size(),
+            message=self._feed(0, False).nbytes,
             first=tuple(start[kind] for kind in kinds),
             blocks=tuple(once[kind] for kind in kinds),
             again=tuple(twice[kind] for kind in kinds),
@@ -157,12 +175,8 @@ class _Model:
     def _inputs(self, config: Any) -> dict[str, Tensor]:
         rows, length = self.shape.rows, self.shape.length
         if not reads_ids(self.net):
-            size = config.image_size
-            height, width = (size, size) if isinstance(size, int) else size
-            pixels = torch.empty(
-                rows, config.num_channels, height, width, dtype=next(self.net.parameters()).dtype
-            )
-            return {"pixel_values": pixels}
+            dtype = next(self.net.parameters()).dtype
+            return {"pixel_values": torch.empty(rows, *image_shape(config), dtype=dtype)}
         length += 0 if self.prompt is None else len(self.prompt)
         ids = torch.ones(rows, length, dtype=torch.int64)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -191,15 +205,22 @@ class _Model:
         stem = f"{PREFIX}{self.path}.{n}."
         worn = [(k.removeprefix(stem), s) for k, s in self.adapter.items() if k.startswith(stem)]
         words = [v for m in block.modules() for v in vars(m).values() if isinstance(v, str)]
-        return f"{block}{worn}{words}"
+        return f"{block}{worn}{words}{self.states and self.states.shapes[n]}"
+
+    def _feed(self, n: int, grad: bool) -> Tensor:
+        """What enters block ``n``."""
+        if self.states is None:
+            return torch.empty_like(self.hidden, requires_grad=grad)
+        shape = self.shape.rows, *self.states.shapes[n]
+        return torch.empty(shape, dtype=self.hidden.dtype, requires_grad=grad)
 
     def _block(self, n: int, *, grad: bool, recompute: bool = False) -> Held:
-        feed = torch.empty_like(self.hidden, requires_grad=grad)
+        feed = self._feed(n, grad)
         now = Pass(n, n + 1, feed, self.worn, recompute=recompute)
         return _held(lambda: run(self.net, now, self.inputs))
 
     def _end(self) -> Held:
-        feed = torch.empty_like(self.hidden, requires_grad=True)
+        feed = self._feed(self.depth, True)
         output = self._tapped(feed) if self.shape.chunked and self.task == "causal-lm" else None
         now = Pass(self.depth, None, feed, self.worn, tap=output is not None)
         return _held(lambda: self._loss(run(self.net, now, self.inputs), output))

@@ -13,16 +13,21 @@ from flexp.errors import LinkError, ParcelError
 from flexp.link.messages import Forward, Message, Submit
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
+from flexp.model.skeleton import image_shape
 from flexp.model.slots import Slots
 from flexp.parcel import plain_facts
 from flexp.selection import NEAR, select
 from flexp.tensors import PerRow, Tensors, finite, terms
 
 
-def check_rows(backbone: Backbone, m: Forward) -> None:
+def check_rows(backbone: Backbone, seat: Seat, m: Forward) -> None:
     """LinkError unless what is on board are hidden states, and as many as it is said."""
     width, shape = backbone.width, list(m.hidden.shape)
-    if m.hidden.dim() != 3 or shape[-1] != width:
+    if backbone.states is not None:
+        wanted = list(backbone.states.shapes[seat.cut.front])
+        if not shape or shape[1:] != wanted:
+            raise LinkError(f"A hidden state at this cut is {wanted} a row; this one is {shape}.")
+    elif m.hidden.dim() != 3 or shape[-1] != width:
         raise LinkError(f"A hidden state is [rows, length, {width}]; this one is {shape}.")
     here = sum(n >= 0 for n in m.rows)
     if m.rows and (here != shape[0] or m.wants):
@@ -43,8 +48,13 @@ def check(backbone: Backbone, seat: Seat, m: Forward) -> None:
     if not m.hidden.numel():
         raise LinkError("A hidden state has numbers; this one has 0.")
     rows, length = m.hidden.shape[:2]
+    images = None if backbone.states is None else (rows, *image_shape(backbone.config))
     for name, shape in m.shapes.items():
-        size = (rows, length) if name != "pixel_values" else (rows,)
+        if images is not None:
+            if (name, tuple(shape)) != ("pixel_values", images):
+                raise LinkError(f'"{name}" of shape {list(shape)} does not fit {list(images)}.')
+            continue
+        size = (rows, length)
         # Blanks are made of that shape: what is much larger than the message is an attack.
         most = 16 * m.hidden.numel()
         if tuple(shape[: len(size)]) != size or min(shape) < 0 or math.prod(shape) > most:

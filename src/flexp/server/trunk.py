@@ -210,7 +210,7 @@ class Trunk(ComputeThread):
     # ---- what is computed
 
     def _forward(self, home: Tenancy, m: Forward) -> Work:
-        check_rows(self.backbone, m)
+        check_rows(self.backbone, home.seat, m)
         rows, lacks = self.pending.rows, self.pending.rows.lacking(home.client, m)
         if not lacks:
             m = rows.whole(home.client, m)

@@ -13,7 +13,7 @@ from flexp.data.columns import in_order
 from flexp.data.examples import Examples, Shard
 from flexp.data.federation import Federation, make_task
 from flexp.data.tasks import Task
-from flexp.data.tokens import open_tokenizer, padding_of
+from flexp.data.tokens import padding_of
 from flexp.dice import Dice
 from flexp.engine.guests import Policy
 from flexp.engine.network import NetworkEngine
@@ -21,6 +21,7 @@ from flexp.errors import LinkError, RecipeError, StrategyError
 from flexp.fleet import Fleet, fleet
 from flexp.model.adapter import Kind
 from flexp.model.backbone import Backbone
+from flexp.model.reader import open_reader
 from flexp.model.skeleton import Skeleton, skeleton
 from flexp.own_tasks import classes_of, own_costs
 from flexp.plan.costs import BlockCosts, near_bytes
@@ -56,7 +57,7 @@ class Floor:
         For a draft, before all have come, two labels stand for those that are not known yet.
         """
         labels = labels_of(self.recipe, entries)
-        if draft and len(labels) < 2 and recipe.task.kind == "classification":
+        if draft and len(labels) < 2 and recipe.task.kind != "causal-lm":
             labels = ("one", "other")
         task = make_task(recipe.task, recipe.data, self.tokenizer, labels)
         own = {
@@ -121,7 +122,7 @@ class Floor:
             if asked is None
             else self.recipe.task.model_copy(update=asked.model_dump(exclude_none=True))
         )
-        labels = entry.space[1:] or (("one", "other") if kind == "classification" else ())
+        labels = entry.space[1:] or (() if kind == "causal-lm" else ("one", "other"))
         told = told.model_copy(update={"kind": kind, "labels": labels})
         return make_task(told, self.recipe.data, self.tokenizer, labels)
 
@@ -145,12 +146,14 @@ def floor_of(recipe: Recipe, cache: assets.Cache, say: Say) -> Floor:
     bones = skeleton(source, recipe.task.kind, blocks_at=recipe.model.blocks_at)
     kind = adapter_kind(recipe.adapter)
     sized = costs(recipe, bones, kind)
-    return Floor(recipe, strategy, source, open_tokenizer(source), bones, kind, sized)
+    return Floor(
+        recipe, strategy, source, open_reader(source, recipe.task.kind), bones, kind, sized
+    )
 
 
 def labels_of(recipe: Recipe, entries: Mapping[ClientId, Entry]) -> tuple[str, ...]:
     """The labels of the recipe's task: its own, else all that clients with that task have."""
-    if recipe.task.kind != "classification" or recipe.task.labels:
+    if recipe.task.kind == "causal-lm" or recipe.task.labels:
         return recipe.task.labels
     own = {c for c, asked in recipe.clients.items() if asked.task or asked.label}
     names = {label for c, e in entries.items() if c not in own for label in e.space[1:]}
