@@ -28,6 +28,7 @@ pytest_plugins = [
     "fixtures_assets",
     "fixtures_clock",
     "fixtures_command",
+    "fixtures_images",
     "fixtures_models",
     "suites",
 ]

@@ -308,7 +308,10 @@ def test_every_locked_package_is_pinned_and_hashed(lock: Path) -> None:
 def test_the_lock_covers_what_the_project_declares() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *(r for e in ("data", "gguf", "dev") for r in extras[e])]
+    declared = [
+        *project["dependencies"],
+        *(r for e in ("data", "gguf", "images", "dev") for r in extras[e]),
+    ]
     wanted = {re.split(r"[\[<>=!~; ]", r)[0].lower() for r in declared} - {"torch"}
     locked = {line.split("==")[0] for line in entries(ROOT / "requirements.lock")}
     assert wanted <= locked, f"run `make lock`: {sorted(wanted - locked)}"

@@ -5,16 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from flexp import assets, export, voices
-from flexp.data.tokens import open_tokenizer
+from flexp.data.tasks import Classification
+from flexp.data.tokens import padding_of
 from flexp.dice import Dice
 from flexp.errors import ExportError
-from flexp.model.skeleton import auto
-from flexp.model.weights import fill
+from flexp.model.reader import open_reader
+from flexp.model.skeleton import read_config
+from flexp.model.weights import Checkpoint
 
 Chat = Callable[[str], dict[str, str]]
 
@@ -22,10 +24,12 @@ Chat = Callable[[str], dict[str, str]]
 def predict(folder: Path, texts: Sequence[str], cache: assets.Cache) -> dict[str, Any]:
     """What an exported adapter says to texts, beside the pretrained model; by PEFT alone.
 
+    Of images, which are told by their paths, and of texts with labels it gives these.
+
     A classifier's head is not pretrained, so there the adapter answers alone.
     """
     card = export.card_of(folder)
-    if card.task == "classification":
+    if card.task != "causal-lm":
         return {"adapter": str(folder), "predictions": _labelled(folder, card, texts, cache)}
     spoken = voices.open_voices([folder], cache)
     said = [spoken.speak(text) for text in texts]
@@ -41,23 +45,17 @@ def predict(folder: Path, texts: Sequence[str], cache: assets.Cache) -> dict[str
 def _labelled(
     folder: Path, card: export.Card, texts: Sequence[str], cache: assets.Cache
 ) -> list[dict[str, Any]]:
+    kind: Any = card.task
     source = assets.resolve(card.base, cache, revision=card.revision)
-    tokenizer = open_tokenizer(source)
-    model, info = auto("classification").from_pretrained(
-        source, num_labels=len(card.labels), use_safetensors=True, output_loading_info=True
-    )
-    fill(model, set(info["missing_keys"]), Dice(0))
-    worn = export.open_with_peft(model, folder)
-    batch: Any = cast("Any", tokenizer)(
-        list(texts),
-        padding=True,
-        truncation=True,
-        max_length=card.max_length,
-        return_tensors="pt",
-        split_special_tokens=True,  # as in training: what is spelled out in a text is text
-    )
+    config = read_config(source, kind, len(card.labels), card.revision)
+    reader, dice = open_reader(source, kind), Dice(card.seed)("head")
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = padding_of(reader)
+    model = Checkpoint(source, config, kind, torch.float32, card.revision, dice).load()[0]
+    worn: Any = export.open_with_peft(model.eval(), folder)
+    task = Classification(card.labels, reader, max_length=card.max_length)
     with torch.no_grad():
-        logits: torch.Tensor = worn(**batch).logits
+        logits: torch.Tensor = worn.get_base_model()(**task.asked(texts).inputs).logits
         if card.prior is not None:
             logits = logits + torch.tensor(card.prior)
         chances = torch.softmax(logits.float(), dim=-1)

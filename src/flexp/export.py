@@ -19,7 +19,7 @@ from flexp.data.tokens import open_tokenizer
 from flexp.errors import ExportError, ParcelError
 from flexp.model.adapter import Kind, Prompt, peft_config
 from flexp.model.backbone import Backbone
-from flexp.model.skeleton import PEFT_TASK, auto, bare
+from flexp.model.skeleton import PEFT_TASK, auto, bare, drawn, read_config
 from flexp.model.worn import PREFIX
 from flexp.parcel import write_atomic
 from flexp.products import lora_pairs
@@ -33,7 +33,8 @@ class Card:
     ``base`` is an asset's name, a hub id or a path; ``folder`` is where it lies on this machine,
     for PEFT.
     ``prior`` holds the client's log label frequencies if it was trained relative to them: add them
-    to the logits for the client's own texts, not for others.
+    to the logits for the client's own texts, not for others. ``seed`` is the run's: what no
+    checkpoint has was drawn from it.
     """
 
     base: str
@@ -43,6 +44,7 @@ class Card:
     revision: str | None = None
     prior: tuple[float, ...] | None = None
     folder: str | None = None
+    seed: int = 0
 
 
 def write(folder: Path, adapter: Tensors, backbone: Backbone, kind: Kind, card: Card) -> None:
@@ -80,11 +82,14 @@ def write(folder: Path, adapter: Tensors, backbone: Backbone, kind: Kind, card: 
         "labels": list(card.labels),
         "max_length": card.max_length,
         "prior": list(card.prior) if card.prior is not None else None,
+        "seed": card.seed,
     }
     write_atomic(folder / "flexp.json", json.dumps(note, indent=1).encode())
 
 
-def card_at(desk: Desk, base: str, revision: str | None, folder: Path | None) -> Card:
+def card_at(
+    desk: Desk, base: str, revision: str | None, folder: Path | None, *, seed: int = 0
+) -> Card:
     """The card of what a client has at its desk; ``base`` is the model as its recipe names it."""
     task: Any = desk.task
     local = Path(base).expanduser()
@@ -96,6 +101,7 @@ def card_at(desk: Desk, base: str, revision: str | None, folder: Path | None) ->
         revision=revision,
         prior=None if desk.prior is None else tuple(map(float, desk.prior)),
         folder=None if folder is None else str(folder.resolve()),
+        seed=seed,
     )
 
 
@@ -111,6 +117,7 @@ def card_of(folder: Path) -> Card:
             max_length=note["max_length"],
             revision=note["revision"],
             prior=tuple(prior) if prior is not None else None,
+            seed=int(note.get("seed", 0)),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
         raise ExportError(
@@ -152,6 +159,10 @@ def merge(adapter: Path, source: Path, out: Path, *, labels: int | None = None) 
     card = card_of(adapter)
     more = {} if labels is None else {"num_labels": labels}
     kind: Any = card.task
+    if drawn(read_config(source, kind, labels or 2, card.revision)):
+        raise ExportError(
+            f"{card.base} has no weights of its own to merge into. Use the adapter as it is."
+        )
     plain = auto(kind).from_pretrained(source, use_safetensors=True, dtype=torch.float32, **more)
     worn: Any = open_with_peft(plain, adapter)
     merged = worn.merge_and_unload()
@@ -159,5 +170,6 @@ def merge(adapter: Path, source: Path, out: Path, *, labels: int | None = None) 
         merged.config.id2label = dict(enumerate(card.labels))
         merged.config.label2id = {label: n for n, label in enumerate(card.labels)}
     merged.save_pretrained(str(out))
-    tokenizer: Any = open_tokenizer(source)
-    tokenizer.save_pretrained(str(out))
+    if kind != "images":
+        tokenizer: Any = open_tokenizer(source)
+        tokenizer.save_pretrained(str(out))

@@ -161,9 +161,10 @@ def _bones(asked: Asked, cache: assets.Cache, say: Say) -> tuple[Skeleton, Asked
         source = assets.resolve(asked.model, cache, say=say)
     task = asked.task
     if task is None:
-        made = read_config(source, "causal-lm", 2, None).architectures or [""]
+        config = read_config(source, "causal-lm", 2, None)
+        made = config.architectures or [""]
         speaks = str(made[0]).endswith(("ForCausalLM", "LMHeadModel"))
-        sees = str(made[0]).endswith(("ForImageClassification", "Blocks"))
+        sees = hasattr(config, "num_channels") and not hasattr(config, "vocab_size")
         task = "causal-lm" if speaks else "images" if sees else "classification"
     kind = make({"task": {"kind": task}}, WHERE).task.kind
     return skeleton(source, kind), replace(asked, task=kind)

@@ -235,7 +235,7 @@ def save_adapters(result: Result, folder: Path) -> list[Path]:
         adapter, body = desk.whole(served.adapter), desk.model.backbone
         path = folder / file_name(desk.client)
         base, revision = recipe.model.source, recipe.model.revision
-        card = export.card_at(desk, base, revision, stage.survey.source)
+        card = export.card_at(desk, base, revision, stage.survey.source, seed=recipe.seed)
         export.write(path, adapter, body, adapter_kind(recipe.adapter), card)
         written.append(path)
 

@@ -279,3 +279,28 @@ def test_label_skew_draws_its_labels() -> None:
 def test_what_cannot_be_dealt_names_what_can(refused: Callable[[], object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         refused()
+
+
+def test_dominant_labels_as_in_pfsl() -> None:
+    """Setting 2 of its README: 500 rows, 225 of each of two labels, 6 or 7 of each other one."""
+    labels = [n % 10 for n in range(10 * 700)]
+    wanted = partition.dominant(range(10), 10, 2, 0.9, 500)
+    parts = partition.counted(labels, wanted, dice(1))
+    for n, rows in enumerate(parts.values()):
+        counts = Counter(labels[row] for row in rows)
+        mine = [2 * n % 10, (2 * n + 1) % 10]
+        assert len(rows) == 500
+        assert [counts.pop(label) for label in mine] == [225, 225]
+        assert set(counts.values()) == {6, 7}
+    taken = [row for rows in parts.values() for row in rows]
+    assert len(taken) == len(set(taken))
+    assert parts != partition.counted(labels, wanted, dice(2))
+
+
+def test_dominant_labels_alone_or_too_few_rows() -> None:
+    assert partition.dominant("ab", 2, 2, 0.5, 4) == [{"a": 2, "b": 2}] * 2
+    assert partition.dominant("abc", 1, 1, 1.0, 4) == [{"a": 4, "b": 0, "c": 0}]
+    with pytest.raises(DataError, match=r"per_client"):
+        partition.dominant("ab", 2, 3, 0.9, 4)
+    with pytest.raises(DataError, match=r"Label 1 has 3 rows, but 4 are dealt"):
+        partition.counted("aaab", [{"a": 2, "b": 0}] * 2, dice(1))

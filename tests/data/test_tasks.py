@@ -242,6 +242,8 @@ def test_classification_loss_and_metrics_by_hand(classify: Classification) -> No
         "loss": pytest.approx(nats),
         "macro_f1": pytest.approx(f1),
     }
+    assert classify.metric in done
+    assert classify.higher_is_better
 
 
 def test_macro_f1_of_two_batches_is_that_of_all_rows(classify: Classification) -> None:
@@ -259,8 +261,6 @@ def test_macro_f1_of_two_batches_is_that_of_all_rows(classify: Classification) -
             held = sums.get(name, (0.0, 0.0))
             sums[name] = held[0] + value, held[1] + count
     assert classify.finish(sums)["macro_f1"] == pytest.approx(sum(each) / 3)
-    assert classify.metric in done
-    assert classify.higher_is_better
 
 
 def test_what_was_not_counted_is_absent(classify: Classification) -> None:

@@ -20,6 +20,8 @@ from flexp.model.quantize import Quantize
 from flexp.model.skeleton import image_shape
 from flexp.model.targets import EVERY
 from flexp.model.together import Together
+from flexp.selection import Where
+from flexp.tensors import Tensors
 
 FULL = Dense((EVERY,))
 FORMS: tuple[Labels, ...] = ("keep", "logits", "loss")
@@ -74,6 +76,32 @@ def test_a_hidden_state_that_is_not_of_the_cut_is_refused() -> None:
 def test_lora_needs_linear_maps() -> None:
     with pytest.raises(AdapterError, match="dense"):
         backbone("resnet").layout(Lora(head=False))
+
+
+@pytest.mark.parametrize("seat", [Seat(Cut(2)), Seat(Cut(2), "loss"), whole(3)])
+@pytest.mark.parametrize("family", ["cnn", "resnet", "vit"])
+def test_images_cross_a_front_that_stays_still_once(family: str, seat: Seat) -> None:
+    """Later epochs train the same bits, and the first block has computed each row once."""
+    body, found = backbone(family, 3), list[Tensors]()
+    batches = batches_for(body, 2)
+    station: Any = body.model.get_submodule(f"{body.blocks_path}.0").forward
+    inner, seen = station.forward, list[int]()
+
+    def noted(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(hidden))
+        return inner(hidden, *args, **kwargs)
+
+    station.forward = noted
+    try:
+        for cache in (0, 1 << 20):
+            seen.clear()
+            with at_desk(body, seat, kind=FULL, cache=cache) as (desk, _):
+                desk.fit(batches=iter(batches * 3), train=Where(part="head"))
+                found.append(desk.whole("personal"))
+        assert sum(seen) == sum(batch.rows for batch in batches)
+    finally:
+        station.forward = inner
+    assert same(*found)
 
 
 # ---- without a checkpoint

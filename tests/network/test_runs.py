@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fixtures_images import RESNET
 from network.cluster import CLIENTS, CUTS, Cluster, Recipe, alone, same
 from network.proxy import ConnectProxy
 
-from flexp import assets, commands, recipe_file
+from flexp import answers, assets, commands, recipe_file
 
 
 def play(cluster: Cluster, recipe: Path, mine: Path, *argv: str) -> None:
@@ -133,3 +136,32 @@ def test_a_client_behind_an_http_proxy_gets_through(
         assert program.wait() == 0, program.text()
         assert proxy.tunnels
     assert server.wait() == 0, server.text()
+
+
+def test_images_run_over_a_network(
+    cluster: Cluster, images_of: Recipe, album: Path, tmp_path: Path
+) -> None:
+    """Every device has its own folder per class, its own cut, and draws its own blocks."""
+    cuts = {"anna": [1, 0], "ben": [1, 1], "carl dee": [2, 1]}
+    changes: dict[str, Any] = {"plan": {"cuts": cuts}, "strategy": {"name": "flexp"}}
+    recipe = images_of(RESNET, out=str(tmp_path / "served"), **changes)
+    server = cluster.serve(recipe, "--clients", ",".join(CLIENTS), "--stay", "30")
+    joined = [cluster.join(c, album / c) for c in CLIENTS]
+    for program in joined:
+        assert program.wait() == 0, program.text()
+    adapters = alone(recipe, tmp_path / "alone")
+    same(cluster, adapters)
+    path = next((album / "ben" / "down").iterdir())
+    at, folder = f"127.0.0.1:{cluster.port}", str(tmp_path / "devices" / "anna")
+    said = cluster.start(
+        "predict",
+        *("predict", "--via", at, "--folder", folder, "--name", "anna", "--json", str(path)),
+    )
+    assert said.wait() == 0, said.text()
+    (one,) = json.loads(said.text()[said.text().index("{") :])["predictions"]
+    (other,) = answers.predict(adapters / "anna", [str(path)], assets.Cache(tmp_path))[
+        "predictions"
+    ]
+    for label, chance in other["probabilities"].items():
+        assert one["probabilities"][label] == pytest.approx(chance, abs=1e-6)
+    server.kill()

@@ -26,7 +26,8 @@ def predict(
     words: Annotated[
         list[str],
         typer.Argument(
-            help="An adapter folder, as runs/NAME/adapters/ME, then texts; with --via texts only."
+            help="An adapter folder, as runs/NAME/adapters/ME, then texts, or files of images; "
+            "with --via without the folder."
         ),
     ],
     via: Via = None,

@@ -126,6 +126,14 @@ class Classification:
             return Batch(self.tokenizer.batch(picked.ids), labels)
         return Batch(pad(picked.ids, filler_of(self.tokenizer), self.side), labels)
 
+    def asked(self, said: Sequence[str]) -> Batch:
+        """Texts, or images at these paths, without labels."""
+        if isinstance(self.tokenizer, Pixels):
+            images = [self.tokenizer.fitted(path, path, "") for path in said]
+            return Batch(self.tokenizer.batch(images), torch.zeros(len(said)))
+        ids = ids_of(self.tokenizer, said, whole=True, max_length=self.max_length)
+        return Batch(pad(ids, filler_of(self.tokenizer), self.side), torch.zeros(len(said)))
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return functional.cross_entropy(wide(logits), labels)
 

@@ -232,7 +232,8 @@ class Member:
     def _write(self, desk: Desk, adapter: Tensors) -> None:
         recipe, out = self.recipe, self.folder / "adapter"
         whole = self.model if self.theirs is None else None  # what was fetched is a part
-        card = export.card_at(desk, recipe.model.source, recipe.model.revision, whole)
+        model = recipe.model
+        card = export.card_at(desk, model.source, model.revision, whole, seed=recipe.seed)
         export.write(out, adapter, self._body(), adapter_kind(recipe.adapter), card)
         self.say(f"the adapter is in {out}")
 

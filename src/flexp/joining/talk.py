@@ -5,7 +5,7 @@ The device holds its own blocks only; each token's hidden state crosses the link
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -15,13 +15,12 @@ import torch
 from flexp import assets, export
 from flexp.client.desk import Desk
 from flexp.client.speech import continue_text
-from flexp.data.examples import Examples
 from flexp.data.tasks import Classification
-from flexp.data.tokens import ids_of, open_tokenizer
 from flexp.errors import ExportError, FlexpError
 from flexp.joining.join import Joining, Say, Stay
 from flexp.joining.member import Member
 from flexp.link.control import Begin, Order, Outcome, Welcome
+from flexp.model.reader import open_reader
 from flexp.tensors import Wear
 
 
@@ -42,10 +41,9 @@ class Voice:
         return str(self.tokenizer.decode(found, skip_special_tokens=True)).strip()
 
     def label(self, text: str) -> dict[str, Any]:
-        """The label of a text, and the probability of each."""
+        """The label of a text, or of the image at a path, and the probability of each."""
         task = cast("Classification", self.desk.task)
-        ids = ids_of(self.tokenizer, [text], whole=True, max_length=task.max_length)
-        batch = task.collate(_one(ids[0]), [0])
+        batch = task.asked([text])
         with torch.no_grad():
             logits = self.desk.model.logits(batch, self.wear)[0].float()
         if self.prior is not None:
@@ -71,7 +69,8 @@ def voice(asked: Joining, cache: assets.Cache, say: Say) -> Generator[tuple[Voic
         if served.adapter is None:
             raise ExportError("What this method serves is not one adapter, so it cannot talk.")
         prior = _prior(asked)
-        yield Voice(desk, served.adapter, open_tokenizer(member.model), prior), member
+        reader = open_reader(member.model, member.recipe.task.kind)
+        yield Voice(desk, served.adapter, reader, prior), member
         link.ask(Outcome(order.number))
     finally:
         link.close()
@@ -128,8 +127,3 @@ def _prior(asked: Joining) -> tuple[float, ...] | None:
         return export.card_of(asked.folder / "adapter").prior
     except FlexpError:
         return None
-
-
-def _one(ids: Sequence[int]) -> Examples:
-
-    return Examples((tuple(ids),), (0,), ("asked",))

@@ -1,12 +1,14 @@
 """Hidden states in front of what trains, kept row by row: from epoch to epoch they are the same.
 
-A row is known by its tokens, whoever made its batch. Computed in another batch it has other last
-bits, so nothing is kept in exact mode. What the server's blocks gave is kept within a turn, as long
-as nothing changes there.
+A row is known by its tokens or pixels, whoever made its batch. Computed in another batch it has
+other last bits, so nothing is kept in exact mode. What the server's blocks gave is kept within a
+turn, as long as nothing changes there.
 """
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -18,13 +20,16 @@ from flexp.model.slots import Slots
 from flexp.selection import ALL, Where
 from flexp.tensors import PerRow, Tensors, Wear, slots_of, terms
 
-READ = {"input_ids", "attention_mask"}  # the inputs that tell all of a row
+READ = ({"input_ids", "attention_mask"}, {"pixel_values"})  # the inputs that tell all of a row
 DROPS = Where(names="*.lora_*")  # what dropout is in front of
 Compute = Callable[[Mapping[str, Tensor], int], Tensor]  # rows up to a block
 
 
 class Key(NamedTuple):
-    """A row: its ids and its mask up to the last real position, and how many these are."""
+    """A row: its ids and its mask up to the last real position, and how many these are.
+
+    Of an image a digest of its pixels, and no end.
+    """
 
     length: int
     ids: bytes
@@ -140,7 +145,8 @@ class Prefix:
         ``compute`` gives rows that are not here. Padding is blank, which nobody looks at.
         """
         first = worn.beginning(most)
-        if first < 1 or set(inputs) != READ:
+        learned = any(value.requires_grad for value in inputs.values())  # what is added to pixels
+        if first < 1 or learned or set(inputs) not in READ:
             return None
         shelf, keys = self._shelf(worn, first), keys_of(inputs)
         states = {n: shelf.rows[key][1] for n, key in enumerate(keys) if key in shelf.rows}
@@ -151,7 +157,8 @@ class Prefix:
                 states[n] = state[: keys[n].length]
                 self._keep(shelf, keys[n], states[n])
         rows = tuple(shelf.rows[key][0] if key in shelf.rows else 0 for key in keys)
-        return Entry(first, filled(states, inputs["input_ids"].shape[1]), rows)
+        length = inputs["input_ids"].shape[1] if "input_ids" in inputs else len(states[0])
+        return Entry(first, filled(states, length), rows)
 
     def end_turn(self) -> None:
         """Drops what the turn did not use, and what the server's blocks gave."""
@@ -183,6 +190,10 @@ class Prefix:
 
 def keys_of(inputs: Mapping[str, Tensor]) -> list[Key]:
     """The keys of a batch's rows."""
+    if "pixel_values" in inputs:
+        pixels = inputs["pixel_values"].detach().cpu()
+        digests = (hashlib.sha256(one.numpy().tobytes()).digest() for one in pixels)
+        return [Key(sys.maxsize, digest, b"") for digest in digests]
     ids, mask = inputs["input_ids"].cpu(), inputs["attention_mask"].cpu()
     return [
         Key(end, ids[n, :end].numpy().tobytes(), mask[n, :end].numpy().tobytes())
@@ -197,8 +208,8 @@ def ends_of(mask: Tensor) -> list[int]:
 
 
 def filled(states: Mapping[int, Tensor], length: int) -> Tensor:
-    """Rows by number, [its length, width] each, as a batch [rows, length, width], else blank."""
-    out = states[0].new_zeros(len(states), length, states[0].shape[-1])
+    """Rows by number, [its length, ...] each, as a batch [rows, length, ...], else blank."""
+    out = states[0].new_zeros(len(states), length, *states[0].shape[1:])
     for n, state in states.items():
         out[n, : len(state)] = state
     return out

@@ -172,8 +172,7 @@ def measure_flops(
         paths = quantizable(net, bones.blocks_path, quantize.kind)
         first = f"{bones.blocks_path}.0."
         quantize_maps(net, [p for p in paths if p.startswith(first)], quantize.form)
-    width = int(call.hidden.shape[-1])
-    hidden = torch.randn(batch, int(call.hidden.shape[1]), width).to(dtype).requires_grad_()
+    hidden = torch.randn(batch, *call.hidden.shape[1:]).to(dtype).requires_grad_()
     call = call.on(hidden)
 
     def here(value: Any) -> Any:

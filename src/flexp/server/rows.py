@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from torch import Tensor
 
@@ -55,13 +56,13 @@ class Rows:
         """The message with all rows on board, none of which lacks; LinkError if they do not fit."""
         if all(n >= 0 for n in m.rows):
             return m
-        _, length, width = m.hidden.shape
+        length, size = m.hidden.shape[1], prod(m.hidden.shape[1:])
         with self.lock:
             mine = self.held[client].rows
             states = {k: mine[-n] for k, n in enumerate(m.rows) if n < 0}
         here = m.hidden.numel() + sum({id(s): s.numel() for s in states.values()}.values())
         longest = max(map(len, states.values()))
-        if longest > length or len(m.rows) * length * width > MOST * here:
+        if longest > length or len(m.rows) * size > MOST * here:
             raise LinkError(
                 f"{len(m.rows)} rows of length {length} are not those that were kept, the longest "
                 f"of which has {longest}."
