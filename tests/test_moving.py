@@ -174,6 +174,7 @@ APART = (
     "flexp_sft",
     "flexp_sfl",
     "hsplitlora",
+    "pfsl",
     "splitfed_v2",
     "splitfed_v3",
     "splitfrozen",

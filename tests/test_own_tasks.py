@@ -44,6 +44,7 @@ FREE = {
     "flexp_sft",
     "local",
     "pfedlora",
+    "phsfl",
     "splitfed_v3",
     "splitfrozen",
 }

@@ -190,8 +190,8 @@ def encode_state(state: Any) -> Parcel:
 
 
 def decode_state(parcel: Parcel, strategy: Strategy[Any]) -> Any:
-    """The state that ``encode_state`` wrote; its classes come from the strategy's own module."""
-    module = vars(sys.modules[type(strategy).__module__])
+    """The state that ``encode_state`` wrote; its classes come from the modules of the strategy."""
+    modules = [vars(sys.modules[kind.__module__]) for kind in type(strategy).__mro__]
 
     def full(value: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -205,7 +205,7 @@ def decode_state(parcel: Parcel, strategy: Strategy[Any]) -> Any:
             return tuple(full(v) for v in held["$tuple"])
         if "$list" in held:
             return [full(v) for v in held["$list"]]
-        made = module.get(held["$class"])
+        made = next((m[held["$class"]] for m in modules if held["$class"] in m), None)
         if not dataclasses.is_dataclass(made):
             raise CheckpointError(f'The method has no state class "{held["$class"]}".')
         return cast("Any", made)(**{k: full(v) for k, v in held["fields"].items()})

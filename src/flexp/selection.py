@@ -17,7 +17,7 @@ Part = Literal["front", "trunk", "tail", "head"]
 class Place:
     """Where one adapter tensor sits: ``block`` is -1 before the blocks, ``depth`` after them.
 
-    ``hops`` counts the near blocks between it and its cut; of what is far it is 0.
+    ``hops`` counts the blocks between it and its cut; those of a trunk count to its end.
     """
 
     side: Side
@@ -32,7 +32,7 @@ class Where:
     """A selection of adapter tensors that names no block numbers; supports ``&``, ``|`` and ``~``.
 
     ``last`` takes the last n blocks of the model and what comes after them, ``nearest`` the n
-    blocks next to each cut, ``names`` is a glob.
+    blocks next to each cut (of a trunk its last n), ``names`` is a glob.
     """
 
     side: Side | None = None
@@ -116,6 +116,7 @@ NEAR = Where(side="near")
 FAR = Where(side="far")
 HEAD = Where(part="head")
 FRONT = Where(part="front")
+TRUNK = Where(part="trunk")
 NONE = ~ALL
 
 

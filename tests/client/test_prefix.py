@@ -96,6 +96,36 @@ def test_later_epochs_begin_where_training_does(name: str) -> None:
     assert gap(kept, plain) <= 1e-6
 
 
+TAIL = Where(part="tail") | HEAD
+BEHIND: dict[str, tuple[str, Seat, Where, int]] = {  # and how many rows the first block ran
+    "the head alone": ("bert-cls", U, HEAD, 12),
+    "the tail and the head": ("modernbert-cls", U, TAIL, 12),
+    "no tail": ("gpt2-cls", Seat(Cut(2, 0)), HEAD, 12),
+    "the last of two": ("llama-cls", Seat(Cut(1, 2)), Where(last=1), 12),
+    "next tokens": ("gpt2", U, TAIL, 12),
+    "a batch in parts": ("bert-cls", replace(U, accumulate=2), HEAD, 12),
+    "the head far": ("llama-cls", V, HEAD, 12),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_later_epochs_begin_behind_the_trunk_if_training_does(name: str) -> None:
+    family, seat, where, count = BEHIND[name]
+    plain, every = trained(seat, where, 0, family=family)
+    kept, some = trained(seat, where, ROOM, family=family)
+    assert (sum(every), sum(some)) == (36, count)
+    assert gap(kept, plain) <= 1e-6
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_fronts_ahead_begin_where_they_did_and_parts_under_way_behind_it(window: int) -> None:
+    seat = replace(U, accumulate=window)
+    for ahead in (False, True):
+        plain, _ = trained(seat, TAIL, 0, ahead=ahead, window=window)
+        kept, _ = trained(seat, TAIL, ROOM, ahead=ahead, window=window)
+        assert gap(kept, plain) <= 1e-6
+
+
 @pytest.mark.parametrize(("ahead", "window"), [(True, 1), (False, 2), (True, 2)])
 def test_parts_under_way_and_fronts_ahead_share_it(ahead: bool, window: int) -> None:
     seat = replace(U, accumulate=window)
@@ -168,6 +198,49 @@ def test_what_changes_in_front_empties_it(change: Any, again: bool) -> None:
             assert sum(rows) == (5 if again or not cache else 0)
             left.append(desk.whole())
     assert gap(*left) <= 1e-6
+
+
+def crossings(change: Any, seat: Seat = U) -> tuple[int, int]:
+    """How many rows went up in a step that follows one like it and a change."""
+    rows = [0, 0]
+    with at_desk(backbone(), seat, kind=Lora(rank=3), optim=SGD, cache=ROOM) as (desk, ledger):
+        step(desk, ALL)  # so that the products are not zero
+        for n in range(2):
+            before = ledger.kinds.get(("up", "hidden"), 0)
+            step(desk, HEAD)
+            rows[n] = (ledger.kinds.get(("up", "hidden"), 0) - before) // (9 * 32 * 4)
+            change(desk)
+    return rows[0], rows[1]
+
+
+def far_doubled(desk: Desk) -> None:
+    desk.assign("personal", (Term("personal", 2.0),), where=FAR)
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        (lambda _: None, 0),
+        (far_doubled, 5),
+        (lambda desk: step(desk, FAR), 5),
+        (lambda desk: step(desk, HEAD), 0),
+        (doubled, 5),
+        (lambda desk: prefix(desk).end_turn(), 5),
+    ],
+    ids=["nothing", "the trunk set", "the trunk stepped", "the head", "the front", "a new turn"],
+)
+def test_what_changes_at_the_server_empties_it(change: Any, again: int) -> None:
+    assert crossings(change) == (5, again)
+
+
+def test_another_turn_knows_nothing_of_the_trunk_in_this_one() -> None:
+    """Its numbers begin anew, so they may be the same; a turn that failed never ended."""
+    with at_desk(backbone(), U, kind=Lora(rank=3), optim=SGD, cache=ROOM) as (desk, ledger):
+        step(desk, HEAD)
+        desk.model.turn = object()
+        before = ledger.sent
+        step(desk, HEAD)
+        assert ledger.sent > before
 
 
 def test_every_wear_has_its_own() -> None:

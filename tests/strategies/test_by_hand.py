@@ -295,7 +295,9 @@ ENDS: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(["local", "ditto", "splitfed_v3"], (8, 8, 8)),
     **dict.fromkeys(["fedavg", "fedprox", "fedper", "ffa_lora", "splitfed_v1", *FLEXP], (6, 6, 6)),
     **dict.fromkeys(["fedrep", "fedbn"], (6, 6, 6)),
-    "fedbabu": (6, 6, 0),
+    **dict.fromkeys(["fedbabu", "phsfl"], (6, 6, 0)),
+    "fedppa": (6, 6, 6),
+    "pfsl": (0, 8, 8),
     **dict.fromkeys(["apfl", "fml"], (8, 8, 8)),
     **dict.fromkeys(["pfedme", "per_fedavg", "fedala", "fedfomo"], (6, 6, 6)),
     **dict.fromkeys(["splitfed_v2", "splitlora"], (8, 10, 8)),
@@ -311,6 +313,7 @@ FREE: dict[str, dict[str, Any]] = {
     "pfedme": {"lam": 0.5, "rate": 2.0, "inner": 1},
     "per_fedavg": {"alpha": 0.0},
     "fedala": {"rate": 0.0},
+    "fedppa": {"beta": 0.0},
     **dict.fromkeys(FLEXP, UNALIGNED),
 }
 

@@ -74,7 +74,7 @@ def test_only_the_blocks_next_to_the_cut_are_aligned() -> None:
     run.round()
     assert run.worn("a") == (7.5, 15, 30)  # as if nothing were aligned
     places = [Seat(Cut(3, 2)).place(n, 8) for n in range(-1, 9)]
-    assert [p.hops for p in places] == [3, 2, 1, 0, 0, 0, 0, 0, 1, 2]
+    assert [p.hops for p in places] == [3, 2, 1, 0, 2, 1, 0, 0, 1, 2]
     taken = [n - 1 for n, p in enumerate(places) if (NEAR & Where(nearest=2)).holds("x", p)]
     assert taken == [1, 2, 6, 7]
 

@@ -87,6 +87,13 @@ class Desk:
     rows: int = 0
     prior: Tensor | None = None
 
+    @property
+    def steps(self) -> int:
+        """How many steps the recipe gives a turn."""
+        told, rows = self.training, len(self.shard.train)
+        passes = -(-rows // min(told.batch, rows))
+        return told.steps if told.steps is not None else passes * (told.epochs or 1)
+
     def batches(
         self,
         *,

@@ -167,12 +167,14 @@ class Fit:
         model, count = self.desk.model, self.desk.seat.accumulate
         parts = batch.parts(count) if count > 1 else [batch]
         if not parts[1:]:
-            alone = model.twin(past=past) if self.ahead else model
+            alone = model.twin(past=past, ahead=True) if self.ahead else model
             return [Part(alone, batch, self.wear, self.loss, None)]
         works, row = list[Part](), 0
         for n, part in enumerate(parts):
             wear, share = rows_of(self.wear, row, part.rows), part.counted / batch.counted
-            works.append(Part(model.twin(n, past=past), part, wear, self.loss, share))
+            works.append(
+                Part(model.twin(n, past=past, ahead=self.ahead), part, wear, self.loss, share)
+            )
             row += part.rows
         return works
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -26,7 +27,7 @@ from flexp.link.messages import (
 )
 from flexp.model.cut import Seat
 from flexp.model.far import Ask
-from flexp.model.ops import Op, Optim
+from flexp.model.ops import Assign, Op, Optim, Step
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Egress
 from flexp.selection import ALL, Where
@@ -39,7 +40,7 @@ class Session:
 
     ``window`` is how many parts of a batch may be under way at a time; more than one need a link
     that can post. ``posts``: the link can, and a forward may go out before the answers to the
-    backwards in front of it are there.
+    backwards in front of it are there. ``moves`` counts what was to change which part of a slot.
     """
 
     link: Link
@@ -54,6 +55,7 @@ class Session:
     talks: int = 0
     waiting: list[Op] = field(default_factory=list[Op])
     there: dict[int, int] = field(default_factory=dict[int, int])  # how rows go that were sent
+    moves: Counter[tuple[str, Where]] = field(default_factory=Counter[tuple[str, Where]])
 
     def _key(self, phase: Phase, call: int | None = None) -> StepKey:
         if call is None:
@@ -159,6 +161,7 @@ class Session:
     def queue(self, *ops: Op) -> None:
         """Lets operations ride on the next forward."""
         self.waiting += ops
+        self.moves.update((op.slot, op.where) for op in ops if isinstance(op, Assign | Step))
 
     def do(self, ops: Sequence[Op]) -> tuple[BlockScalars, ...]:
         """Runs waiting operations and these now, and returns the answers of their dots."""

@@ -197,6 +197,7 @@ class Client:
             layout=sorted(layout),
             dropout=dropout_of(self.kind),
             prefix=self.prefix,
+            moves=session.moves,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, cast
@@ -34,6 +35,7 @@ __all__ = [
     "Split",
     "Sums",
     "Task",
+    "label_entropy",
     "label_names",
     "log_prior",
     "shifted",
@@ -185,6 +187,13 @@ def log_prior(labels: int, train: Examples) -> Tensor:
         if isinstance(label, int):
             counts[label] += 1
     return (counts / counts.sum()).log()
+
+
+def label_entropy(train: Examples) -> Tensor:
+    """The entropy of the labels of training rows, in nats."""
+    counts = sorted(Counter(label for label in train.labels if isinstance(label, int)).values())
+    shares = [count / sum(counts) for count in counts]
+    return torch.tensor(-sum(share * math.log(share) for share in shares))
 
 
 @dataclass(frozen=True)

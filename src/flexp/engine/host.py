@@ -17,15 +17,16 @@ from flexp.engine.look import Cells, Look
 from flexp.model.adapter import Kind, alpha_of, dropout_of
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
-from flexp.model.ops import SlotSpec
+from flexp.model.heads import headed
+from flexp.model.ops import HeadForm, SlotSpec
 from flexp.server.tenants import Tenants
 from flexp.server.trunk import Trunk
 from flexp.strategies.base import ClientId, Served, Strategy, Turn
 from flexp.tensors import Tensors
 
 CHECKPOINTS = 3  # the newest that are kept
-# Adapters that slots begin with, by backbone, kind, rank and length of a head's rows.
-Begun = dict[tuple[int, Kind, int | None, float | None], Tensors]
+# Adapters that slots begin with, by backbone, kind, rank, length and form of a head's rows.
+Begun = dict[tuple[int, Kind, int | None, float | None, HeadForm], Tensors]
 
 
 class Host(ABC):
@@ -104,7 +105,7 @@ class Host(ABC):
     def begun_on(self, body: Backbone, spec: SlotSpec, rank: int | None) -> Tensors:
         """The same on another backbone, which has a head of its own."""
         whose = 0 if body is self.backbone else id(body)
-        key = (whose, spec.kind or self.kind, rank, spec.head_rows)
+        key = (whose, spec.kind or self.kind, rank, spec.head_rows, spec.head_form)
         if key not in self.begun:
             self.begun[key] = beginning(body, spec, rank, kind=self.kind, dice=self.dice)
         return self.begun[key]
@@ -130,5 +131,4 @@ def beginning(
 ) -> Tensors:
     """The adapter that a slot begins with on a backbone; ``kind`` where the slot names none."""
     rank = rank if spec.kind is None else None
-    fresh = body.initial(spec.kind or kind, dice("initial"), rank)
-    return fresh if spec.head_rows is None else body.scaled(fresh, spec.head_rows)
+    return headed(body, body.initial(spec.kind or kind, dice("initial"), rank), spec)

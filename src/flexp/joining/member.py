@@ -224,7 +224,7 @@ class Member:
 
     def _initial(self, spec: SlotSpec, rank: int | None = None) -> Tensors:
         kind, dice = adapter_kind(self.recipe.adapter), Dice(self.recipe.seed)
-        key = (spec.kind or kind, rank, spec.head_rows)
+        key = (spec.kind or kind, rank, spec.head_rows, spec.head_form)
         if key not in self.begun:
             self.begun[key] = beginning(self._body(), spec, rank, kind=kind, dice=dice)
         return self.begun[key]

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from flexp.dice import Dice
 from flexp.errors import ModelError
@@ -146,11 +145,6 @@ class Backbone:
         """
         shapes = beginnable(self.layout(kind, rank), self.absent)
         return initial(shapes, dice, partial(value_of, self.model), getattr(kind, "spread", 0.0))
-
-    def scaled(self, adapter: Tensors, length: float) -> Tensors:
-        """The adapter with every row of the head's matrices at that length."""
-        head = (k for k, v in adapter.items() if self.block_of(k) == self.depth and v.dim() == 2)
-        return adapter | {k: functional.normalize(adapter[k]) * length for k in head}
 
     # ---- forwards
 

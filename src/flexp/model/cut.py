@@ -101,7 +101,7 @@ class Seat:
             return Place("near", "head", block, depth, self.cut.back)
         if block >= last:
             return Place("near", "tail", block, depth, block - last)
-        return Place("far", "trunk", block, depth)
+        return Place("far", "trunk", block, depth, last - 1 - block)
 
 
 def uncut(depth: int) -> Seat:

@@ -14,6 +14,8 @@ from flexp.model.adapter import Kind, Lora
 from flexp.selection import ALL, Where
 from flexp.tensors import Mix, Tensors
 
+HeadForm = Literal["drawn", "orthogonal", "etf"]
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -39,7 +41,8 @@ class SlotSpec:
     own. ``staleness`` is for a slot of the server: a step whose gradient was taken n steps of
     others ago counts 1 / (1 + n)^staleness, and ``eager`` steps do not wait for the next forward.
     ``head_rows`` is the length that each row of a head's matrices begins with (None: as the
-    backbone has it). ``any_rank``: what is offered may have another LoRA rank than the seat, and
+    backbone has it); ``head_form``: as drawn, at right angles, or, "etf", as far from each other as
+    they can be. ``any_rank``: what is offered may have another LoRA rank than the seat, and
     the one copy at the server has the recipe's.
     """
 
@@ -51,6 +54,7 @@ class SlotSpec:
     staleness: float = 0.0
     eager: bool = False
     head_rows: float | None = None
+    head_form: HeadForm = "drawn"
     any_rank: bool = False
 
 

@@ -19,10 +19,10 @@ from flexp.model.cut import Seat
 from flexp.model.dress import Leaves, Train, dress, dropping, spread
 from flexp.model.far import Ask, Crossing, Far, Until
 from flexp.model.prefix import Entry, Prefix, Wearer
-from flexp.model.prompts import entered, taken_out, widened
+from flexp.model.prompts import AT_CUT, entered, taken_out, widened
 from flexp.model.slots import Slots
 from flexp.model.worn import Worn
-from flexp.selection import ALL
+from flexp.selection import ALL, Where
 from flexp.tensors import PerRow, Stacked, Tensors, Wear, slots_of, terms
 
 
@@ -72,11 +72,14 @@ class PersonalModel:
         layout: Sequence[str] = (),
         dropout: float = 0.0,
         prefix: Prefix | None = None,
+        moves: Mapping[tuple[str, Where], int] | None = None,
     ) -> None:
         self.backbone, self.seat, self.near = backbone, seat, near
         self.past: Slots | None = None  # what the front wears instead, if it lacks a step
         self.task, self.far, self.layout = task, far, tuple(layout)
         self.prefix = prefix  # what the front gave for rows of earlier batches, if it is kept
+        self.moves = moves  # how often parts of slots were changed in this turn, near and far
+        self.turn = object()
         self.leaves = Leaves()
         self.train: Train = None
         self.dropout_rate = dropout
@@ -96,13 +99,17 @@ class PersonalModel:
         finally:
             self.train, self.dropout = before
 
-    def twin(self, part: int | None = None, *, past: Slots | None = None) -> PersonalModel:
+    def twin(
+        self, part: int | None = None, *, past: Slots | None = None, ahead: bool = False
+    ) -> PersonalModel:
         """The same model with a graph of its own; for a part of a batch, with its own dropout dice.
 
-        ``past`` are the near slots that its front wears (None: those that there are).
+        ``past`` are the near slots that its front wears (None: those that there are). ``ahead``: it
+        begins before the last step is done, which it must meet at the server.
         """
         twin = copy.copy(self)
         twin.leaves, twin.calls, twin.rows, twin.past = Leaves(), 0, 0, past
+        twin.moves = None if ahead else twin.moves
         if twin.dropout is not None and part is not None:
             twin.dropout = twin.dropout("part", n=part)
         return twin
@@ -173,9 +180,9 @@ class PersonalModel:
         stop = depth if until == "hidden" else None
         tap, whole = until == "tap", self.seat.near_only(depth)
         kept = near is None and start.feed is None
-        entry = self._entry(inputs, wear, worn, depth if whole else cut.front) if kept else None
+        entry = self._entry(inputs, wear, worn) if kept else None
         way = {"feed": start.feed} if entry is None else {"first": entry.first, "feed": entry.feed}
-        if whole:
+        if whole or (entry is not None and entry.first > cut.front):
             out = self._near(inputs, worn, last=stop, tap=tap, **way)
         else:
             front = self._near(inputs, worn, last=cut.front, **way)
@@ -209,16 +216,44 @@ class PersonalModel:
             out.register_hook(count)  # pyright: ignore[reportUnknownMemberType]
         return out
 
-    def _entry(
-        self, inputs: Mapping[str, Tensor], wear: Wear, worn: Worn, most: int
-    ) -> Entry | None:
+    def _entry(self, inputs: Mapping[str, Tensor], wear: Wear, worn: Worn) -> Entry | None:
         """Where a forward that trains begins, if what is in front of that is kept."""
         if self.prefix is None or self.train is None or not torch.is_grad_enabled():
             return None
-        now = Wearer(self.past or self.near, wear, self.train, drops=worn.dice is not None)
-        return self.prefix.entry(
-            now, inputs, most, lambda some, last: self._near(some, worn, last=last)
-        )
+        depth, front, drops = self.backbone.depth, self.seat.cut.front, worn.dice is not None
+        still = self.moves is not None and self.seat.labels == "keep" and not drops
+        still = still and AT_CUT not in self.layout and not self._far_trains(wear, self.train)
+        most = depth if self.far is None or still else front
+        slots = self.past or self.near
+        now = Wearer(slots, wear, self.train, drops=drops, front=front, far=self._token)
+        return self.prefix.entry(now, inputs, most, partial(self._up_to, wear, worn))
+
+    def _up_to(self, wear: Wear, worn: Worn, inputs: Mapping[str, Tensor], last: int) -> Tensor:
+        """The hidden state in front of a block, that may lie behind the server's."""
+        front = self.seat.cut.front
+        out = self._near(inputs, worn, last=min(last, front))
+        if last > front and self.far is not None:
+            ask = Ask(
+                wear=_bare(wear),
+                train=self.train,
+                until="hidden",
+                shapes={k: tuple(v.shape) for k, v in inputs.items()},
+                mask=inputs.get("attention_mask"),
+                wants=False,
+            )
+            first = self.backbone.depth - self.seat.cut.back
+            out = self._near(inputs, worn, first=first, last=last, feed=self._cross(ask, out, []))
+        return out
+
+    def _token(self, wear: Wear) -> object:
+        """What a wear is at the server: the same as long as nothing of it was changed there."""
+        slots, moves = slots_of(wear), self.moves or {}
+        return self.turn, sum(n for (s, w), n in moves.items() if s in slots and self._is_far(w))
+
+    def _is_far(self, where: Where) -> bool:
+        """Whether a selection takes anything that is at the server."""
+        places = ((k, self.near.place(k)) for k in self.layout)
+        return any(p.side == "far" and where.holds(k, p) for k, p in places)
 
     def _near(self, inputs: Mapping[str, Tensor], worn: Worn, **way: Any) -> Tensor:
         return self.backbone.run(inputs, worn, recompute=self.seat.recompute, **way)
@@ -232,7 +267,9 @@ class PersonalModel:
         if far is None:
             raise CutError("This model has no link to a server.")
         keep = torch.is_grad_enabled() and (
-            hidden.requires_grad or any(c.requires_grad for c in coefs) or self._far_trains(ask)
+            hidden.requires_grad
+            or any(c.requires_grad for c in coefs)
+            or self._far_trains(ask.wear, ask.train)
         )
         if not keep:
             plain = [c.detach() for c in coefs]
@@ -242,11 +279,9 @@ class PersonalModel:
         apply = cast(Callable[..., Tensor], Crossing.apply)  # pyright: ignore[reportUnknownMemberType]
         return apply(far, ask, hidden, *coefs)
 
-    def _far_trains(self, ask: Ask) -> bool:
-        places = [(k, self.near.place(k)) for k in self.layout]
-        slots = slots_of(ask.wear)
-        wheres = [ALL if ask.train is None else ask.train.get(s, ~ALL) for s in slots]
-        return any(p.side == "far" and w.holds(k, p) for w in wheres for k, p in places)
+    def _far_trains(self, wear: Wear, train: Train) -> bool:
+        wheres = [ALL if train is None else train.get(s, ~ALL) for s in slots_of(wear)]
+        return any(self._is_far(where) for where in wheres)
 
 
 def _bare(wear: Wear) -> Wear:

@@ -1,7 +1,8 @@
 """Hidden states in front of what trains, kept row by row: from epoch to epoch they are the same.
 
 A row is known by its tokens or pixels, whoever made its batch. Computed in another batch it has
-other last bits, so nothing is kept in exact mode.
+other last bits, so nothing is kept in exact mode. What the server's blocks gave is kept within a
+turn, as long as nothing changes there.
 """
 
 from __future__ import annotations
@@ -37,12 +38,18 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Wearer:
-    """What a forward wears, and what of it trains. ``drops``: there is dropout."""
+    """What a forward wears, and what of it trains. ``drops``: there is dropout.
+
+    What enters a block after ``front`` has been at the server; ``far`` tells by a token what a wear
+    is there.
+    """
 
     slots: Slots
     wear: Wear
     train: Mapping[str, Where]
     drops: bool = False
+    front: int | None = None
+    far: Callable[[Wear], object] = lambda wear: None
 
     def beginning(self, most: int) -> int:
         """The first block, at most ``most``, in which anything trains or drops at random.
@@ -70,19 +77,29 @@ class Wearer:
             for slot in slots_of(self.wear)
         }
 
+    def token(self, block: int) -> object:
+        """What is worn at the server in front of a block; None if that is nothing."""
+        return self.far(self.wear) if self.front is not None and block > self.front else None
+
 
 @dataclass
 class Shelf:
     """Rows as they enter a block, and what was worn below it when they were computed."""
 
     below: dict[str, Tensors]
+    far: object = None
     rows: dict[Key, tuple[int, Tensor]] = field(default_factory=dict[Key, tuple[int, Tensor]])
     bytes: int = 0
     used: bool = True  # in this turn
 
-    def fits(self, below: dict[str, Tensors]) -> bool:
+    def stays(self) -> bool:
+        """Whether it is of use for another turn."""
+        return self.used and self.far is None
+
+    def fits(self, below: dict[str, Tensors], far: object) -> bool:
         """Whether that is worn still: the same tensors, or tensors that are equal to the bit."""
-        same = self.below.keys() == below.keys() and all(
+        same = self.far == far and self.below.keys() == below.keys()
+        same = same and all(
             held.keys() == below[slot].keys()
             and all(v is below[slot][k] or torch.equal(v, below[slot][k]) for k, v in held.items())
             for slot, held in self.below.items()
@@ -144,8 +161,8 @@ class Prefix:
         return Entry(first, filled(states, length), rows)
 
     def end_turn(self) -> None:
-        """Drops what the turn did not use."""
-        self.shelves = {at: shelf for at, shelf in self.shelves.items() if shelf.used}
+        """Drops what the turn did not use, and what the server's blocks gave."""
+        self.shelves = {at: shelf for at, shelf in self.shelves.items() if shelf.stays()}
         for shelf in self.shelves.values():
             shelf.used = False
 
@@ -155,10 +172,11 @@ class Prefix:
         for wear, at in [*self.shelves]:
             # A slot that nobody has asked for in this turn may be on its way.
             known = (wear, at) == wanted or all(slot in there for slot in slots_of(wear))
-            if known and not self.shelves[wear, at].fits(replace(worn, wear=wear).below(at)):
+            other = replace(worn, wear=wear)
+            if known and not self.shelves[wear, at].fits(other.below(at), other.token(at)):
                 del self.shelves[wear, at]
         if wanted not in self.shelves:
-            self.shelves[wanted] = Shelf(worn.below(block))
+            self.shelves[wanted] = Shelf(worn.below(block), worn.token(block))
         self.shelves[wanted].used = True
         return self.shelves[wanted]
 

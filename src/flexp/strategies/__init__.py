@@ -21,6 +21,7 @@ from flexp.strategies.fedbn import FedBn
 from flexp.strategies.feddpa import FedDpa
 from flexp.strategies.fedfomo import FedFomo
 from flexp.strategies.fedper import FedPer
+from flexp.strategies.fedppa import FedPpa
 from flexp.strategies.fedprox import FedProx
 from flexp.strategies.fedrep import FedRep
 from flexp.strategies.fedsa_lora import FedSaLora
@@ -40,6 +41,8 @@ from flexp.strategies.pfedlora import PFedLora
 from flexp.strategies.pfedme import PFedMe
 from flexp.strategies.pfedpg import PFedPg
 from flexp.strategies.pfedpt import PFedPt
+from flexp.strategies.pfsl import Pfsl
+from flexp.strategies.phsfl import Phsfl
 from flexp.strategies.pooled import Pooled
 from flexp.strategies.pretrained import Base
 from flexp.strategies.scaffold import Scaffold
@@ -69,6 +72,7 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     PFedPt,
     PFedHn,
     PFedPg,
+    FedPpa,
     FedPer,
     FedRep,
     FedBabu,
@@ -88,6 +92,8 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     SplitLora,
     HSplitLora,
     SplitFrozen,
+    Phsfl,
+    Pfsl,
     FlexP,
     FlexPSft,
     FlexPSfl,

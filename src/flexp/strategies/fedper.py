@@ -34,8 +34,13 @@ class FedPer(SharedPart):
         return ~Where(last=self.blocks)
 
     def refuses(self, setting: Setting) -> str:
-        if not 0 <= self.blocks < setting.depth:
-            return f"blocks is {self.blocks}, but the model has {setting.depth}: choose fewer."
-        if not (setting.head or self.blocks):
-            return "the head is its personal part and nobody trains one here. Set strategy.blocks."
-        return self.unequal_ranks(setting)
+        return no_head(self.blocks, setting) or self.unequal_ranks(setting)
+
+
+def no_head(blocks: int, setting: Setting) -> str:
+    """The refusal of methods whose head, with so many blocks, is nothing or everything."""
+    if not 0 <= blocks < setting.depth:
+        return f"blocks is {blocks}, but the model has {setting.depth}: choose fewer."
+    if not (setting.head or blocks):
+        return "the head is its personal part and nobody trains one here. Set strategy.blocks."
+    return ""

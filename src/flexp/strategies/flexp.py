@@ -31,9 +31,9 @@ from flexp.client.desk import Desk, Drag
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.selection import ALL, FAR, FRONT, HEAD, NEAR, Where
-from flexp.strategies.alignment import aligned_loss
+from flexp.strategies.alignment import aligned_loss, approach, ramped
 from flexp.strategies.base import ClientId, MethodKind, Scene, Served, Setting, Strategy, Turn
-from flexp.tensors import Tensors, Term, agreed_mean, mean_by_name
+from flexp.tensors import Tensors, agreed_mean, mean_by_name
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class FlexP(Strategy[Tensors]):
         adapters = {"reference": dict(state)} if self.looks_back() else {}
         if self.trunk == "shared" and self.server == "parallel":
             adapters["personal"] = turn.select(client, state, FAR)
-        return Parcel(adapters, facts={"strength": self.align * self.ramped(turn.round)})
+        return Parcel(adapters, facts={"strength": self.align * ramped(turn.round, self.ramp)})
 
     def train(self, desk: Desk, offer: Parcel) -> Parcel:
         strength, region = float(str(offer.facts["strength"])), self.aligned()
@@ -151,12 +151,7 @@ class FlexP(Strategy[Tensors]):
         """Moves what is aligned to the reference, or part of the way."""
         share = {"prox": 0.0, "mix": strength, "freeze": 1.0}[self.form]
         if share:
-            mix = (Term("personal", 1 - share), Term("reference", share))
-            desk.assign("personal", mix, where=self.aligned())
-
-    def ramped(self, round: int) -> float:
-        """How much of the strength is reached in a round."""
-        return min(1.0, (round + 1) / self.ramp) if self.ramp else 1.0
+            approach(desk, "reference", share, self.aligned())
 
     def looks_back(self) -> bool:
         """Whether the reference is used at all."""

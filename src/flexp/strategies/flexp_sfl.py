@@ -3,8 +3,8 @@
 Its abstract does not say that client weights stay. Our reading: near parts are handed in as well,
 and per tensor the reference is the mean over all clients; personal near parts are aligned to it,
 never replaced, so alignment to *global* weights. With ``until`` rounds of this, and nothing merged
-and no trunk trained from then on, a frozen front and align 1, it works like PFSL (Wadhwa et al.
-2023, arXiv 2303.10624).
+and no trunk trained from then on, a frozen front and align 1, it is `pfsl` where that method trains
+the whole trunk.
 """
 
 from __future__ import annotations
@@ -53,13 +53,19 @@ class FlexPSfl(FlexP):
 
     def offer(self, state: Tensors, client: ClientId, turn: Turn) -> Parcel:
         parcel = super().offer(state, client, turn)
-        if self.over(turn):  # the trunk is as it was, and near parts go on from where they are
-            return Parcel({s: v for s, v in parcel.adapters.items() if s == "personal"})
-        return parcel
+        if not self.over(turn):
+            return parcel
+        if turn.round == self.until:  # what was merged last is aligned to for the last time
+            return Parcel(parcel.adapters, facts={**parcel.facts, "over": True})
+        # The trunk is as it was, and near parts go on from where they are.
+        adapters = {s: v for s, v in parcel.adapters.items() if s == "personal"}
+        return Parcel(adapters, facts={"over": True})
 
     def train(self, desk: Desk, offer: Parcel) -> Parcel:
-        if offer.facts:
+        if "over" not in offer.facts:
             return super().train(desk, offer)
+        if "strength" in offer.facts:
+            self.restart(desk, float(str(offer.facts["strength"])))
         facts = desk.fit(train=self.moving() & NEAR)
         return desk.reply("personal", where=NONE, facts=facts)
 
