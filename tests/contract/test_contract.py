@@ -358,7 +358,7 @@ def fresh() -> Any:
         return made(config).eval()
 
 
-UNEQUAL = {"local", "pooled", "flexlora", "flora", "hetlora", "hsplitlora"}
+UNEQUAL = {"local", "pooled", "flexlora", "fedppa", "flora", "hetlora", "hsplitlora"}
 
 
 @rows
