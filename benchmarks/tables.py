@@ -26,7 +26,10 @@ PAGES = (
     README,
     SECURITY,
     CUTS,
-    *(EXPLANATION / f"{name}.md" for name in ("methods-compared", "network", "reliability", "speed")),
+    *(
+        EXPLANATION / f"{name}.md"
+        for name in ("methods-compared", "network", "reliability", "speed")
+    ),
 )
 
 NAMES = ("quick", "spam", "shakespeare")

@@ -354,9 +354,7 @@ def test_a_summary_by_hand() -> None:
             "method": method,
             "seed": seed,
             "client": client,
-            "own": own,
-            "global": own,
-            "worst_decile": own,
+            **dict.fromkeys(table.SCORES, own),
             **costs,
         }
 
