@@ -26,7 +26,10 @@ PAGES = (
     README,
     SECURITY,
     CUTS,
-    *(EXPLANATION / f"{name}.md" for name in ("network", "reliability", "speed")),
+    *(
+        EXPLANATION / f"{name}.md"
+        for name in ("methods-compared", "network", "reliability", "speed")
+    ),
 )
 
 NAMES = ("quick", "spam", "shakespeare")
@@ -106,6 +109,40 @@ def held(found: dict[str, Any], method: str) -> str:
         and v["own_over_best_of_local_and_fedavg"] >= -0.5 * point
     )
     return "yes" if good else "no"
+
+
+def compared() -> str:
+    """Every method on one task, as Markdown: what `flexp compare` shows, with what was changed."""
+    found: dict[str, Any] = json.loads((HERE / "results" / "methods.json").read_text("utf-8"))
+    lines = [
+        f"`{found['command']}`",
+        "",
+        "| method | own | everybody's | loss: own | everybody's | gain over local: own "
+        "| everybody's | sent | client GFLOP | peak memory | time | changed |",
+        f"|{' --- |' * 12}",
+    ]
+    for method, row in found["summary"].items():
+        own, pooled = (
+            f"{100 * row[k]['mean']:.1f} ± {100 * row[k]['deviation']:.1f}"
+            for k in ("own", "global")
+        )
+        losses = [f"{row[f'{k}_loss']['mean']:.3f}" for k in ("own", "global")]
+        gains = ["–" if row[k] is None else _gain(row[k]) for k in ("gain", "gain_global")]
+        costs = ["–"] * 4
+        if row["sent_bytes"] is not None:
+            sent, peak = (format_bytes(round(row[k]["mean"])) for k in ("sent_bytes", "peak_bytes"))
+            work, time = (row[k]["mean"] for k in ("client_flops", "simulated_seconds"))
+            costs = [sent, f"{work / 1e9:.0f}", peak, f"{time:.0f} s"]
+        changes = (f"{k}: {json.dumps(v)}" for k, v in found["methods"][method].items())
+        cells = [f"`{method}`", own, pooled, *losses, *gains, *costs, ", ".join(changes) or "–"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _gain(found: dict[str, float]) -> str:
+    """In points, with its interval."""
+    mean, low, high = (100 * found[k] for k in ("mean", "low", "high"))
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def fleets() -> str:
@@ -401,7 +438,7 @@ def rendered(text: str) -> str:
         between_processes()
         | speeds()
         | quantized()
-        | {"fuzz": fuzzed(), "faults": matrix(), "suites": suites()}
+        | {"fuzz": fuzzed(), "faults": matrix(), "suites": suites(), "methods": compared()}
     )
     for name, lines in made.items():
         if f"<!-- {name}:begin -->" not in text:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from flexp.strategies import BUILT_IN
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -56,6 +58,22 @@ def test_the_page_on_the_network_shows_the_committed_results() -> None:
     assert tables().rendered(text) == text
     for name in ("loopback", "bytes", "far", "clock"):
         assert f"<!-- network-{name}:begin -->" in text
+
+
+def test_the_page_on_all_methods_shows_the_committed_results() -> None:
+    text = (ROOT / "docs" / "explanation" / "methods-compared.md").read_text("utf-8")
+    assert tables().rendered(text) == text
+    assert "<!-- methods:begin -->" in text
+
+
+def test_every_method_is_compared_and_equal_ones_are_equal() -> None:
+    found = quick("methods")
+    assert {m.name for m in BUILT_IN} == found["summary"].keys()
+    assert not found["refused"]
+    for one, other in (("splitfed_v1", "fedavg"), ("splitlora", "splitfed_v2")):
+        for score in ("own", "global", "own_loss", "global_loss"):
+            held = [[r[score] for r in found["rows"] if r["method"] == m] for m in (one, other)]
+            assert held[0] == pytest.approx(held[1], abs=1e-6), (one, score)
 
 
 def test_the_page_on_speed_shows_the_committed_results() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -130,7 +132,7 @@ def compare(
 
     document = comparison.compare(found, cache(), plan, say=say)
     if as_json:
-        emit(document)
+        emit({"command": shlex.join(["flexp", *sys.argv[1:]]), **document})
     else:
         terminal.show_compare(document, console)
 

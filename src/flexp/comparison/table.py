@@ -24,6 +24,7 @@ Row = dict[str, Any]
 EVERYBODY = "all"
 DRAWS = 10_000  # of the bootstrap
 AFTER = {"own": "personal/own/after", "global": "personal/global/after"}
+LOSSES = {f"{name}_loss": cell for name, cell in AFTER.items()}  # tell apart what a metric cannot
 COSTS = (
     "sent_bytes",
     "received_bytes",
@@ -31,7 +32,7 @@ COSTS = (
     "peak_bytes",
     "simulated_seconds",
 )
-SCORES = ("own", "global", "worst_decile")
+SCORES = ("own", "global", "worst_decile", *LOSSES)
 
 
 def worst_decile(values: Sequence[float], *, higher: bool) -> float:
@@ -94,6 +95,7 @@ def of_run(folder: Path, label: str, seed: int, ground: Ground) -> list[Row]:
         row: Row = {"method": label, "seed": seed, "client": seat.client, "metric": metric}
         row |= {name: _score(scores, seat.client, cell, metric) for name, cell in AFTER.items()}
         row["worst_decile"] = None
+        row |= {name: _score(scores, seat.client, cell, "loss") for name, cell in LOSSES.items()}
         row |= {
             "sent_bytes": sum(t.sent_bytes for t in held),
             "received_bytes": sum(t.received_bytes for t in held),
@@ -119,7 +121,8 @@ def of_run(folder: Path, label: str, seed: int, ground: Ground) -> list[Row]:
 
 def _all_together(rows: Sequence[Row], *, higher: bool) -> Row:
     out: Row = {**rows[0], "client": EVERYBODY}
-    known = {name: [row[name] for row in rows if row[name] is not None] for name in AFTER}
+    named = (*AFTER, *LOSSES)
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in named}
     out |= {name: statistics.fmean(held) if held else None for name, held in known.items()}
     out["worst_decile"] = worst_decile(known["own"], higher=higher) if known["own"] else None
     for name in ("sent_bytes", "received_bytes", "client_flops"):
