@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from fixtures_images import CNN, RESNET, VIT
 from safetensors.torch import load_file
 from toys import at_desk, backbone, batches_for, cuts
@@ -17,6 +18,7 @@ from toys import at_desk, backbone, batches_for, cuts
 from flexp import answers, assets, commands, planning, recipe_file
 from flexp.errors import DataError, ExportError
 from flexp.link.wire import packed_bytes
+from flexp.model.reader import open_reader
 from flexp.model.skeleton import bare, skeleton, states_of
 from flexp.plan.costs import step_bytes
 from flexp.plan.sizes import measure_costs
@@ -44,7 +46,7 @@ def test_a_run_gives_the_same_bits_wherever_it_is_cut(
     config, depth = MODELS[model]
     found: list[dict[str, dict[str, torch.Tensor]]] = []
     for n, cut in enumerate(([depth, 0], [1, 0], [1, depth - 2])):
-        folder = run(images_of(config, plan={"cut": cut}), f"out={tmp_path / str(n)}")
+        folder = run(images_of(config, rounds=1, plan={"cut": cut}), f"out={tmp_path / str(n)}")
         held = sorted((folder / "adapters").rglob("*.safetensors"))
         found.append({p.parent.name: load_file(p) for p in held})
     assert len(found[0]) == 3
@@ -68,6 +70,32 @@ def test_what_is_drawn_learns_is_scored_and_told_again(images_of: Recipe, album:
         answers.predict(adapter, ["no.png"], assets.Cache(album))
     with pytest.raises(ExportError, match="no weights of its own"):
         answers.export_adapter(adapter, album / "out", assets.Cache(album), merged=True)
+
+
+def test_a_pretrained_classifier_of_images_takes_lora_and_is_merged(
+    images_of: Recipe, album: Path, tmp_path: Path
+) -> None:
+    sizes = {k: v for k, v in VIT.items() if k != "model_type"}
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(0)
+        hf.ViTForImageClassification(hf.ViTConfig(**sizes)).save_pretrained(tmp_path / "vit")
+    told = {"image_mean": [0.4], "image_std": [0.3]}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(told))
+    lora = {"kind": "lora", "rank": 2, "alpha": 4.0}
+    folder = run(images_of(VIT, model__source=str(tmp_path / "vit"), adapter=lora))
+    adapter, out = folder / "adapters" / "anna", tmp_path / "merged"
+    assert any(".lora_A." in name for name in load_file(adapter / "adapter_model.safetensors"))
+    answers.export_adapter(adapter, out, assets.Cache(tmp_path), merged=True)
+    pixels = open_reader(out, "images")
+    assert (pixels.mean, pixels.std) == ((0.4,), (0.3,))
+    path = str(next((album / "ben" / "down").iterdir()))
+    (said,) = answers.predict(adapter, [path], assets.Cache(tmp_path))["predictions"]
+    merged = hf.ViTForImageClassification.from_pretrained(out).eval()
+    with torch.no_grad():
+        logits = merged(**pixels.batch([pixels.fitted(path, path, "")])).logits[0]
+    config: Any = merged.config
+    wanted = dict(zip(config.id2label.values(), logits.softmax(-1).tolist(), strict=True))
+    assert said["probabilities"] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_another_seed_draws_other_weights(images_of: Recipe, tmp_path: Path) -> None:
@@ -94,7 +122,8 @@ def test_the_bytes_of_a_step_are_those_of_the_ledger(family: str) -> None:
         with at_desk(body, seat, keep_crossings=True) as (desk, ledger):
             desk.fit(batches=iter(batches_for(body, 1)))
         cut = seat.cut.front, seat.cut.back
-        crossed = [c for c in ledger.crossings or () if c.name in ("hidden", "grad")]
+        crossed = [c for c in ledger.crossings or () if not c.name.startswith("slot/")]
+        assert {c.name for c in crossed} == {"hidden", "grad"}  # neither pixels nor labels
         assert sum(c.bytes for c in crossed) == step_bytes(sized, cut=cut)
         narrow = replace(sized, packed_states=int8)
         small = sum(packed_bytes(c.shape, torch.float32, "int8") for c in crossed)
@@ -125,3 +154,11 @@ def test_packaged_models_are_a_config_alone(tmp_path: Path) -> None:
         states = states_of(bones.config, "images")
         assert states is not None
         assert len(states.shapes) == depth + 1
+
+
+def test_the_recipe_that_is_shipped_runs(album: Path, tmp_path: Path) -> None:
+    """In small: other images, fewer rows, one round."""
+    small = ["data.clients=2", "data.rows=20", "data.alpha=5", "rounds=1", "train.epochs=1"]
+    recipe = Path(__file__).parents[1] / "recipes" / "images.yaml"
+    folder = run(recipe, f"data.path={album}", f"out={tmp_path / 'runs'}", *small)
+    assert ("all", "personal/global/after", "macro_f1") in cells(folder)

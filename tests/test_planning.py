@@ -161,7 +161,8 @@ def test_the_v_shape_and_a_language_model(flexp: Flexp, only_config: Path, tiny_
         (("--model", "X", "--device", "phone-4g"), 'profile "phone-4g". Did you mean "phone-4gb"?'),
         (("--model", "X", "--device", "laptop", "--server", "gpu"), 'no device profile "gpu"'),
         (("--model", "X", "--device", "laptop", "--goal", "best"), "plan.goal: Input should be"),
-        (("--model", "X", "--device", "laptop", "--task", "images"), "task.kind: Input should be"),
+        (("--model", "X", "--device", "laptop", "--task", "images"), 'for task.kind "images"'),
+        (("--model", "X", "--device", "laptop", "--task", "sound"), "task.kind: Input should be"),
         (("--model", "X", "--device", "laptop", "--labels", "no"), "plan.labels: Input should be"),
         (
             ("--model", "X", "--device", "laptop", "--length", "4097"),

@@ -16,10 +16,12 @@ from torch import nn
 from flexp import headers, libraries
 from flexp.client.desk import Desk
 from flexp.data.tokens import open_tokenizer
+from flexp.dice import Dice
 from flexp.errors import ExportError, ParcelError
 from flexp.model.adapter import Kind, Prompt, peft_config
 from flexp.model.backbone import Backbone
-from flexp.model.skeleton import PEFT_TASK, auto, bare, drawn, read_config
+from flexp.model.skeleton import PEFT_TASK, bare, drawn, read_config
+from flexp.model.weights import Checkpoint
 from flexp.model.worn import PREFIX
 from flexp.parcel import write_atomic
 from flexp.products import lora_pairs
@@ -158,13 +160,14 @@ def merge(adapter: Path, source: Path, out: Path, *, labels: int | None = None) 
     if out.exists() and any(out.iterdir()):
         raise ExportError(f"{out} is not empty. Choose another folder.")
     card = card_of(adapter)
-    more = {} if labels is None else {"num_labels": labels}
     kind: Any = card.task
-    if drawn(read_config(source, kind, labels or 2, card.revision)):
+    config = read_config(source, kind, labels or 2, card.revision)
+    if drawn(config):
         raise ExportError(
             f"{card.base} has no weights of its own to merge into. Use the adapter as it is."
         )
-    plain = auto(kind).from_pretrained(source, use_safetensors=True, dtype=torch.float32, **more)
+    dice = Dice(card.seed)("head")
+    plain = Checkpoint(source, config, kind, torch.float32, card.revision, dice).load()[0]
     worn: Any = open_with_peft(plain, adapter)
     merged = worn.merge_and_unload()
     if card.labels:
@@ -174,3 +177,5 @@ def merge(adapter: Path, source: Path, out: Path, *, labels: int | None = None) 
     if kind != "images":
         tokenizer: Any = open_tokenizer(source)
         tokenizer.save_pretrained(str(out))
+    elif (settings := source / "preprocessor_config.json").is_file():
+        write_atomic(out / settings.name, settings.read_bytes())

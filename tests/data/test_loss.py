@@ -39,3 +39,16 @@ def test_bfloat16_logits_are_summed_in_single() -> None:
     (grad,) = torch.autograd.grad(value, hidden)
     assert value.dtype == torch.float32
     assert grad.dtype == torch.bfloat16
+
+
+def test_images_are_compared_place_by_place() -> None:
+    """A direction is that of all channels at a place, whichever way the state is laid out."""
+    stream = torch.Generator().manual_seed(7)
+    mine, theirs = (torch.randn(2, 6, 5, generator=stream) for _ in range(2))
+    wanted = loss.apart(mine, theirs, None)
+    maps = [of.transpose(1, 2).reshape(2, 5, 3, 2) for of in (mine, theirs)]
+    assert torch.allclose(loss.apart(maps[0], maps[1], None), wanted)
+    assert not torch.allclose(
+        loss.apart(mine.transpose(1, 2), theirs.transpose(1, 2), None), wanted
+    )
+    assert torch.equal(loss.places(mine[:, 0]), mine[:, :1])

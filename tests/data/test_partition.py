@@ -302,5 +302,5 @@ def test_dominant_labels_alone_or_too_few_rows() -> None:
     assert partition.dominant("abc", 1, 1, 1.0, 4) == [{"a": 4, "b": 0, "c": 0}]
     with pytest.raises(DataError, match=r"per_client"):
         partition.dominant("ab", 2, 3, 0.9, 4)
-    with pytest.raises(DataError, match=r"Label 1 has 3 rows, but 4 are dealt"):
-        partition.counted("aaab", [{"a": 2, "b": 0}] * 2, dice(1))
+    with pytest.raises(DataError, match=r"Label 1 has 3 rows, but 8 are dealt"):
+        partition.counted("aaab", partition.dominant("ab", 2, 1, 1.0, 4)[:1] * 2, dice(1))

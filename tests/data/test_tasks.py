@@ -154,7 +154,8 @@ def test_numbers_that_are_long_or_alike_are_told_apart() -> None:
 
 def test_the_tokenizer_is_as_before_for_its_owner(classify: Classification) -> None:
     classify.encode(rows("a b c d e f", label=[0]))
-    assert classify.tokenizer("a [SEP] b c d e f g")["input_ids"] == [
+    tokenizer: Any = classify.tokenizer
+    assert tokenizer("a [SEP] b c d e f g")["input_ids"] == [
         CLS, *ids("a"), SEP, *ids("b c d e f g"), SEP,
     ]  # fmt: skip
 

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from toys import FAMILIES, Local, ToyTask, at_desk, backbone, batches_for, everywhere
+from toys import (
+    CONVOLUTIONS,
+    FAMILIES,
+    Local,
+    ToyTask,
+    at_desk,
+    backbone,
+    batches_for,
+    everywhere,
+    kind_for,
+)
 
 from flexp.client.desk import Training
 from flexp.data.examples import Batch, Examples, Shard
@@ -86,10 +96,10 @@ def test_a_step_takes_what_is_predicted(family: str) -> None:
         assert predicted(work, seat) == pytest.approx(measured(body, seat, kind), rel=0.01)
 
 
-@pytest.mark.parametrize("family", ["vit", "dinov2"])
+@pytest.mark.parametrize("family", ["vit", "dinov2", *CONVOLUTIONS])
 def test_images_are_counted_by_their_size(family: str) -> None:
     body = backbone(family)
-    kind = Lora(rank=3, alpha=6.0)
+    kind = kind_for(body)
     work = measure_work(bones_of(body), kind, body.task, batch=3, length=1)
     seat = Seat(Cut(1, 1))
     with at_desk(body, seat, kind=kind) as (desk, _), Meter() as meter:

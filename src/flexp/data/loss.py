@@ -67,8 +67,16 @@ def distillation(
     return temperature**2 * (soft.exp() * (soft - mine)).sum(-1).mean()
 
 
+def places(hidden: Tensor) -> Tensor:
+    """A hidden state as [B, T, d]: of images [B, d, height, width], or [B, d], as well."""
+    if hidden.dim() == 2:
+        return hidden[:, None]
+    return hidden if hidden.dim() == 3 else hidden.flatten(2).transpose(1, 2)
+
+
 def apart(mine: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean squared distance of hidden states [B, T, d] in direction, over positions of the mask."""
+    """Mean squared distance of hidden states in direction, over positions [B, T] of the mask."""
+    mine, theirs = places(mine), places(theirs)
     gap = functional.normalize(mine.float(), dim=-1) - functional.normalize(theirs.float(), dim=-1)
     squared = gap.square().sum(-1)
     return squared.mean() if mask is None else (squared * mask).sum() / mask.sum()

@@ -110,9 +110,15 @@ def skeleton(source: str | Path, task: TaskKind, *, classes: int = 2, **options:
 
 
 def bare(config: Any, task: TaskKind, *, blocks_at: str | None = None) -> Skeleton:
-    """The skeleton of a config."""
-    with torch.device("meta"):
-        model = auto(task).from_config(config)
+    """The skeleton of a config; ModelError if it is of no model for the task."""
+    try:
+        with torch.device("meta"):
+            model = auto(task).from_config(config)
+    except ValueError as problem:
+        raise ModelError(
+            f'A model of type "{config.model_type}" has no class for task.kind "{task}". Choose '
+            "another model, or another kind."
+        ) from problem
     path, blocks = block_list(model, blocks_at)
     return Skeleton(model, path, len(blocks), config)
 

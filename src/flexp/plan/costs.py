@@ -99,9 +99,9 @@ def near_bytes(
     rows = min(costs.batch, window * -(-costs.batch // accumulate))
     reading = _reading(costs, near, outside, weights)
     training = _training(_Rows(costs, rows, recompute), (cut_front, cut_back), head_near, ahead)
-    # A step copies what it moves: the tensors, the scaled gradient and the moments.
     comes_back = costs.blocks - cut_back if head_near else cut_front
     both = message_bytes(costs, cut_front) + message_bytes(costs, comes_back)
+    # A step copies what it moves: the tensors, the scaled gradient and the moments.
     parts = {
         "weights": weights,
         "adapters": (2 + ahead + window + costs.moments) * adapter,

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from flexp.client.desk import Desk
 from flexp.data.examples import Batch
+from flexp.data.loss import places
 from flexp.parcel import Parcel
 from flexp.selection import NONE
 from flexp.strategies.base import ClientId, MethodKind, Served, Setting, Turn
@@ -94,6 +95,6 @@ class FedDpa(SharedBeside):
 def summary(desk: Desk, batch: Batch) -> Tensor:
     """The mean of each row's last hidden states under the global adapter, of length 1."""
     with torch.no_grad():
-        hidden = desk.model.hidden(batch, "shared")
+        hidden = places(desk.model.hidden(batch, "shared"))
     mask = batch.inputs.get("attention_mask", torch.ones(hidden.shape[:2]))[..., None]
     return functional.normalize((hidden * mask).sum(1), dim=1)
