@@ -176,9 +176,16 @@ def test_a_mix_is_linear(coefs: list[float]) -> None:
 
 
 def test_a_mix_of_different_adapters_is_refused() -> None:
-    slots = {"a": {"head": v(1)}, "b": {"prompt": v(1)}}
-    with pytest.raises(AdapterError, match="do not hold the same tensors"):
-        mixed((Term("a"), Term("b")), slots, place)
+    slots = {"a": {"head": v(1), "prompt": v(1)}, "b": {"prompt": v(1)}}
+    for mix in ((Term("a"), Term("b")), (Term("b"), Term("a"))):
+        with pytest.raises(AdapterError, match="do not hold the same tensors"):
+            mixed(mix, slots, place)
+
+
+def test_adapters_with_no_tensor_in_common_are_side_by_side() -> None:
+    slots = {"a": {"head": v(1)}, "b": {"prompt": v(2)}, "c": {"head": v(3)}}
+    found = mixed((Term("a"), Term("b", 2.0), Term("c")), slots, place)
+    assert {k: float(x) for k, x in found.items()} == {"head": 4, "prompt": 4}
 
 
 def test_values_per_block_replace_the_number_of_a_term() -> None:
