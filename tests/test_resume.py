@@ -90,6 +90,24 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert len(clean[0]) == 3
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("strategy.name=phsfl", "strategy.tune_rounds=2"),
+        ("strategy.name=pfsl", "strategy.checkpoint=1"),
+    ],
+    ids=["phsfl", "pfsl"],
+)
+def test_a_last_phase_is_resumed_like_any_round(recipe_of: Recipe, options: Any) -> None:
+    """Killed in the second round of it, when one client has had that and two have not."""
+    recipe = recipe_of()
+    with pytest.raises(Killed):
+        run(recipe, *options, die_at=7)
+    resumed = outcome(run(recipe, *options, resume=True))
+    shutil.rmtree(recipe.parent / "runs")
+    assert resumed == outcome(run(recipe, *options))
+
+
 def test_a_damaged_checkpoint_is_passed_over(recipe_of: Recipe) -> None:
     recipe = recipe_of()
     with pytest.raises(Killed):

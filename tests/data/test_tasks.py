@@ -242,7 +242,10 @@ def test_classification_loss_and_metrics_by_hand(classify: Classification) -> No
         "accuracy": pytest.approx(2 / 3),
         "loss": pytest.approx(nats),
         "macro_f1": pytest.approx(f1),
+        "dominant_f1": pytest.approx(f1),
     }
+    rare = classify.finish({**sums, "rows of 0": (3.0, 1.0)})  # a third is not half
+    assert rare["dominant_f1"] == pytest.approx(2 * 2 / (3 + 2))
     assert classify.metric in done
     assert classify.higher_is_better
 

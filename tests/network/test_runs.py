@@ -58,6 +58,18 @@ def play(cluster: Cluster, recipe: Path, mine: Path, *argv: str) -> None:
             {"strategy": {"name": "fedavg"}, "link": {"window": 2}, "train__clip_norm": 0.5},
             id="two parts at once",
         ),
+        pytest.param(
+            {"strategy": {"name": "phsfl", "tune_rounds": 2}, "train__steps": 3},
+            id="heads at the end",
+        ),
+        pytest.param(
+            {
+                "strategy": {"name": "pfsl", "checkpoint": 1},
+                "plan__cuts": {**CUTS, "carl dee": [1, 1]},
+            },
+            id="own backs at the end",
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"model__quantize": "nf4", "strategy": {"name": "flexp"}}, id="nf4"),
         pytest.param({"link": {"ahead": True}, "train__steps": 3}, id="ahead"),
         pytest.param(

@@ -133,6 +133,16 @@ def test_identical_architectures_beta_one_at_the_start_only_is_fedavg(seats: Any
     assert not same(taken(ran(HALF, seats).state.adapter, 3), fedavg.state)
 
 
+def test_parts_are_epochs_where_the_recipe_has_as_many() -> None:
+    epochs = replace(PLAIN, batch=12, steps=None, epochs=2)
+    fedavg = ran(FedAvg(), U, training=epochs)
+    start = ran(FedPpa(beta=1.0, schedule="start", parts=2), U, training=epochs)
+    assert same(taken(start.state.adapter, 3), fedavg.state)
+    rising = FedPpa(beta=1.0, parts=2)  # half of the way, an epoch, all of it, an epoch
+    steps = replace(PLAIN, batch=12)
+    assert alike(ran(rising, U, training=epochs), ran(rising, U, training=steps))
+
+
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"form": "prox", "mu": 0.0}])
 def test_beta_zero_is_local_only(options: dict[str, Any]) -> None:
     found = ran(FedPpa(**options), SEATS)

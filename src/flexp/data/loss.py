@@ -101,17 +101,26 @@ def means(sums: Sums) -> dict[str, float]:
 def hits(logits: Tensor, targets: Tensor) -> dict[str, tuple[float, float]]:
     """By class that occurs, twice the rows that are right, and rows predicted and true together.
 
-    Added over batches, their quotient is the class's F1.
+    Added over batches, their quotient is the class's F1. Beside it, how many rows are true.
     """
     count = logits.shape[-1]
     told = logits.argmax(-1)
     right = torch.bincount(targets[told == targets], minlength=count)
-    both = torch.bincount(told, minlength=count) + torch.bincount(targets, minlength=count)
-    return {f"f1 of {n}": (2.0 * int(right[n]), float(both[n])) for n in range(count) if both[n]}
+    true = torch.bincount(targets, minlength=count)
+    both = torch.bincount(told, minlength=count) + true
+    f1 = {f"f1 of {n}": (2.0 * int(right[n]), float(both[n])) for n in range(count) if both[n]}
+    return f1 | {f"rows of {n}": (float(true[n]), 1.0) for n in range(count)}
 
 
 def macro(sums: Sums) -> dict[str, float]:
-    """Means, with one ``macro_f1`` for the F1 of all classes that occur in truth or prediction."""
+    """Means, with one ``macro_f1`` for the F1 of all classes that occur in truth or prediction.
+
+    ``dominant_f1`` is of those that are half as frequent as the most frequent one, or more.
+    """
     found = means(sums)
-    each = [found.pop(name) for name in [*found] if name.startswith("f1 of ")]
-    return found | ({"macro_f1": sum(each) / len(each)} if each else {})
+    each = {k.split()[-1]: found.pop(k) for k in [*found] if k.startswith("f1 of ")}
+    rows = {k.split()[-1]: found.pop(k) for k in [*found] if k.startswith("rows of ")}
+    main = [each[n] for n in each if 2 * rows[n] >= max(rows.values())]
+    if each:
+        found |= {"macro_f1": sum(each.values()) / len(each), "dominant_f1": sum(main) / len(main)}
+    return found
