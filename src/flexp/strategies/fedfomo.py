@@ -46,8 +46,7 @@ class FedFomo(Strategy[Pool]):
     """Each client mixes in the models that lower its own validation loss, by how much per distance.
 
     ``candidates`` is M, the own one among them. ``explore`` is epsilon, less by ``decay`` a round.
-    The official code's distance is "l1". With ``share_a`` LoRA's A is as all began: mixes of B are
-    mixes of products.
+    The official code's distance is "l1". With ``share_a`` LoRA's A never moves; B alone is mixed.
     """
 
     candidates: NonNegativeInt = 5
@@ -96,8 +95,7 @@ class FedFomo(Strategy[Pool]):
         helped = self.mix_in(desk, models) if models else []
         if self.candidates:
             desk.assign("before", (Term("personal"),))
-        trained = desk.fit(train=self.moving())
-        return desk.reply("personal", facts={**trained, "helped": helped})
+        return desk.reply("personal", facts={**desk.fit(train=self.moving()), "helped": helped})
 
     def mix_in(self, desk: Desk, models: Sequence[str]) -> list[float]:
         """The client's model from what helps it; how much each of them did."""
@@ -116,8 +114,7 @@ class FedFomo(Strategy[Pool]):
 
     def merge(self, state: Pool, replies: Mapping[ClientId, Parcel], turn: Turn) -> Pool:
         affinity = state.affinity
-        for client, reply in replies.items():
-            chosen = self.chosen(state, client, turn)
-            affinity = affinity.added(client, chosen, reply.facts.get("helped"))
+        for c, reply in replies.items():
+            affinity = affinity.added(c, self.chosen(state, c, turn), reply.facts.get("helped"))
         newest = {c: r.adapters["personal"] for c, r in replies.items()}
         return Pool(affinity, {**state.models, **newest})
