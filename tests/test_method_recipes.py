@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures_images import KINDS, RESNET, drawing
+from fixtures_images import KINDS, RESNET, VIT, drawing
 from fixtures_models import FILLER, NEGATIVE, POSITIVE
 
 from flexp import assets, commands, recipe_file
@@ -47,10 +47,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A residual network of three blocks, as a config."""
-    folder = tmp_path_factory.mktemp("drawn")
-    (folder / "config.json").write_text(json.dumps({"drawn": True, **RESNET}))
-    return folder
+    """A residual network and a transformer of three blocks each, as configs."""
+    home = tmp_path_factory.mktemp("drawn")
+    for name, config in {"convolutions": RESNET, "vit": VIT}.items():
+        (home / name).mkdir()
+        (home / name / "config.json").write_text(json.dumps({"drawn": True, **config}))
+    return home
 
 
 @recipes
@@ -71,7 +73,7 @@ def test_a_round_of_it_runs_on_toys(
     toys = {
         "classification": (texts, tiny_model),
         "causal-lm": (texts, tiny_lm),
-        "images": (pictures, drawn),
+        "images": (pictures, drawn / ("vit" if asked.model.source == "vit" else "convolutions")),
     }
     data, model = toys[asked.task.kind]
     pictured = asked.task.kind == "images"
