@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ def dying(patch: pytest.MonkeyPatch, at: int) -> None:
     """After so many steps of all clients together the process is no more."""
     plain, taken = Fit._move, 0
 
-    def move(fit: Fit, norm: float) -> None:
+    def move(fit: Fit, norms: Mapping[str, float]) -> None:
         nonlocal taken
-        plain(fit, norm)
+        plain(fit, norms)
         taken += 1
         if taken == at:
             raise Killed

@@ -31,11 +31,12 @@ def attend_wide(model: nn.Module) -> None:
     Torch's kernel takes three to seven times as long for the gradient in bfloat16. The result is
     rounded once, at the end. Models whose attention is not the library's stay as they are.
     """
-    hf, config = libraries.transformers(), cast(Any, model).config
+    config = cast(Any, model).config
     narrow = next(model.parameters()).dtype == torch.bfloat16
-    known = hf.AttentionInterface()
     if not narrow or getattr(config, "_attn_implementation", "") != "sdpa":
         return
+    hf = libraries.transformers()
+    known = hf.AttentionInterface()
     if WIDE not in known:
         hf.AttentionInterface.register(WIDE, partial(_attend, known["sdpa"]))
         hf.AttentionMaskInterface.register(WIDE, hf.AttentionMaskInterface()["sdpa"])

@@ -35,7 +35,8 @@ PEFT_TASK: Mapping[TaskKind, str] = {
 
 def auto(task: TaskKind) -> Any:
     """The class that makes and loads models for a task, whatever their family."""
-    vision.register()
+    if task == "images":
+        vision.register()
     return getattr(libraries.transformers(), _AUTO[task])
 
 
@@ -126,7 +127,8 @@ def bare(config: Any, task: TaskKind, *, blocks_at: str | None = None) -> Skelet
 def read_config(source: str | Path, task: TaskKind, classes: int, revision: str | None) -> Any:
     """The config of a model folder or hub id; encoder-decoders are refused."""
     more = {"num_labels": classes} if task != "causal-lm" else {}
-    vision.register()
+    if task == "images":
+        vision.register()
     try:
         make = libraries.transformers().AutoConfig
         config = make.from_pretrained(source, revision=revision, **more)

@@ -132,9 +132,11 @@ class Slots:
         names = self._chosen(op.slot, op.where)
         value, grad = self[op.slot], self[op.grad]
         for lr, group in self._groups(optim, names).items():
-            fresh = {k: value[k].clone(memory_format=torch.contiguous_format) for k in group}
-            # In one order, for the fused step reads all of them as they lie in memory.
-            scaled = [(grad[k] * op.scale).contiguous() for k in group]
+            fresh = {k: value[k].clone() for k in group}
+            scaled = [grad[k] * op.scale for k in group]
+            if self.fused:  # it reads all of them as they lie in memory
+                fresh = {k: v.contiguous() for k, v in fresh.items()}
+                scaled = [g.contiguous() for g in scaled]
             self._update(op.slot, replace(optim, lr=lr * op.share), fresh, scaled)
             self._watch(op.slot, value, fresh)
             value = {**value, **fresh}
