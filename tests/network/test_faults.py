@@ -72,6 +72,7 @@ def test_a_client_that_is_killed_in_mid_round_comes_back(
     same(cluster, alone(long, tmp_path / "alone"))
 
 
+@pytest.mark.slow
 def test_a_link_that_is_dark_for_a_while_costs_nothing_but_time(
     cluster: Cluster, long: Path, mine: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +150,7 @@ def test_who_sleeps_for_too_long_is_back_in_a_later_round(
     assert cluster.adapter("carl dee").is_dir()
 
 
+@pytest.mark.slow
 def test_who_is_asked_to_end_ends_well(
     cluster: Cluster, long: Path, mine: Path, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_who_leaves_is_not_waited_for_and_may_come_back(
     assert cluster.adapter(CLIENTS[2]).is_dir()
 
 
+@pytest.mark.slow
 def test_after_the_end_newcomers_learn_and_members_learn_more(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:

@@ -130,6 +130,7 @@ def stopped() -> Iterator[list[Any]]:
         program.kill(signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_a_late_result_is_refused_with_the_number_of_its_round(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path, stopped: list[Any]
 ) -> None:

@@ -429,6 +429,7 @@ def refuse_models(cluster: Cluster, model: Path, mine: Path, server: Program) ->
         heard(server, f"mallory {n} gives up: {cases[n][2]}")
 
 
+@pytest.mark.slow
 def test_of_two_processes_with_one_name_the_newest_counts(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:

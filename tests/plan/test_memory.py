@@ -42,6 +42,7 @@ def off(bench: ModuleType, case: Any) -> float:
     return bench.fresh(case)["peak"] / parts["total"] - 1
 
 
+@pytest.mark.slow
 def test_a_clients_peak_is_as_predicted(bench: ModuleType, tmp_path: Path) -> None:
     source = bench.write_model(tmp_path / "bert", hf.BertConfig(**BERT), "classification")
     case = bench.Case("bert", str(source), "classification", (1, 1), 80, 128)

@@ -106,6 +106,7 @@ def test_no_prompt_is_ever_on_the_wire(family: str, form: Any) -> None:
         assert not any("prompt" in name or "frame" in name for name in names)
 
 
+@pytest.mark.slow
 def test_who_wears_anothers_prompt_is_worse_off() -> None:
     # Both have the same rows, but labels that contradict: only the prompt can say whose they are.
     rows = examples(5, 12)
