@@ -31,8 +31,8 @@ class Machine:
 
     @property
     def faster(self) -> str:
-        """The precision that this machine multiplies faster at: bf16 or fp32."""
-        return max(("bf16", "fp32"), key=lambda dtype: fastest(self.peak, dtype))
+        """The precision that this machine multiplies faster at; fp32 where bf16 is no faster."""
+        return max(("fp32", "bf16"), key=lambda dtype: fastest(self.peak, dtype))
 
     @property
     def plain(self) -> dict[str, Any]:
