@@ -118,7 +118,10 @@ def test_a_client_with_the_whole_model_is_not_waited_for(
     fast, together = played(mode="fast", **how)
     assert set(together) == {2}
     assert groups == [["ben", "carl dee"]] * 3
+    # A fused step has other last bits, and AdamW makes much of them where a gradient is nearly 0.
     assert gap(exact, fast) < 1e-4
+    every = [(v - fast[c][k]).abs().flatten() for c in exact for k, v in exact[c].items()]
+    assert float(torch.cat(every).median()) < 1e-7
 
 
 def test_a_client_that_fails_holds_up_nobody(

@@ -233,11 +233,6 @@ class Slots:
             out[self.place(up).block + 1] += scaling * float(gram_dot(*(v.double() for v in four)))
         return tuple(out)
 
-    def forget(self, slot: str) -> None:
-        """Drops a slot with its gradient and moments."""
-        for name in (slot, f"{slot}@g", *moments(slot)):
-            self.values.pop(name, None)
-
     def lasting(self, specs: Mapping[str, SlotSpec]) -> set[str]:
         """Names of the slots that live on after a turn: those of the run, and kept moments."""
         kept = {s for s, spec in specs.items() if spec.lasts == "run"}
