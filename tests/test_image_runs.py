@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from toys import at_desk, backbone, batches_for, cuts
 
 from flexp import answers, assets, commands, planning, recipe_file
-from flexp.errors import DataError, ExportError
+from flexp.errors import DataError, ExportError, ModelError
 from flexp.link.wire import packed_bytes
 from flexp.model.reader import open_reader
 from flexp.model.skeleton import bare, skeleton, states_of
@@ -96,6 +96,13 @@ def test_a_pretrained_classifier_of_images_takes_lora_and_is_merged(
     config: Any = merged.config
     wanted = dict(zip(config.id2label.values(), logits.softmax(-1).tolist(), strict=True))
     assert said["probabilities"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_texts_and_images_are_not_mixed_up(images_of: Recipe, tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match="is no model of images: its config has no num_channels"):
+        open_reader(tiny_model, "images")
+    with pytest.raises(DataError, match="Give a folder with its files, or set task"):
+        open_reader(images_of(CNN).parent / "drawn", "classification")
 
 
 def test_another_seed_draws_other_weights(images_of: Recipe, tmp_path: Path) -> None:

@@ -23,7 +23,10 @@ def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         return libraries.transformers().AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as problem:
         first = str(problem).strip().splitlines()[0]
-        raise DataError(f'"{source}" has no tokenizer that can be opened: {first}') from problem
+        raise DataError(
+            f'"{source}" has no tokenizer that can be opened: {first.rstrip(" :.")}. '
+            "Give a folder with its files, or set task.kind to images for a model of images."
+        ) from problem
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | Pixels) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from flexp.data.images import open_pixels
 from flexp.data.tokens import open_tokenizer
+from flexp.errors import ModelError
 from flexp.model.skeleton import TaskKind, image_shape, read_config
 
 
@@ -14,4 +15,10 @@ def open_reader(folder: Path, kind: TaskKind) -> Any:
     """The tokenizer or ``Pixels`` of a model's folder; DataError or ModelError if it has none."""
     if kind != "images":
         return open_tokenizer(folder)
-    return open_pixels(folder, image_shape(read_config(folder, kind, 2, None)))
+    config = read_config(folder, kind, 2, None)
+    if not hasattr(config, "num_channels"):
+        raise ModelError(
+            f'"{folder}" is no model of images: its config has no num_channels. '
+            "Set model.source to one that is (as cnn, resnet or vit), or task.kind to what it is for."
+        )
+    return open_pixels(folder, image_shape(config))
