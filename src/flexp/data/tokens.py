@@ -22,9 +22,10 @@ def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     try:
         return libraries.transformers().AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as problem:
-        first = str(problem).strip().splitlines()[0]
+        first = str(problem).strip().splitlines()[0].strip()
+        why = "" if first.endswith(":") else f" ({first.rstrip('.')})"  # a list follows
         raise DataError(
-            f'"{source}" has no tokenizer that can be opened: {first.rstrip(" :.")}. '
+            f'"{source}" has no tokenizer that can be opened{why}. '
             "Give a folder with its files, or set task.kind to images for a model of images."
         ) from problem
 
