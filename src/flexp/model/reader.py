@@ -19,6 +19,6 @@ def open_reader(folder: Path, kind: TaskKind) -> Any:
     if not hasattr(config, "num_channels"):
         raise ModelError(
             f'"{folder}" is no model of images: its config has no num_channels. '
-            "Set model.source to one that is (cnn, resnet or vit), or task.kind to what it is for."
+            "Set model.source to one that takes images, or task.kind to what this one is for."
         )
     return open_pixels(folder, image_shape(config))
