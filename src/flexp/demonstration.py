@@ -25,6 +25,7 @@ from flexp.parcel import file_name, write_atomic
 from flexp.privacy import attack
 from flexp.recipe import Recipe
 from flexp.stage import Say, Stage, opened, read_rows, survey, with_method
+from flexp.threads import adopt
 
 OUT = Path("runs")
 
@@ -98,7 +99,7 @@ def play(
     with ExitStack() as stack:
         for stage in (first, *stages.values()):
             stack.callback(stage.engine.close)
-        with ThreadPoolExecutor(demo.side_by_side) as pool:
+        with ThreadPoolExecutor(demo.side_by_side, initializer=adopt) as pool:
             results = dict(zip(recipes, pool.map(one, recipes), strict=True))
         running.save_adapters(results["flexp"], out / "adapters")
         folders = [out / name for name in recipes]

@@ -19,6 +19,7 @@ from flexp.bench.rows import Gate, Row
 from flexp.bench.server import STEP, Server
 from flexp.bench.tenants import CLOSE, apart, spread
 from flexp.model.backbone import Backbone
+from flexp.threads import adopt
 
 MOST_ROUNDS = 5
 STEPS = 8  # of each device side by side; in turn one is enough
@@ -93,7 +94,7 @@ class Fleet:
         self.server = Server(job, body, job.adapted(body), partial(spread, job), together=True)
         self.drawn = [self.server.drawn(n, 1, self.tokens) for n in range(devices.count)]
         self.steps = [0] * devices.count
-        self.threads = ThreadPoolExecutor(devices.count)
+        self.threads = ThreadPoolExecutor(devices.count, initializer=adopt)
         for n in range(devices.count):
             self.server.sits(n)
 

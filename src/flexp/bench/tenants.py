@@ -19,6 +19,7 @@ from flexp.bench.server import STEP, Server, name
 from flexp.model.backbone import Backbone
 from flexp.model.cut import Cut, Seat
 from flexp.tensors import Tensors
+from flexp.threads import adopt
 
 WHAT = "times less processor time of the server, {} clients of {} tokens at once, cuts 1 to 4, {}"
 MOST_ROUNDS = 5  # of steps of thousands of tokens
@@ -48,7 +49,7 @@ class Clients:
     def __init__(self, server: Server, count: int, rows: int, length: int) -> None:
         self.server, self.count, self.step = server, count, 0
         self.drawn = [server.drawn(n, rows, length) for n in range(count)]
-        self.threads = ThreadPoolExecutor(count)
+        self.threads = ThreadPoolExecutor(count, initializer=adopt)
         for n in range(count):
             server.sits(n)
         if server.trunk.together:

@@ -21,6 +21,7 @@ from torch import Tensor
 from flexp.client.session import Session
 from flexp.link.messages import Answer, Message, Posting
 from flexp.model.far import Ask
+from flexp.threads import adopt
 
 
 class _Ended(Exception):
@@ -175,7 +176,7 @@ class Crew:
 
     def __init__(self, session: Session, threads: int) -> None:
         self.session, self.relay = session, Relay()
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="flexp-part")
+        self.pool = ThreadPoolExecutor(threads, "flexp-part", adopt)
 
     def __enter__(self) -> Crew:
         return self

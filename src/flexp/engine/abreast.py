@@ -19,6 +19,7 @@ from flexp.engine.base import Arrival
 from flexp.link.messages import Answer, Link, Message
 from flexp.server.trunk import Trunk
 from flexp.strategies.base import ClientId
+from flexp.threads import adopt
 
 MOST = 8  # clients abreast: what they hold near is in memory at the same time
 
@@ -76,6 +77,7 @@ class Abreast:
         done: Future[Arrival] = Future()
 
         def work() -> None:
+            adopt()
             try:
                 with self.cores:
                     arrival = turn()

@@ -17,6 +17,7 @@ from flexp.link.messages import Answer, Link, Message
 from flexp.link.wire import Wire, crossing_bytes
 from flexp.strategies.base import ClientId
 from flexp.tensors import Tensors
+from flexp.threads import adopt
 
 COMPUTES = ("forward", "backward")  # the two messages of a step that make both sides compute
 
@@ -59,6 +60,7 @@ class Line:
         """Starts a turn and returns when its first message waits, or when it has ended."""
 
         def work() -> None:
+            adopt()
             try:
                 self.arrival = turn()
             finally:

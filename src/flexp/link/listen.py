@@ -29,6 +29,7 @@ from flexp.link.outbox import Outbox
 from flexp.link.port import check_port
 from flexp.link.rate import Buckets, Rate
 from flexp.link.wire import Wire
+from flexp.threads import adopt
 
 STRANGER = 1 << 16  # bytes of a frame of somebody who has not said hello
 FRAMES = Rate(8_000, 4_000)
@@ -140,7 +141,7 @@ class Listener:
         self.calls: dict[Call, Any] = {}  # with gRPC's context
         self._over = threading.Event()
         streams = 2 * clients + 16
-        self._pool = ThreadPoolExecutor(streams, thread_name_prefix="flexp-call")
+        self._pool = ThreadPoolExecutor(streams, "flexp-call")
         self.server = grpc.server(  # pyright: ignore[reportUnknownMemberType]
             self._pool,
             options=server_options(keepalive, clients),
@@ -196,6 +197,7 @@ class Listener:
         return come_back("Too many calls at once", 1.0) if mine >= CALLS else None
 
     def _read(self, requests: Iterator[bytes], call: Call) -> None:
+        adopt()
         joiner = Joiner()
         try:
             for piece in requests:

@@ -16,6 +16,7 @@ from flexp.link.messages import Answer
 from flexp.model.meter import Meter
 from flexp.server.compute import Compute, Job
 from flexp.server.line import Line, Request
+from flexp.threads import adopt
 
 T = TypeVar("T")
 Work = Generator[Job, Any, Answer]  # what carries out a message; it gets what it has computed
@@ -37,7 +38,7 @@ class ComputeThread:
         self.flops: dict[str, int] | None = None
         self.line = Line(room=lambda: compute.waiting.room)
         self.beside: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="flexp-trunk")
+        self.thread = ThreadPoolExecutor(1, "flexp-trunk", adopt)
 
     def served(self, request: Request) -> Answer:
         """The answer to a request, after those before it; raises what went wrong."""

@@ -21,6 +21,7 @@ from flexp.serving.floor import added
 from flexp.serving.reception import Late, Reception
 from flexp.stage import Say, Stage
 from flexp.strategies.base import Turn
+from flexp.threads import adopt
 
 TICK = 0.2
 LONGEST = 60.0
@@ -66,6 +67,7 @@ class Epilogue:
 
     def _serve(self, late: Late) -> None:
         """What one client came for, one thing after another; it hears if that cannot be done."""
+        adopt()
         with self.adding:
             mine = self.turns.setdefault(late.name, threading.Lock())
         with mine:

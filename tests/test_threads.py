@@ -1,0 +1,41 @@
+"""A thread's products have the bits of the one that began it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexp.server.thread import ComputeThread
+from flexp.threads import adopt
+
+SHAPES = [(rows, wide, out) for rows in (2, 6, 16) for wide in (54, 64, 200) for out in (3, 16, 48)]
+
+
+def products() -> list[Tensor]:
+    stream = torch.Generator().manual_seed(0)
+    made: list[Tensor] = []
+    for rows, wide, out in SHAPES:
+        left = torch.randn(rows, wide, generator=stream)
+        made.append(left @ torch.randn(out, wide, generator=stream).t())
+    return made
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_a_new_thread_that_has_adopted_the_number_of_cores_gives_the_same_bits() -> None:
+    with ThreadPoolExecutor(1, initializer=adopt) as pool:
+        assert same(pool.submit(products).result(), products())
+
+
+def test_the_compute_thread_gives_the_same_bits_before_it_has_computed_anything() -> None:
+    nothing: Any = None
+    thread = ComputeThread(nothing)
+    try:
+        assert same(thread.in_turn(products), products())
+    finally:
+        thread.close()
