@@ -20,6 +20,7 @@ from talkers import (
 )
 from torch import Tensor
 from toys import backbone, wrap
+from transformers import AutoModelForCausalLM
 
 from flexp.errors import ModelError
 from flexp.model import cached
@@ -101,9 +102,10 @@ def test_a_cached_text_is_the_uncached_one_up_to_rounding() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_sides_that_hold_only_their_own_blocks(family: str, tmp_path: Path) -> None:
-    model = plain(family)
+    plain(family).save_pretrained(tmp_path)
+    # From the same file: on some processors last bits depend on where in memory a weight lies.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokens, logits = library_says(model, PROMPT, TOKENS)
-    model.save_pretrained(tmp_path)
     near = Backbone.open(tmp_path, task="causal-lm", blocks=frozenset({0, 2}))
     far = Backbone.open(tmp_path, task="causal-lm", blocks=frozenset({1}), outside=False)
     found = says(*cut((near, far), 1, 1))
