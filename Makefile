@@ -19,7 +19,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test coverage test-slow test-families faults soak fuzz check format bench bench-memory \
-  bench-methods bench-network bench-protocol bench-speed docs lock wheels-arm clean
+  bench-methods bench-network bench-protocol bench-related bench-speed docs lock wheels-arm clean
 
 help:  ## Print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,10 @@ bench-methods: $(STAMP)  ## Every method on one task, three seeds (an hour on tw
 	  --jobs 2 --json --resume data.clients=4 rounds=4 train.batch=4 train.head_lr=0.01 \
 	  train.label_prior=false out=runs/methods > build/methods.json
 	mv build/methods.json benchmarks/results/methods.json
+	$(BIN)/python benchmarks/tables.py --write
+
+bench-related: $(STAMP)  ## Seven related systems, each by its recipe, one seed (an hour on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/related.py
 	$(BIN)/python benchmarks/tables.py --write
 
 bench-network: $(STAMP)  ## Training between processes: what a network adds (12 minutes)

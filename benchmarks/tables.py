@@ -139,6 +139,34 @@ def compared() -> str:
     return "\n".join(lines) + "\n"
 
 
+def related() -> str:
+    """The seven related systems beside local and fedavg, by their recipes, as a Markdown table."""
+    found: dict[str, Any] = json.loads((HERE / "results" / "related.json").read_text("utf-8"))
+    lines = [
+        f"`{found['command']}`",
+        "",
+        "| recipe | local | fedavg | its method | gain over local: own | everybody's "
+        "| macro-F1 after round | dominant-F1 after round | a run |",
+        f"|{' --- |' * 9}",
+    ]
+    for name, held in found["recipes"].items():
+        rows = held["summary"]
+        both = [
+            " / ".join(f"{100 * rows[label][data]['mean']:.1f}" for data in ("own", "global"))
+            for label in ("local", "fedavg", held["method"])
+        ]
+        gains = [_gain(rows[held["method"]][key]) for key in ("gain", "gain_global")]
+        scores = [
+            ", ".join(f"{int(at) + 1}: {r[m]:.3f}" for at, r in held["rounds"].items() if m in r)
+            or "–"
+            for m in ("macro_f1", "dominant_f1")
+        ]
+        lines.append(
+            f"| `{name}` | {' | '.join([*both, *gains, *scores])} | {held['seconds']:.0f} s |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def _gain(found: dict[str, float]) -> str:
     """In points, with its interval."""
     mean, low, high = (100 * found[k] for k in ("mean", "low", "high"))
@@ -439,6 +467,7 @@ def rendered(text: str) -> str:
         | speeds()
         | quantized()
         | {"fuzz": fuzzed(), "faults": matrix(), "suites": suites(), "methods": compared()}
+        | {"related": related()}
     )
     for name, lines in made.items():
         if f"<!-- {name}:begin -->" not in text:
