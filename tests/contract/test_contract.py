@@ -37,6 +37,7 @@ from flexp.rounds import waves_of
 from flexp.selection import FRONT, HEAD, NEAR, NONE, Where
 from flexp.strategies import BUILT_IN, about
 from flexp.strategies.base import MethodKind, Scene, Setting, Strategy, Turn
+from flexp.strategies.dypfl import DyPfl
 from flexp.strategies.fedala import FedAla
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.flexp import FlexP
@@ -86,6 +87,8 @@ SPECIAL: dict[str, Any] = {
     "scaffold": {"training": Training(Optim("sgd", lr=3.0), batch=4, steps=2)},  # no other
     # Three rounds are too few for the paper's lambda of 15 and eta of 0.005.
     "pfedme": {"strategy": PFedMe(lam=1.0, rate=0.5, inner=3), "reaches": 0.97},
+    # Everybody personalises in every round, and each serves what its validation rows want.
+    "dypfl": {"strategy": DyPfl(1.0, 3, 0.5, explore=1.0, decay=1.0), "reaches": 0.97},
     # Two adapters are worn one after the other, and exported as one of twice the rank.
     "feddpa": {"rounding": 1e-6},
     "pfedlora": {"rounding": 1e-6},

@@ -14,6 +14,7 @@ from flexp.errors import StrategyError, nearest
 from flexp.strategies.apfl import Apfl
 from flexp.strategies.base import Strategy
 from flexp.strategies.ditto import Ditto
+from flexp.strategies.dypfl import DyPfl
 from flexp.strategies.fedala import FedAla
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.fedbabu import FedBabu
@@ -65,6 +66,7 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     Ditto,
     Apfl,
     PFedMe,
+    DyPfl,
     PerFedAvg,
     FedAla,
     FedFomo,

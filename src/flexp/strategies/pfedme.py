@@ -46,13 +46,18 @@ class PFedMe(SharedBeside):
     }
 
     def train(self, desk: Desk, offer: Parcel) -> Parcel:
-        pull, part = [Drag("shared", self.lam)], self.rate * self.lam
-        desk.assign("personal", (Term("shared"),))
-        done = list[Facts]()
-        for batch in desk.batches():
-            done.append(desk.fit(pull=pull, batches=repeat(batch, self.inner)))
-            desk.assign("shared", (Term("shared", 1 - part), Term("personal", part)))
-        return desk.reply("shared", facts=together(done))
+        return desk.reply("shared", facts=followed(desk, self.lam, self.inner, self.rate))
 
     def merge(self, state: Tensors, replies: Mapping[ClientId, Parcel], turn: Turn) -> Tensors:
         return lerp(state, super().merge(state, replies, turn), self.beta)
+
+
+def followed(desk: Desk, lam: float, inner: int, rate: float) -> Facts:
+    """A turn: "personal" is trained near "shared", which follows it; both begin at w."""
+    pull, part = [Drag("shared", lam)], rate * lam
+    desk.assign("personal", (Term("shared"),))
+    done = list[Facts]()
+    for batch in desk.batches():
+        done.append(desk.fit(pull=pull, batches=repeat(batch, inner)))
+        desk.assign("shared", (Term("shared", 1 - part), Term("personal", part)))
+    return together(done)
