@@ -94,10 +94,11 @@ def test_with_an_imposed_rate_of_1_it_is_pfedme(beta: float, training: Any) -> N
     assert not alike(ran(DyPfl(1.0, 3, 0.5, beta, rate=0.0), training=training), pfedme)
 
 
+ODD = [(whole(4), f"{slot}, no number") for slot in ("personal", "shared")]  # refused at a cut
 SPOILT = [(seat, s) for seat in (Seat(Cut(1, 1)), whole(4)) for s in ("personal", "shared", "none")]
 
 
-@pytest.mark.parametrize(("seat", "spoilt"), [*SPOILT, (whole(4), "personal, no number")])
+@pytest.mark.parametrize(("seat", "spoilt"), [*SPOILT, *ODD])
 def test_what_is_served_is_no_worse_than_either(seat: Seat, spoilt: str) -> None:
     method = DyPfl()
     with at_desk(body(), seat, slots=dict(method.slots)) as (desk, _):
