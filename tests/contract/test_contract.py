@@ -86,6 +86,8 @@ SPECIAL: dict[str, Any] = {
     "scaffold": {"training": Training(Optim("sgd", lr=3.0), batch=4, steps=2)},  # no other
     # Three rounds are too few for the paper's lambda of 15 and eta of 0.005.
     "pfedme": {"strategy": PFedMe(lam=1.0, rate=0.5, inner=3), "reaches": 0.97},
+    # Each base moves by its share alone, and one round of three is a warm start.
+    "fedbasis": {"reaches": 0.97, "rounding": 1e-6},
     # Two adapters are worn one after the other, and exported as one of twice the rank.
     "feddpa": {"rounding": 1e-6},
     "pfedlora": {"rounding": 1e-6},
