@@ -186,7 +186,8 @@ def opened(
     """A desk with bases on it."""
     slots = {f"base/{k}": SlotSpec() for k in range(len(bases))}
     offer = Parcel({f"base/{k}": base for k, base in enumerate(bases)})
-    with at_desk(backbone(), seat, slots=slots, offer=offer, **{"kind": KIND, **more}) as (desk, _):
+    how: dict[str, Any] = {"kind": KIND, **more}
+    with at_desk(backbone(), seat, slots=slots, offer=offer, **how) as (desk, _):
         yield desk, bases
 
 
