@@ -107,7 +107,7 @@ class Bowl:
         if isinstance(wear, Stacked):
             for term in wear.mix:
                 for block, value in in_blocks(views[term.slot]).items():
-                    part = value * float(term.coef)
+                    part = value * term.coef
                     found[block] = found[block] + part if block in found else part
         else:
             mix = terms(wear)

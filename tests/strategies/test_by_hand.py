@@ -299,7 +299,7 @@ ENDS: dict[str, tuple[float, ...]] = {
     "fedppa": (6, 6, 6),
     "pfsl": (0, 8, 8),
     **dict.fromkeys(["apfl", "fml"], (8, 8, 8)),
-    **dict.fromkeys(["pfedme", "per_fedavg", "fedala", "fedfomo", "dypfl"], (6, 6, 6)),
+    **dict.fromkeys(["pfedme", "per_fedavg", "fedala", "fedfomo", "fedbasis", "dypfl"], (6, 6, 6)),
     **dict.fromkeys(["splitfed_v2", "splitlora"], (8, 10, 8)),
     "pooled": (10, 10, 10),
     "sl": (7.5, 7.5, 7.5),
@@ -314,6 +314,7 @@ FREE: dict[str, dict[str, Any]] = {
     "dypfl": {"explore": 0.0},
     "per_fedavg": {"alpha": 0.0},
     "fedala": {"rate": 0.0},
+    "fedbasis": {"bases": 1},
     "fedppa": {"beta": 0.0},
     **dict.fromkeys(FLEXP, UNALIGNED),
 }

@@ -140,6 +140,7 @@ class Desk:
         clip_norm: float | None = None,
         apart: bool = False,
         fade: float = 1.0,
+        counts: Mapping[str, float] | None = None,
         batches: Iterator[Batch] | None = None,
         steps: int | None = None,
     ) -> Facts:
@@ -147,9 +148,10 @@ class Desk:
 
         ``train`` names slots and what of each moves; a bare ``Where`` means every slot of the
         wear. The clip is by the global norm over near and far, and over all slots unless these are
-        clipped ``apart``. Each step's rate is ``fade`` times that of the one before. A step whose
-        loss, clipped norm or gradient at the cut is not finite is skipped on both sides and
-        counted. Returns loss (mean, nats), steps, skipped and rows.
+        clipped ``apart``. Each step's rate is ``fade`` times that of the one before, and ``counts``
+        says how much of it counts for a slot. A step whose loss, clipped norm or gradient at the
+        cut is not finite is skipped on both sides and counted. Returns loss (mean, nats), steps,
+        skipped and rows.
 
         With ``Training.ahead`` the front of each batch but the first wears what trains as it was
         before the last step, in all forwards of its loss; tail and trunk wear it as it is. There a
@@ -157,7 +159,7 @@ class Desk:
         """
         chosen = dict.fromkeys(slots_of(wear), train) if isinstance(train, Where) else dict(train)
         clip = self.training.clip_norm if clip_norm is None else clip_norm
-        fit = Fit(self, loss, wear, chosen, add, pull, clip, apart, fade)
+        fit = Fit(self, loss, wear, chosen, add, pull, clip, apart, fade, counts or {})
         return fit.run(batches if batches is not None else self.batches(steps=steps))
 
     # ---- verbs: the same on both sides of the cut

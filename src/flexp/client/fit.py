@@ -42,6 +42,7 @@ class Fit:
     clip: float | None
     apart: bool = False
     fade: float = 1.0
+    counts: Mapping[str, float] = field(default_factory=dict[str, float])
     losses: list[float] = field(default_factory=list[float])
     skipped: int = 0
     rows: int = 0
@@ -207,8 +208,10 @@ class Fit:
         return ops
 
     def _steps(self, scales: Mapping[str, float] | None = None) -> list[Op]:
-        scales, share = scales or {}, self.fade ** (len(self.losses) - 1)
-        return [Step(s, f"{s}@g", scales.get(s, 1.0), w, share) for s, w in self.chosen.items()]
+        scales, fade = scales or {}, self.fade ** (len(self.losses) - 1)
+        shares = {slot: fade * self.counts.get(slot, 1.0) for slot in self.chosen}
+        chosen = self.chosen.items()
+        return [Step(s, f"{s}@g", scales.get(s, 1.0), w, shares[s]) for s, w in chosen]
 
 
 def together(runs: Sequence[Facts]) -> Facts:

@@ -18,6 +18,7 @@ from flexp.strategies.dypfl import DyPfl
 from flexp.strategies.fedala import FedAla
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.fedbabu import FedBabu
+from flexp.strategies.fedbasis import FedBasis
 from flexp.strategies.fedbn import FedBn
 from flexp.strategies.feddpa import FedDpa
 from flexp.strategies.fedfomo import FedFomo
@@ -70,6 +71,7 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     PerFedAvg,
     FedAla,
     FedFomo,
+    FedBasis,
     Fml,
     PFedPt,
     PFedHn,

@@ -14,6 +14,10 @@ With ``rate`` the server chooses so many clients once for the run: they personal
 the others adopt and serve w, lambda_i stays. Rate 0 is FedAvg (beta = 1), rate 1 is pFedMe.
 Replies tell who personalised, offers what part of those who replied in the last round did.
 
+With alike clients and few validation rows 0.6 or more of them still personalise after 40 rounds: a
+model held near w is about as good as w. With ``adapt`` 1 and ``delta`` 0 their noise may make all
+who adopt change their minds at once.
+
 Reconstruction, from the abstract alone: all but that clients choose, the rate and the incentives.
 Left out: a choice for each part of the model, and one around any other method.
 """
