@@ -45,7 +45,7 @@ class Case:
     labels: Labels = "keep"
     dtype: str = "float32"
     mode: str = "exact"
-    recompute: bool = False
+    recompute: int = 0
     accumulate: int = 1
     threads: int = 1
     quantize: Literal["none", "int8", "nf4"] = "none"

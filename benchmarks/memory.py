@@ -113,7 +113,7 @@ def cases(folder: Path) -> list[Case]:
     where = str(write_model(folder / "llama-1b", made(hf.LlamaConfig, LLAMA_1B), "causal-lm"))
     llama = Case("llama-3.2-1b's shape", where, "causal-lm", (1, 0), 4, 128, dtype="bfloat16")
     llama = replace(llama, mode="fast")
-    found = [llama, replace(llama, cut=(1, 1), recompute=True)]
+    found = [llama, replace(llama, cut=(1, 1), recompute=2)]
     for name, task, config in shapes(random.Random(SEED)):
         where = str(write_model(folder / name, config, task))
         mode = "fast" if task == "causal-lm" else "exact"
@@ -135,7 +135,7 @@ def varied(case: Case, deep: tuple[int, int]) -> list[Case]:
     behind = "loss" if case.task == "causal-lm" else "logits"
     return [
         case,
-        replace(more, recompute=True),
+        replace(more, recompute=sum(deep)),
         replace(more, dtype="bfloat16", mode="fast", threads=2),
         replace(more, cut=(sum(deep), 0), labels=behind, accumulate=2),
     ]

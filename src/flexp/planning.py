@@ -100,7 +100,7 @@ def _seat(found: Survey, client: ClientId, placed: Placed) -> dict[str, Any]:
 
 
 def _row(
-    sized: BlockCosts, limits: Limits, cut: Cut, accumulate: int, recompute: bool
+    sized: BlockCosts, limits: Limits, cut: Cut, accumulate: int, recompute: int
 ) -> dict[str, Any]:
     parts = near_bytes(
         sized, *cut, head_near=limits.head_near, recompute=recompute, accumulate=accumulate

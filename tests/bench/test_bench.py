@@ -212,8 +212,11 @@ def test_blocks_that_run_again_keep_less_and_give_the_same_gradients() -> None:
     rows = rows_of("activations")
     right(rows)
     value = rows["activations.bytes"].value
+    half = rows["activations.half.bytes"].value
     assert value is not None
+    assert half is not None
     assert value > 4
+    assert value > half > 1.5
 
 
 def test_a_mean_of_adapters_is_right_both_ways() -> None:
@@ -296,7 +299,7 @@ def test_a_benchmark_is_one_document(flexp: Command, monkeypatch: pytest.MonkeyP
     assert code == 0
     assert "activations: " in said
     rows = json.loads(out)["rows"]
-    names = [f"activations.{what}" for what in ("bytes", "time", "fused.bytes", "fused.time")]
+    names = [f"activations.{what}" for what in ("bytes", "time", "half.bytes", "half.time")]
     assert [row["name"] for row in rows] == names
     assert all(row.keys() >= KEYS for row in rows)
     shown = flexp("bench", "activations")[1]

@@ -83,7 +83,7 @@ CASES: dict[str, tuple[str, Seat, Where]] = {
     "the last of all": ("modernbert-cls", whole(), Where(last=1)),
     "the head alone": ("bert-cls", whole(), HEAD),
     "a batch in parts": ("bert-cls", replace(U, accumulate=2), LAST),
-    "blocks again": ("bert-cls", replace(U, recompute=True), LAST),
+    "blocks again": ("bert-cls", replace(U, recompute=2), LAST),
 }
 
 

@@ -58,7 +58,7 @@ def maps(body: Backbone) -> dict[str, QuantizedLinear]:
     ("family", "form", "seat"),
     [
         ("llama", "int8", Seat(Cut(2, 1))),
-        ("gpt2", "nf4", Seat(Cut(1, 1), recompute=True)),
+        ("gpt2", "nf4", Seat(Cut(1, 1), recompute=2)),
         ("bert-cls", "nf4", Seat(Cut(1), "logits")),
         ("modernbert-cls", "int8", Seat(Cut(1, 2))),
     ],

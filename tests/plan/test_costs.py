@@ -96,9 +96,14 @@ def activations(costs: BlockCosts, *cut: int, **how: Any) -> int:
 
 
 def test_recomputed_blocks_keep_their_input_and_one_works_at_a_time() -> None:
-    assert activations(COSTS, 2, 0, recompute=True) == 2 * 120 + 1600
-    assert activations(COSTS, 1, 1, recompute=True) == 2 * 120 + 1700
-    assert activations(COSTS, 1, 0, recompute=True, head_near=False) == 120 + 1500
+    assert activations(COSTS, 2, 0, recompute=2) == 2 * 120 + 1600
+    assert activations(COSTS, 1, 1, recompute=2) == 2 * 120 + 1700
+    assert activations(COSTS, 1, 0, recompute=1, head_near=False) == 120 + 1500
+
+
+def test_a_block_that_runs_again_has_only_those_in_front_beside_it() -> None:
+    # Block 1 keeps all it made, 1100 bytes, and is over when block 0 runs again.
+    assert activations(COSTS, 2, 0, recompute=1) == max(120 + 1500, 120 + 1100 + 300)
 
 
 def test_a_batch_in_parts_holds_the_rows_of_one() -> None:
@@ -142,7 +147,7 @@ def test_what_waits_at_the_crossing_counts_with_both_messages() -> None:
 
 def test_blocks_before_the_first_that_trains_keep_nothing() -> None:
     costs = replace(COSTS, adapter_block_bytes=(0, 2, 0))
-    assert activations(costs, 2, 0, head_near=False) == 800 + 170
+    assert activations(costs, 2, 0, head_near=False) == 800 + 160
     assert activations(costs, 1, 0, head_near=False) == 170
     assert activations(costs, 1, 1) == 1200 + 300  # its input has a gradient
 

@@ -58,7 +58,7 @@ def test_four_random_shapes(bench: ModuleType, tmp_path: Path, n: int) -> None:
     case = bench.Case(name, source, task, (2, 1), 16, 128, mode=mode)
     forms = [
         case,
-        replace(case, recompute=True),
+        replace(case, recompute=3),
         replace(case, accumulate=2),
         replace(case, dtype="bfloat16", mode="fast"),
         replace(case, cut=(3, 0), labels="loss"),

@@ -315,7 +315,7 @@ def test_a_batch_is_divided_only_where_nothing_fits_whole() -> None:
     for parts, size in least.items():
         chosen = plan(COSTS, {"a": replace(PHONE, memory=size)}, Limits())["a"]
         assert (chosen.front, chosen.back, chosen.bytes) == (1, 0, size)
-        assert (chosen.accumulate, chosen.recompute) == (parts, False)
+        assert (chosen.accumulate, chosen.recompute) == (parts, 0)
         assert ("2 of 4 rows at a time" in chosen.reason) == (parts == 2)
 
 

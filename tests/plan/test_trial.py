@@ -83,7 +83,8 @@ def expected(costs: BlockCosts, seat: Seat) -> int:
     [
         ("bert-cls", U, Lora(rank=2)),
         ("bert-cls", Seat(Cut(2), "logits"), Lora(rank=2)),
-        ("bert-cls", replace(U, recompute=True), Lora(rank=2)),
+        ("bert-cls", replace(U, recompute=2), Lora(rank=2)),
+        ("bert-cls", replace(U, recompute=1), Lora(rank=2)),
         ("llama", U, Lora(rank=2)),
         ("llama", replace(U, accumulate=3), Lora(rank=2)),
         ("gpt2", U, Lora(rank=2)),
@@ -92,7 +93,7 @@ def expected(costs: BlockCosts, seat: Seat) -> int:
         ("distilbert-cls", U, Dense(("distilbert.transformer.layer.1.ffn.lin1",))),
         ("bert-cls", U, Dense(("query", "value"))),
         ("bert-cls", U, Dense()),
-        ("gpt2", replace(U, recompute=True), Dense()),
+        ("gpt2", replace(U, recompute=2), Dense()),
         ("vit", U, Dense((EVERY,))),
     ],
     ids=str,
@@ -111,7 +112,7 @@ def test_a_prediction_is_what_the_meter_counts(family: str, seat: Seat, kind: Ki
     [
         ("resnet", U),
         ("resnet", Seat(Cut(3), "logits")),
-        ("resnet", replace(U, accumulate=3, recompute=True)),
+        ("resnet", replace(U, accumulate=3, recompute=2)),
         ("cnn", Seat(Cut(1, 2))),
     ],
     ids=str,

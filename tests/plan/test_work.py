@@ -158,8 +158,10 @@ def test_parts_add_up_and_recomputation_is_one_more_forward() -> None:
     for a, b in ((1, 0), (1, 1), (2, 1)):
         both = near_flops(work, a, b) + far_flops(work, a, b)
         assert both == work.total + 2 * work.embed  # each pass begins in the model's embedding
-        again = near_flops(work, a, b, recompute=True) - near_flops(work, a, b)
+        again = near_flops(work, a, b, recompute=a + b) - near_flops(work, a, b)
         assert again == (a + b) * work.forward[0]
+        once = near_flops(work, a, b, recompute=1) - near_flops(work, a, b)
+        assert once == work.forward[0]
     twice = measure_work(bones_of(body), Lora(rank=3), body.task, batch=2 * ROWS, length=LENGTH)
     assert twice.total == 2 * work.total
 
@@ -174,7 +176,7 @@ def test_what_lies_before_anything_trained_has_no_backward() -> None:
     head = measure_work(bones_of(body), Head(), body.task, batch=ROWS, length=LENGTH)
     assert head.backward == (0,) * 4
     assert head.head_backward > 0
-    assert near_flops(head, 2, 0, recompute=True) == near_flops(head, 2, 0)
+    assert near_flops(head, 2, 0, recompute=2) == near_flops(head, 2, 0)
 
 
 @pytest.mark.parametrize("cut", [(-1, 0), (3, 2)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -157,20 +157,20 @@ class Backbone:
         last: int | None = None,
         feed: Tensor | None = None,
         tap: bool = False,
-        recompute: bool = False,
+        again: Collection[int] = (),
         cache: Any = None,
     ) -> Tensor:
         """Blocks ``first`` to ``last`` of one forward, from ``feed`` if given.
 
         Returns the hidden state at ``last`` ([rows, length, width], or as images have it), or the
-        logits if it is None; with ``tap`` what the output embedding would have read. ``recompute``
-        keeps nothing from inside a block for the backward pass, which runs it again. The blocks
+        logits if it is None; with ``tap`` what the output embedding would have read. Blocks
+        ``again`` keep nothing from inside for the backward pass, which runs them again. The blocks
         that run read and write their layers of a ``cache``.
         """
         if feed is not None and first == last:
             return feed
         more = {} if cache is None else {"past_key_values": cache, "use_cache": True}
-        now = Pass(first, last, feed, worn or Worn(), tap, recompute)
+        now = Pass(first, last, feed, worn or Worn(), tap, again)
         return run(self.model, now, {**inputs, **more})
 
     def blanks(self, shapes: Mapping[str, tuple[int, ...]], mask: Tensor | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ rest: masks, rotary tables, final norm, pooling and head are its own code on bot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -44,15 +44,16 @@ class Seat:
     ``labels``: "keep" is the U-shape (tail, head, loss and labels at the client); the other two
     are the V-shape, where the server also runs the tail and the head: with "logits" they come back
     and loss and labels stay, with "loss" the labels travel and only the loss comes back.
-    ``recompute`` runs near blocks again in the backward pass instead of keeping what is inside
-    them; ``accumulate`` takes each batch in that many parts. Both save memory and train alike.
+    ``recompute`` is how many near blocks, from the first, run again in the backward pass instead
+    of keeping what is inside them; ``accumulate`` takes each batch in that many parts. Both save
+    memory and train alike.
     """
 
     cut: Cut
     labels: Labels = "keep"
     models: Mapping[str, str] | None = None
     rank: int | None = None
-    recompute: bool = False
+    recompute: int = 0
     accumulate: int = 1
 
     def check(self, depth: int, *, open_profile: bool = False, who: str = "") -> None:
@@ -78,6 +79,10 @@ class Seat:
             raise CutError(
                 f"{name} takes a batch in {self.accumulate} parts. Set accumulate to 1 or more."
             )
+
+    def near_blocks(self, depth: int) -> list[int]:
+        """The blocks that the client runs."""
+        return [*range(self.cut.front), *range(depth - self.cut.back, depth)]
 
     def near_only(self, depth: int) -> bool:
         """Whether the client hosts every block and the head."""
@@ -121,7 +126,7 @@ class Pass:
     feed: Tensor | None = None
     worn: Worn | None = None
     tap: bool = False  # stop before the output embedding
-    recompute: bool = False  # keep only what enters a block, and run it again in the backward
+    again: Collection[int] = ()  # blocks that keep only what enters them, and run twice
     joint: Joint | None = None
 
     @property
@@ -162,7 +167,7 @@ class Station:
             hidden = now.feed
         if self.index == now.last:
             raise Stopped(hidden)
-        if now.recompute and torch.is_grad_enabled():
+        if self.index in now.again and torch.is_grad_enabled():
             out = self._twice(now, hidden, args, kwargs)
         else:
             out = self._block(hidden, args, kwargs)

@@ -256,7 +256,8 @@ class PersonalModel:
         return any(p.side == "far" and where.holds(k, p) for k, p in places)
 
     def _near(self, inputs: Mapping[str, Tensor], worn: Worn, **way: Any) -> Tensor:
-        return self.backbone.run(inputs, worn, recompute=self.seat.recompute, **way)
+        again = self.seat.near_blocks(self.backbone.depth)[: self.seat.recompute]
+        return self.backbone.run(inputs, worn, again=again, **way)
 
     def _count(self, rows: int, grad: Tensor) -> None:
         del grad

@@ -44,7 +44,7 @@ def step_load(
     cut: tuple[int, int],
     form: Form = "u",
     *,
-    recompute: bool = False,
+    recompute: int = 0,
     accumulate: int = 1,
 ) -> Load:
     """What one training step of one batch takes at a cut: a forward and a backward message a part.
@@ -92,7 +92,7 @@ def step_seconds(
     server: float | None,
     *,
     form: Form = "u",
-    recompute: bool = False,
+    recompute: int = 0,
     accumulate: int = 1,
 ) -> float | None:
     """Seconds of one training step of one client at its cut, while the server has no other."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -75,7 +75,7 @@ def near_bytes(
     cut_back: int,
     *,
     head_near: bool = True,
-    recompute: bool = False,
+    recompute: int = 0,
     accumulate: int = 1,
 ) -> Mapping[str, int]:
     """What a device must lend, in bytes by part, and their sum as ``total``.
@@ -98,7 +98,9 @@ def near_bytes(
     window, ahead = (1, False) if whole else (costs.window, costs.ahead)
     rows = min(costs.batch, window * -(-costs.batch // accumulate))
     reading = _reading(costs, near, outside, weights)
-    training = _training(_Rows(costs, rows, recompute), (cut_front, cut_back), head_near, ahead)
+    training = _training(
+        _Rows(costs, rows, frozenset(near[:recompute])), (cut_front, cut_back), head_near, ahead
+    )
     comes_back = costs.blocks - cut_back if head_near else cut_front
     both = message_bytes(costs, cut_front) + message_bytes(costs, comes_back)
     # A step copies what it moves: the tensors, the scaled gradient and the moments.
@@ -145,7 +147,7 @@ class _Rows:
 
     costs: BlockCosts
     rows: int
-    recompute: bool
+    again: frozenset[int]
 
     def at(self, of: Callable[[Trial], int]) -> int:
         full, single = self.costs.full, self.costs.single
@@ -166,7 +168,7 @@ class _Rows:
             return Held(0, self.at(lambda t: t.first[i].work))
 
         def of(trial: Trial) -> Held:
-            if self.recompute:
+            if i in self.again:
                 return trial.again[i]
             return (trial.blocks if trained else trial.first)[i]
 
@@ -176,7 +178,8 @@ class _Rows:
 def _training(held: _Rows, cut: tuple[int, int], head_near: bool, ahead: bool) -> int:
     """The most bytes of activations: in the end, in the tail, or in the front with the tail done.
 
-    What a block keeps is there until its backward pass, which comes in the opposite order. A front
+    What a block keeps is there until its backward pass, which comes in the opposite order, so a
+    block that runs again has only those in front of it beside it. A front
     that is computed ahead has the one before beside it, whose tail is done; its own tail is not
     begun before that one is gone.
     """
@@ -184,13 +187,12 @@ def _training(held: _Rows, cut: tuple[int, int], head_near: bool, ahead: bool) -
     before = [any(costs.adapter_block_bytes[:i]) for i in range(costs.blocks)]
     front = [held.block(i, before[i]) for i in range(cut_front)]
     tail = [held.block(i, before[i]) for i in range(costs.blocks - cut_back, costs.blocks)]
-    kept = held.message + sum(one.kept for one in front)  # the embeddings' output feeds block 0
-    crossing, work = kept, max((one.work for one in front), default=0)
-    most = kept + work + (kept if ahead else 0)
-    kept += sum(one.kept for one in tail)
+    kept, most = _through(front, held.message)  # the embeddings' output feeds block 0
+    crossing, most = kept, most + (kept if ahead else 0)
+    kept, there = _through(tail, kept)
+    most = max(most, there)
     if head_near:
         most = max(most, kept + held.at(lambda t: t.end.kept + t.end.work))
-    most = max(most, kept + max((one.work for one in tail), default=0))
     whole = head_near and len(front) + len(tail) == costs.blocks
     # While anything works, one of the link's two messages is gone already.
     gone = held.message
@@ -249,3 +251,12 @@ def frame_bytes(costs: BlockCosts, scored: int, slots: int) -> int:
     logits = rows * costs.logits_bytes // costs.batch
     adapter = sum(costs.adapter_block_bytes) + costs.adapter_head_bytes
     return (16 << 20) + 2 * max(hidden, logits, (1 + costs.moments) * max(1, slots) * adapter)
+
+
+def _through(blocks: Sequence[Held], kept: int) -> tuple[int, int]:
+    """What lies there behind some blocks, with what lay there before, and the most on the way."""
+    most = kept
+    for block in blocks:
+        kept += block.kept
+        most = max(most, kept + block.work)
+    return kept, most

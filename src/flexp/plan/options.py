@@ -45,11 +45,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train at a client: bytes there and at the server, and the load of a step."""
+    """One way to train at a client: bytes there and at the server, and the load of a step.
+
+    ``recompute`` are ``quarters`` of its blocks, rounded up.
+    """
 
     cut: Cut
     accumulate: int
-    recompute: bool
+    recompute: int
+    quarters: int
     bytes: int
     server_bytes: int
     load: Load | None
@@ -91,17 +95,19 @@ def legal_cuts(blocks: int, limits: Limits) -> list[Cut]:
     return sorted(cuts, key=lambda cut: (-sum(cut), abs(cut[1] - sum(cut) // 3), cut[1]))
 
 
-def variants(batch: int) -> list[tuple[int, bool]]:
-    """Parts of a batch and recomputation, from what costs least time to what takes least memory."""
+def variants(batch: int, depth: int) -> list[tuple[int, int]]:
+    """Parts of a batch and quarters of blocks that run twice, from the quickest to the smallest."""
     parts = [n for n in range(1, batch + 1) if batch % n == 0]
-    return [(n, again) for again in (False, True) for n in parts]
+    quarters = {-(-depth * n // 4): n for n in (4, 3, 2, 1, 0)}
+    return [(n, again) for again in sorted(quarters.values()) for n in parts]
 
 
 def option(
-    costs: BlockCosts, work: BlockWork | None, limits: Limits, cut: Cut, how: tuple[int, bool]
+    costs: BlockCosts, work: BlockWork | None, limits: Limits, cut: Cut, how: tuple[int, int]
 ) -> Option:
     """One option, with what it takes; without ``work`` its load is not known."""
-    accumulate, again = how
+    accumulate, quarters = how
+    again = -(-sum(cut) * quarters // 4)
     held = near_bytes(
         costs, *cut, head_near=limits.head_near, recompute=again, accumulate=accumulate
     )
@@ -109,7 +115,13 @@ def option(
     if work is not None:
         load = step_load(costs, work, cut, limits.form, recompute=again, accumulate=accumulate)
     return Option(
-        cut, accumulate, again, held["total"], tenant_bytes(costs, limits, cut, accumulate), load
+        cut,
+        accumulate,
+        again,
+        quarters,
+        held["total"],
+        tenant_bytes(costs, limits, cut, accumulate),
+        load,
     )
 
 
@@ -130,7 +142,7 @@ def menu(costs: BlockCosts, work: BlockWork | None, limits: Limits) -> list[Opti
     return [
         option(costs, work, limits, cut, how)
         for cut in legal_cuts(costs.blocks, limits)
-        for how in variants(costs.batch)
+        for how in variants(costs.batch, sum(cut))
     ]
 
 

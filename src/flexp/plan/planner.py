@@ -31,8 +31,8 @@ ROOM = 1 << 24  # for near blocks, below a score
 class Choice:
     """A client's cut and how it trains there, the bytes and seconds of a step, and why.
 
-    A batch goes in ``accumulate`` parts; ``recompute`` computes activations again instead of
-    keeping them. ``seconds`` is None where a speed is not known.
+    A batch goes in ``accumulate`` parts; the first ``recompute`` blocks compute activations again
+    instead of keeping them. ``seconds`` is None where a speed is not known.
     """
 
     front: int
@@ -40,7 +40,7 @@ class Choice:
     bytes: int
     reason: str
     accumulate: int = 1
-    recompute: bool = False
+    recompute: int = 0
     seconds: float | None = None
 
 
@@ -95,8 +95,8 @@ def _alone(problem: Problem, client: str, goal: Goal, generator: torch.Generator
     if not fits:
         raise PlanError(too_small(problem, client, wanted))
     # The variants come from what costs least time on: the first that fits anything.
-    first = min((o.recompute, o.accumulate) for o in fits)
-    fits = [o for o in fits if (o.recompute, o.accumulate) == first]
+    first = min((o.quarters, o.accumulate) for o in fits)
+    fits = [o for o in fits if (o.quarters, o.accumulate) == first]
     option, more = fits[0], ""
     if goal == "static":
         more = "the same cut for every client"

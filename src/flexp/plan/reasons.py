@@ -51,7 +51,8 @@ def how(problem: Problem, option: Option) -> list[str]:
         rows = -(-problem.costs.batch // option.accumulate)
         out.append(f"{rows} of {problem.costs.batch} rows at a time")
     if option.recompute:
-        out.append("activations are computed again, not kept")
+        which = "" if option.recompute == option.depth else f" of {option.recompute} blocks"
+        out.append(f"activations{which} are computed again, not kept")
     return out
 
 

@@ -62,7 +62,7 @@ class Trial:
     """A step's bytes at one number of rows, part by part.
 
     ``first`` is each block as the first that trains, ``blocks`` each behind something that trains,
-    ``again`` the same recomputed, ``end`` what follows: norm, head and loss.
+    ``again`` the same run twice, ``end`` what follows: norm, head and loss.
     ``message`` is one hidden state. ``rough``: by a formula, not tried.
     """
 
@@ -170,7 +170,7 @@ class _Model:
         alike = {kind: kinds.index(kind) for kind in kinds}
         start = {kind: self._block(n, grad=bool(self.learned)) for kind, n in alike.items()}
         once = {kind: self._block(n, grad=True) for kind, n in alike.items()}
-        twice = {kind: self._block(n, grad=True, recompute=True) for kind, n in alike.items()}
+        twice = {kind: self._block(n, grad=True, again=True) for kind, n in alike.items()}
         return Trial(
             rows=self.shape.rows,
             message=self._feed(0, False).nbytes,
@@ -222,9 +222,9 @@ class _Model:
         shape = self.shape.rows, *longer(self.states.shapes[n], self.more)
         return torch.empty(shape, dtype=self.hidden.dtype, requires_grad=grad)
 
-    def _block(self, n: int, *, grad: bool, recompute: bool = False) -> Held:
+    def _block(self, n: int, *, grad: bool, again: bool = False) -> Held:
         feed = self._feed(n, grad)
-        now = Pass(n, n + 1, feed, self.worn, recompute=recompute)
+        now = Pass(n, n + 1, feed, self.worn, again=(n,) if again else ())
         return _held(lambda: run(self.net, now, self.inputs))
 
     def _end(self) -> Held:

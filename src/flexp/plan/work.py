@@ -50,13 +50,12 @@ class BlockWork:
 
 
 def near_flops(
-    work: BlockWork, front: int, back: int, *, head_near: bool = True, recompute: bool = False
+    work: BlockWork, front: int, back: int, *, head_near: bool = True, recompute: int = 0
 ) -> int:
-    """Operations at the client in one step; ``recompute`` runs its blocks forward once more."""
+    """Operations at the client in one step; its first ``recompute`` blocks run forward twice."""
     near = _near(work, front, back)
     out = sum(work.forward[i] + work.backward[i] for i in near)
-    if recompute:
-        out += sum(work.forward[i] for i in near if i >= work.first)
+    out += sum(work.forward[i] for i in near[:recompute] if i >= work.first)
     # Every pass begins in the model's own embedding, on blanks where the rows are elsewhere.
     passes = 2 if head_near and len(near) < work.blocks else 1
     return out + passes * work.embed + (_head(work) if head_near else 0)
@@ -76,13 +75,13 @@ def _head(work: BlockWork) -> int:
     return work.head_forward + work.head_backward
 
 
-def _near(work: BlockWork, front: int, back: int) -> set[int]:
+def _near(work: BlockWork, front: int, back: int) -> list[int]:
     if min(front, back) < 0 or front + back > work.blocks:
         raise CutError(
             f"Cut ({front}, {back}) does not fit: the model has {work.blocks} blocks. "
             "Choose a front and a back that together have no more."
         )
-    return {*range(front), *range(work.blocks - back, work.blocks)}
+    return [*range(front), *range(work.blocks - back, work.blocks)]
 
 
 def measure_work(

@@ -101,9 +101,9 @@ def seconds(row: Row) -> str:
 
 
 def parts(row: Row) -> str:
-    """In how many parts a batch goes, and whether activations are computed again."""
+    """In how many parts a batch goes, and how many blocks are computed again."""
     out = [str(row["accumulate"])] if row["accumulate"] > 1 else []
-    return ", ".join([*out, *(["recompute"] if row["recompute"] else [])])
+    return ", ".join([*out, *([f"recompute {row['recompute']}"] if row["recompute"] else [])])
 
 
 def verdict(row: Row) -> str:
