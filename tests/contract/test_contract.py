@@ -115,11 +115,14 @@ def row(method: Callable[[], Strategy[Any]], name: str) -> Row:
 
 
 TABLE = {m.name: row(m, m.name) for m in (*BUILT_IN, Basis)}
-rows = pytest.mark.parametrize("name", TABLE)
-learners = pytest.mark.parametrize("name", [name for name in TABLE if name != "base"])
-federated = pytest.mark.parametrize(
-    "name", [name for name in TABLE if name not in ("base", "pooled")]
-)
+def each(*but: str) -> pytest.MarkDecorator:
+    """All methods but some; one process has all tests of a method, which share runs."""
+    names = [name for name in TABLE if name not in but]
+    marked = [pytest.param(n, marks=pytest.mark.xdist_group(f"method-{n}")) for n in names]
+    return pytest.mark.parametrize("name", marked)
+
+
+rows, learners, federated = each(), each("base"), each("base", "pooled")
 
 
 ROUNDS = 3
