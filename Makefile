@@ -11,7 +11,7 @@ FOR    ?= 10m
 
 # One thread per process: the tests run $(JOBS) processes, and exact sums need a fixed order.
 TESTENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-PYTEST  := $(TESTENV) $(BIN)/python -m pytest -n $(JOBS) -q
+PYTEST  := $(TESTENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q
 LONG    := slow or families or faults or soak
 FAST     = $(PYTEST) --timeout 120 -m "not ($(LONG))" --durations 10 --durations-min 5
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
