@@ -84,7 +84,7 @@ def dense(mean: Tensor, kernel: Tensor, labels: Tensor) -> tuple[Tensor, Tensor,
     count, classes = mean.shape
     target, whole = functional.one_hot(labels, classes), torch.block_diag(*[kernel] * classes)
     flat = mean.T.reshape(-1)
-    inverse, mode = torch.linalg.inv(whole), flat
+    inverse, mode, bend = torch.linalg.inv(whole), flat, whole
     for _ in range(200):
         shares = mode.view(classes, count).softmax(0)
         bend = torch.diag(shares.reshape(-1)) - shares_squared(shares)
@@ -145,7 +145,9 @@ def test_the_mode_is_found_where_plain_steps_of_newton_leap() -> None:
     target = functional.one_hot(LABELS, 3).double()
     kernel, mean = kernel_of(x, x, 1e4), 20 * target.roll(1, dims=1)
     weights = mode_of(mean, kernel, LABELS, target)
-    assert torch.allclose(weights, target - (mean + kernel @ weights).softmax(-1), rtol=0, atol=1e-6)
+    assert torch.allclose(
+        weights, target - (mean + kernel @ weights).softmax(-1), rtol=0, atol=1e-6
+    )
     leaping = torch.zeros_like(mean)
     for _ in range(50):
         leaping = newton(mean, kernel, target, kernel @ leaping)

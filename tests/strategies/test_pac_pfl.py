@@ -12,7 +12,7 @@ import pytest
 import torch
 from strategies.prices import MASK, SEATS, S, body
 from torch import Tensor
-from toys import LENGTH, H, Played, at_desk, play, whole
+from toys import LENGTH, H, Played, at_desk, backbone, batches_for, play, whole
 
 from flexp.client.desk import Desk, Training
 from flexp.client.features import features_of, kept
@@ -45,9 +45,16 @@ class Seen:
 
 def desk(client: str, *rows: tuple[int, int, int]) -> Desk:
     """A desk at which rows are two numbers, and then a label."""
-    shard = Shard(Examples(tuple(r[:2] for r in rows), tuple(r[2] for r in rows), ("",) * len(rows)))
+    shard = Shard(
+        Examples(tuple(r[:2] for r in rows), tuple(r[2] for r in rows), ("",) * len(rows))
+    )
     told: dict[str, Any] = {"client": client, "shard": shard, "model": Seen(), "task": Seen()}
-    told |= {"memory": Memory(), "dice": Dice(3), "training": Training(batch=2), "reply": lambda **given: Parcel(**given)}
+    told |= {
+        "memory": Memory(),
+        "dice": Dice(3),
+        "training": Training(batch=2),
+        "reply": Parcel,
+    }
     return cast("Desk", SimpleNamespace(**told))
 
 
@@ -226,8 +233,7 @@ def test_noise_is_added_to_what_is_clipped() -> None:
     noisy = PacPfl(2, hidden=0, clip=0.1, epsilon=2.0, delta=1.25 * math.exp(-2))
     far = replace(state, particles=state.particles + 1.0)
     added = [
-        [*turned(noisy, at, B).values()][0].tensors["slopes"]
-        - [*turned(clipped, at, B).values()][0].tensors["slopes"]
+        turned(noisy, at, B)["b"].tensors["slopes"] - turned(clipped, at, B)["b"].tensors["slopes"]
         for at in (state, far)
     ]
     assert torch.allclose(added[0], added[1], rtol=0, atol=1e-6)  # it does not grow with particles
@@ -271,8 +277,6 @@ def test_features_are_means_over_what_is_no_padding() -> None:
 
 @pytest.mark.parametrize("family", ["vit", "cnn"])
 def test_images_have_features_as_well(family: str) -> None:
-    from toys import backbone, batches_for  # noqa: PLC0415
-
     net = backbone(family)
     with at_desk(net, whole(4)) as (here, _):
         (batch,) = batches_for(net, 1)

@@ -35,7 +35,7 @@ class Noise:
 
 def noised(vector: Tensor, dice: Dice, how: Noise) -> Tensor:
     """The vector, clipped, with noise added."""
-    if how.clip is not None and (size := float(vector.norm())) > how.clip:
+    if how.clip is not None and (size := math.sqrt(vector.square().sum())) > how.clip:
         vector = vector * (how.clip / size)
     if not how.spread:
         return vector

@@ -4,12 +4,13 @@ Each of C classes has a function f_c ~ N(m_c, K) on n rows; the kernel is the sa
 Least squares: a row's code, 1 for its class and -1 for all others, is f with noise of variance s:
     log Z = sum_c log N(code_c; m_c, K + s I),   p(c | new row) ~ 1 / (1 + exp(-2 mu_c / (v + s)))
 with mu_c and v the posterior's mean and variance: what N(mu_c, v + s) says of 1 against -1, each
-class against all others (to ask all codes at once would count the same rows C times). Softmax: Laplace's approximation at the mode of log p(y | f) + log N(f; m, K),
+class against all others. To ask for all codes at once would count the same rows C times.
+Softmax: Laplace's approximation at the mode of log p(y | f) + log N(f; m, K),
     log Z = log p(y | f) - 1/2 sum_c a_c K a_c - 1/2 log det(I + K W),   f_c = m_c + K a_c
 with W the curvature of the likelihood, and p(new row) = softmax(mu_c / sqrt(1 + pi/8 v_c)), which
 stands in for the integral (MacKay 1992). Algorithms 2.1, 3.3 and 3.4 of Rasmussen and Williams
-2006; the determinant is det(sum_c E_c) prod_c det(B_c), with E and B as they name them. Both
-kinds of Cholesky factors are of matrices with eigenvalues that noise or 1 keep from 0.
+2006; the determinant is det(sum_c E_c) prod_c det(B_c), with E and B as they name them. All
+Cholesky factors are of matrices whose eigenvalues noise, or 1, or 1/K keep from 0.
 """
 
 from __future__ import annotations
@@ -17,13 +18,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-STEPS, HALVINGS = 50, 20  # of Newton's method at most, and of one of its steps
+STEPS, LEAST = 50, 1e-6  # of Newton's method at most, and what part of one of its steps counts
 TINY = 1e-12
+
+
+def lower(matrix: Tensor) -> Tensor:
+    """The Cholesky factor of a positive matrix, or of several."""
+    return torch.linalg.cholesky(matrix)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def solved(factor: Tensor, right: Tensor) -> Tensor:
+    """factor^-1 right, of a lower triangular matrix or of several."""
+    linear: Any = torch.linalg
+    return linear.solve_triangular(factor, right, upper=False)
 
 
 @dataclass(frozen=True)
@@ -41,13 +54,13 @@ def least_squares(mean: Tensor, kernel: Tensor, labels: Tensor, noise: Tensor) -
     """The posterior of codes; mean [n, C], kernel [n, n], labels [n]."""
     count, classes = mean.shape
     rest = 2 * functional.one_hot(labels, classes).to(mean) - 1 - mean
-    factor = torch.linalg.cholesky(kernel + noise * torch.eye(count).to(mean))
+    factor = lower(kernel + noise * torch.eye(count).to(mean))
     weights = torch.cholesky_solve(rest, factor)
     size = factor.diagonal().log().sum() + count / 2 * math.log(2 * math.pi)
     log_z = -(rest * weights).sum() / 2 - classes * size
 
     def predict(new: Tensor, cross: Tensor, own: Tensor) -> Tensor:
-        seen = torch.linalg.solve_triangular(factor, cross.T, upper=False)
+        seen = solved(factor, cross.T)
         spread = (own - seen.square().sum(0)).clamp_min(0) + noise
         each = functional.logsigmoid(2 * (new + cross @ weights) / spread[:, None])
         return each.log_softmax(-1)
@@ -70,7 +83,7 @@ def softmax(mean: Tensor, kernel: Tensor, labels: Tensor) -> Posterior:
 
     def predict(new: Tensor, cross: Tensor, own: Tensor) -> Tensor:
         seen = bend.each @ cross.T  # [C, n, m]
-        both = torch.linalg.solve_triangular(bend.factor, seen, upper=False)
+        both = solved(bend.factor, seen)
         spread = own - (seen * cross.T).sum(1) + both.square().sum(1)
         middle = new + cross @ weights
         return (middle / (1 + math.pi / 8 * spread.clamp_min(0).T).sqrt()).log_softmax(-1)
@@ -94,10 +107,10 @@ def _bend(kernel: Tensor, shares: Tensor) -> Bend:
     """The curvature of the likelihood, where these are the probabilities [n, C]."""
     root = shares.T.clamp_min(TINY).sqrt()
     inner = torch.eye(len(kernel)).to(kernel) + root[:, :, None] * kernel * root[:, None]
-    below = torch.linalg.cholesky(inner)
-    half = torch.linalg.solve_triangular(below, torch.diag_embed(root), upper=False)
-    each = half.mT @ half
-    factor = torch.linalg.cholesky(each.sum(0))
+    below = lower(inner)
+    half = solved(below, torch.diag_embed(root))
+    each = half.transpose(1, 2) @ half
+    factor = lower(each.sum(0))
     logs = below.diagonal(dim1=1, dim2=2).log().sum() + factor.diagonal().log().sum()
     return Bend(each, factor, 2 * logs)
 
@@ -118,11 +131,10 @@ def mode_of(mean: Tensor, kernel: Tensor, labels: Tensor, target: Tensor) -> Ten
     height = _height(mean, kernel, labels, at)
     for _ in range(STEPS):
         way, share = newton(mean, kernel, target, kernel @ at) - at, 1.0
-        for _ in range(HALVINGS):
-            found = _height(mean, kernel, labels, at + share * way)
-            if found >= height:
-                break
+        found = _height(mean, kernel, labels, at + way)
+        while not found >= height and share > LEAST:
             share /= 2
+            found = _height(mean, kernel, labels, at + share * way)
         gained = found - height
         if not gained >= 0:
             break

@@ -78,9 +78,11 @@ class Family:
 
     def parts(self, xi: Tensor) -> Tensors:
         """The pieces of a vector."""
-        pieces = self.pieces()
-        split = xi.split([math.prod(p.shape) for p in pieces.values()])
-        return {k: v.reshape(p.shape) for (k, p), v in zip(pieces.items(), split, strict=True)}
+        found, at = Tensors(), 0
+        for name, piece in self.pieces().items():
+            size = math.prod(piece.shape)
+            found[name], at = xi[at : at + size].reshape(piece.shape), at + size
+        return found
 
     def posterior(self, xi: Tensor, features: Tensor, labels: Tensor) -> Posterior:
         """What rows say under one prior; its ``predict`` is of ``new``."""
@@ -144,7 +146,9 @@ def mixture(family: Family, cloud: Tensor, features: Tensor, labels: Tensor) -> 
     with torch.no_grad():
         found = [family.posterior(xi, features, labels) for xi in cloud]
         weights = torch.stack([one.log_z for one in found]).log_softmax(0)
-    each = [partial(family.predicted, xi, one, features) for xi, one in zip(cloud, found, strict=True)]
+    each = [
+        partial(family.predicted, xi, one, features) for xi, one in zip(cloud, found, strict=True)
+    ]
     return Mixture(weights, each)
 
 
