@@ -395,7 +395,8 @@ def play(
     )
     engine.measures = measures
     try:
-        scene = Scene(tuple(names), placed, engine.initial, Dice(0)("strategy"))
+        dice, sizes = Dice(0)("strategy"), (body.features, body.labels)
+        scene = Scene(tuple(names), placed, engine.initial, dice, *sizes)
         state, arrivals = strategy.start(scene), list[Arrival]()
         chosen = tuple(names[n] for n in order) if order else tuple(names)
         places, begun = (body.block_of, body.depth), list[Turn]()

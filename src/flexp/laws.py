@@ -189,7 +189,9 @@ def _play(
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # sums have one order only where one thread adds
-        state = strategy.start(Scene(tuple(placed), placed, engine.initial, dice("strategy")))
+        sizes = body.features, body.labels
+        scene = Scene(tuple(placed), placed, engine.initial, dice("strategy"), *sizes)
+        state = strategy.start(scene)
         for r, everybody in enumerate(ROUNDS):
             chosen = tuple(c for c in everybody if c in placed)[:: -1 if backwards else 1]
             turn, order = replace(begin, round=r, chosen=chosen), dice("waves", round=r)

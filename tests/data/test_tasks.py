@@ -243,6 +243,7 @@ def test_classification_loss_and_metrics_by_hand(classify: Classification) -> No
         "loss": pytest.approx(nats),
         "macro_f1": pytest.approx(f1),
         "dominant_f1": pytest.approx(f1),
+        "ece": pytest.approx(2 / 3 - 1 / 2),  # all are half sure
     }
     rare = classify.finish({**sums, "rows of 0": (3.0, 1.0)})  # a third is not half
     assert rare["dominant_f1"] == pytest.approx(2 * 2 / (3 + 2))
@@ -265,6 +266,20 @@ def test_macro_f1_of_two_batches_is_that_of_all_rows(classify: Classification) -
             held = sums.get(name, (0.0, 0.0))
             sums[name] = held[0] + value, held[1] + count
     assert classify.finish(sums)["macro_f1"] == pytest.approx(sum(each) / 3)
+
+
+def test_calibration_error_by_hand(classify: Classification) -> None:
+    # Two rows are 1/2 sure, one of them right: they agree. Two are 3/4 sure, none is right.
+    sure = [[math.log(2), 0.0, 0.0], [math.log(2), 0.0, 0.0], [math.log(6), 0.0, 0.0]]
+    logits, labels = torch.tensor([*sure, sure[2]]), torch.tensor([0, 1, 2, 1])
+    sums: dict[str, tuple[float, float]] = {}
+    for row in range(4):  # one by one: bins add up, and of one row alone none would agree
+        for name, (value, count) in classify.measure(logits[[row]], labels[[row]]).items():
+            held = sums.get(name, (0.0, 0.0))
+            sums[name] = held[0] + value, held[1] + count
+    assert classify.finish(sums)["ece"] == pytest.approx((0 + 2 * 3 / 4) / 4)
+    certain = classify.measure(torch.tensor([[99.0, 0.0, 0.0]]), torch.tensor([0]))
+    assert classify.finish(certain)["ece"] == pytest.approx(0)
 
 
 def test_what_was_not_counted_is_absent(classify: Classification) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flexp.data.calibration import ece, gaps, others
 from flexp.data.columns import file_of, is_integer, label_names, label_of, text_of
 from flexp.data.examples import IGNORED, Batch, Example, Examples, Shard, Side, Split, pad
 from flexp.data.images import Pixels
@@ -138,10 +139,10 @@ class Classification:
         return functional.cross_entropy(wide(logits), labels)
 
     def measure(self, logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
-        return counted(wide(logits), labels) | hits(logits, labels)
+        return counted(wide(logits), labels) | hits(logits, labels) | gaps(logits, labels)
 
     def finish(self, sums: Sums) -> dict[str, float]:
-        return macro(sums)
+        return macro(others(sums)) | ece(sums)
 
     def _index(self, row: Row) -> int:
         value = label_of(row, self.label)

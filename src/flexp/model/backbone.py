@@ -117,6 +117,21 @@ class Backbone:
         more: dict[str, Any] = {"lacking": lacking, "blocks_at": blocks_at, "fast": fast}
         return cls(model.to(device), task=task, name=name or str(source), **more)
 
+    # ---- sizes
+
+    @property
+    def features(self) -> int:
+        """The numbers of a position behind the last block: its width, or an image's channels."""
+        if self.states is None:
+            return self.width
+        last = self.states.shapes[-1]
+        return last[0] if len(last) != 2 else last[1]
+
+    @property
+    def labels(self) -> int:
+        """The classes that a classifier's head tells apart; 0 of a language model."""
+        return 0 if self.task == "causal-lm" else int(self.config.num_labels)
+
     # ---- names
 
     def block_of(self, name: str) -> int:

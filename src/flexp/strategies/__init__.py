@@ -37,6 +37,7 @@ from flexp.strategies.fml import Fml
 from flexp.strategies.hetlora import HetLora
 from flexp.strategies.hsplitlora import HSplitLora
 from flexp.strategies.local import Local
+from flexp.strategies.pac_pfl import PacPfl
 from flexp.strategies.per_fedavg import PerFedAvg
 from flexp.strategies.pfedhn import PFedHn
 from flexp.strategies.pfedlora import PFedLora
@@ -73,6 +74,7 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     FedFomo,
     FedBasis,
     Fml,
+    PacPfl,
     PFedPt,
     PFedHn,
     PFedPg,

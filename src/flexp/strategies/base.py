@@ -58,12 +58,18 @@ class Beginning(Protocol):
 
 @dataclass(frozen=True)
 class Scene:
-    """What a strategy sees once, at the start: who takes part and where everybody begins."""
+    """What a strategy sees once, at the start: who takes part and where everybody begins.
+
+    ``features`` are the numbers of a position behind the last block, ``labels`` the classes of a
+    classification.
+    """
 
     clients: tuple[ClientId, ...]
     seats: Mapping[ClientId, Seat]
     initial: Beginning
     dice: Dice
+    features: int = 0
+    labels: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from flexp.dice import Dice
-from flexp.model.ops import Optim, Step
+from flexp.model.ops import Optim
 from flexp.model.prompts import NAMES
-from flexp.model.slots import Slots, moments
-from flexp.selection import Place
 from flexp.strategies.base import ClientId
 from flexp.strategies.generator import code_of, drawn, send_back
+from flexp.strategies.steps import stepped
 from flexp.tensors import Tensors
 
 BASE, QUERY, KEY, VALUE, OUT = "base", "query", "key", "value", "out"
@@ -64,19 +63,15 @@ class Generator:
             send_back({BASE: made}, {BASE: change.double()}, shares[client])
         held = {**psi, **{f"client/{c}": code for c, code in codes.items()}}
         moving = {k: v for k, v in held.items() if v.grad is not None}
-        slots = Slots(lambda name: Place("far", "head", 0, 0), 0, optims={"psi": optim})
-        slots.values |= {k: dict(v) for k, v in self.memory.items()}
-        slots.put("psi", moving)
-        slots.put("psi@g", {k: v.grad for k, v in moving.items() if v.grad is not None})
-        slots.do([Step("psi", "psi@g")])
-        moved = {k: v.float() for k, v in slots["psi"].items()}
+        slopes = {k: v.grad for k, v in moving.items() if v.grad is not None}
+        moved, memory = stepped(moving, slopes, self.memory, optim)
         fresh = {c: moved[f"client/{c}"] for c in codes}
         return replace(
             self,
             psi={k: moved.get(k, v) for k, v in self.psi.items()},
             clients={**self.clients, **fresh},
             late={**self.late, **{c: turns + 1 for c, turns in new.items()}},
-            memory={k: slots.values[k] for k in moments("psi") if k in slots.values},
+            memory=memory,
         )
 
 
