@@ -93,7 +93,7 @@ SPECIAL: dict[str, Any] = {
     # Each base moves by its share alone, and one round of three is a warm start.
     "fedbasis": {"reaches": 0.97, "rounding": 1e-6},
     # Rows of one client are served by several experts, which is no one adapter.
-    "ddome": {"strategy": Ddome(3, anchors=("c0", "c1", "c2"), hidden=8), "worn": "expert/0"},
+    "ddome": {"strategy": Ddome(3, anchors=("c0",), hidden=8), "worn": "expert/0"},
     # Two adapters are worn one after the other, and exported as one of twice the rank.
     "feddpa": {"rounding": 1e-6},
     "pfedlora": {"rounding": 1e-6},

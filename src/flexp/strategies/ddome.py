@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from flexp.client.desk import Desk
@@ -37,7 +37,7 @@ from flexp.selection import ALL, NONE, Where
 from flexp.strategies.base import ClientId, MethodKind, Scene, Served, Setting, Strategy, Turn
 from flexp.strategies.bases import noised, numbers
 from flexp.strategies.experts import SHARES, Experts, by_row, expert, joint, joint_loss
-from flexp.strategies.gating import Gate, Lesson
+from flexp.strategies.gating import CENTRE, Gate, Lesson, names_of
 
 LEAST = 1e-3
 
@@ -47,10 +47,11 @@ class Ddome(Strategy[Experts]):
     """Each client trains the few experts that a shared gate picks for it, and the gate with them.
 
     ``experts`` is M, ``top`` K. Client m of ``anchors`` is expert m's; ``pull`` is l. The gate has
-    ``hidden`` numbers in between (0: none) and steps by ``optimizer`` at ``rate``. Experts
-    ``differ`` at first by noise of that part of each tensor's size; ``explore`` is the standard
-    deviation of noise on log s_i when C_i is picked. ``weights`` "shares" are n_i s_ik. ``serve``
-    "mixture" is p(y|x), and "client" the one expert that is first in s_i.
+    ``hidden`` numbers in between (0: none) and steps by ``optimizer`` at ``rate``; ``centre``: the
+    mean of features is taken off, of which clients then tell. Experts ``differ`` at first by noise
+    of that part of each tensor's size; ``explore`` is the standard deviation of noise on log s_i
+    when C_i is picked. ``weights`` "shares" are n_i s_ik. ``serve`` "mixture" is p(y|x), and
+    "client" the one expert that is first in C_i.
     """
 
     experts: PositiveInt = 5
@@ -59,7 +60,8 @@ class Ddome(Strategy[Experts]):
     pull: NonNegativeFloat = 1.0
     hidden: NonNegativeInt = 64
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    rate: PositiveFloat = 1e-2
+    rate: NonNegativeFloat = 1e-2
+    centre: bool = True
     differ: NonNegativeFloat = 0.0
     explore: NonNegativeFloat = 0.0
     weights: Literal["rows", "shares"] = "rows"
@@ -74,7 +76,8 @@ class Ddome(Strategy[Experts]):
     slots: ClassVar[Mapping[str, SlotSpec]] = {"expert/0": SlotSpec()}
     leaves: ClassVar[tuple[Leave, ...]] = (
         Leave("expert/*", why="to be averaged with others of the same expert"),
-        Leave("tensor/gate/*", why="to be averaged"),
+        Leave("tensor/gate/*/*", why="to be averaged"),
+        Leave("tensor/gate/centre", ALL, "in its first turn", "features of all have it taken off"),
     )
 
     def refuses(self, setting: Setting) -> str:
@@ -98,7 +101,7 @@ class Ddome(Strategy[Experts]):
     def start(self, scene: Scene) -> Experts:
         begun, dice = scene.initial(self.slots["expert/0"]), scene.dice
         others = (noised(begun, self.differ, dice("expert", n=k)) for k in range(1, self.experts))
-        return Experts(dice.seed64(), (begun, *others))
+        return Experts(dice.seed64(), (begun, *others), names_of(self.hidden))
 
     def offer(self, state: Experts, client: ClientId, turn: Turn) -> Parcel:
         return Parcel(state.offered(), state.gate, {"seed": state.seed})
@@ -107,14 +110,18 @@ class Ddome(Strategy[Experts]):
         if desk.client in self.newcomers:
             return desk.reply(facts=together([]))
         gate = self.gate(offer)
-        shares = gate.shares(desk)
+        shares, centre = gate.shares(desk)
         chosen = self.chosen(desk, shares, self.explore)
         own = self.anchors.index(desk.client) if desk.client in self.anchors else None
         lesson = Lesson(gate, Optim(self.optimizer, self.rate))
         loss, slots = joint_loss(chosen, lesson, own, self.pull), [expert(k) for k in chosen]
-        facts = desk.fit(loss, train=dict.fromkeys(slots, ALL), batches=lesson.paced(desk.batches()))
+        facts = desk.fit(
+            loss, train=dict.fromkeys(slots, ALL), batches=lesson.paced(desk.batches())
+        )
         told = {SHARES: numbers(shares)} if self.weights == "shares" else {}
-        return desk.reply(*slots, tensors=gate.tensors, facts={**facts, **told})
+        first = self.centre and CENTRE not in gate.tensors
+        loose = {**(centre if first else {}), **gate.layers}
+        return desk.reply(*slots, tensors=loose, facts={**facts, **told})
 
     def gate(self, offer: Parcel) -> Gate:
         """R."""
@@ -127,8 +134,8 @@ class Ddome(Strategy[Experts]):
         liked = shares.log() + noise * torch.randn(len(shares), generator=dice)
         if desk.client in self.anchors:
             liked[self.anchors.index(desk.client)] = torch.inf
-        first, *rest = liked.argsort(descending=True, stable=True)[: self.top].tolist()
-        return [first, *(k for k in rest if shares[k] >= LEAST)]
+        ranked = [int(k) for k in liked.argsort(descending=True, stable=True)[: self.top]]
+        return [k for k in ranked if k == ranked[0] or shares[k] >= LEAST]
 
     def merge(self, state: Experts, replies: Mapping[ClientId, Parcel], turn: Turn) -> Experts:
         return state.averaged(replies, turn)
@@ -137,7 +144,7 @@ class Ddome(Strategy[Experts]):
         gate, model = self.gate(offer), desk.model
         if self.serve == "row" and self.experts > 1:
             return Served(lambda batch: by_row(model, batch, gate), None)
-        chosen = self.chosen(desk, gate.shares(desk))
+        chosen = self.chosen(desk, gate.shares(desk)[0])
         chosen = chosen[:1] if self.serve == "client" else chosen
         alone = expert(chosen[0]) if len(chosen) == 1 else None
         return Served(lambda batch: joint(model, batch, gate, chosen), alone)

@@ -16,17 +16,21 @@ from flexp.model.personal import PersonalModel
 from flexp.parcel import Parcel
 from flexp.strategies.base import ClientId, Turn
 from flexp.strategies.gating import Gate, Lesson
-from flexp.tensors import PerRow, Tensors, mean
+from flexp.tensors import PerRow, Tensors, mean, mean_by_name
 
 SHARES = "shares"  # a fact of a reply: what part of the client's rows each expert is for
 
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts and their gate, which is drawn by ``seed`` until somebody has trained it."""
+    """The experts and their gate, which is drawn by ``seed`` until somebody has trained it.
+
+    ``names`` are those of the tensors that a gate may have.
+    """
 
     seed: int
     held: tuple[Tensors, ...]
+    names: tuple[str, ...]
     gate: Tensors = field(default_factory=dict[str, Tensor])
 
     def offered(self) -> dict[str, Tensors]:
@@ -43,8 +47,16 @@ class Experts:
         for k, (slot, before) in enumerate(self.offered().items()):
             by = [(r.adapters[slot], n * share(r, k)) for r, n in each if slot in r.adapters]
             found.append(middle(by, before))
-        gate = middle([(r.tensors, n) for r, n in each if r.tensors], self.gate)
-        return replace(self, held=tuple(found), gate=gate)
+        gate = mean_by_name(self.fitting([r.tensors for r, _ in each]), [n for _, n in each])
+        return replace(self, held=tuple(found), gate={**self.gate, **gate})
+
+    def fitting(self, gates: Sequence[Tensors]) -> list[Tensors]:
+        """Of each gate the tensors that are like those here, or like the first of that name."""
+        shapes: dict[str, torch.Size] = {}
+        for name, value in ((k, v) for gate in (self.gate, *gates) for k, v in gate.items()):
+            shapes.setdefault(name, value.shape)
+        known = {name: shapes[name] for name in self.names if name in shapes}
+        return [{k: v for k, v in gate.items() if v.shape == known.get(k)} for gate in gates]
 
 
 def middle(each: Sequence[tuple[Tensors, float]], before: Tensors) -> Tensors:
@@ -120,7 +132,7 @@ def mixture(logits: Sequence[Tensor], says: Tensor) -> Tensor:
 
 def by_row(model: PersonalModel, batch: Batch, gate: Gate) -> Tensor:
     """Logits of the expert that each row is for, all in one forward."""
-    best: list[int] = gate.says(model, batch).argmax(1).tolist()
+    best = [int(k) for k in gate.says(model, batch).argmax(1)]
     used = sorted({*best})
     wear = PerRow(tuple(expert(k) for k in used), tuple(used.index(k) for k in best))
     return model.logits(batch, wear)

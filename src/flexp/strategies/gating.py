@@ -1,7 +1,9 @@
 """A gate: a small network that says which of some experts a row is for, by frozen features.
 
 Features of a row are the mean of the last hidden states of the model without any adapter, with mean
-0 and variance 1 over their width. So they are the same at every client, in every round.
+0 and variance 1 over their width: the same at every client, in every round. Most of that is what
+all rows have in common. So the first who train a gate tell the mean of their rows, and from then on
+the mean of these is taken off, and what is left has variance 1 again.
 """
 
 from __future__ import annotations
@@ -26,7 +28,14 @@ from flexp.selection import Place
 from flexp.strategies.generator import drawn
 from flexp.tensors import Tensors, finite
 
+CENTRE = "gate/centre"
 SMALL = 0.1  # of the last layer, so that a gate begins with about equal shares
+
+
+def names_of(hidden: int) -> tuple[str, ...]:
+    """Of the tensors of a gate."""
+    layers = range(2 if hidden else 1)
+    return (CENTRE, *(f"gate/{n}/{what}" for n in layers for what in ("weight", "bias")))
 
 
 @dataclass
@@ -44,23 +53,32 @@ class Gate:
     seen: dict[Key, Tensor] = field(default_factory=dict[Key, Tensor])
 
     def says(self, model: PersonalModel, batch: Batch, by: Tensors | None = None) -> Tensor:
-        """A number per row and expert, before the softmax; ``by`` are tensors in its place."""
-        features = self.features(model, batch)
+        """A number per row and expert, before the softmax; ``by`` are layers for its own."""
+        return self.scored(self.features(model, batch), by)
+
+    def scored(self, features: Tensor, by: Tensors | None = None) -> Tensor:
+        """The same of features."""
         self.tensors = self.tensors or self.begun(features.shape[1])
-        out, tensors = features, by or self.tensors
-        for n in range(len(tensors) // 2):
-            below = out.relu() if n else out
-            weight, bias = tensors[f"gate/{n}/weight"], tensors[f"gate/{n}/bias"]
-            out = functional.linear(below, weight, bias)
+        if CENTRE in self.tensors:
+            features = normal(features - self.tensors[CENTRE])
+        out, layers = features, by or self.layers
+        for n in range(len(layers) // 2):
+            weight, bias = layers[f"gate/{n}/weight"], layers[f"gate/{n}/bias"]
+            out = functional.linear(out.relu() if n else out, weight, bias)
         return out
 
-    def shares(self, desk: Desk) -> Tensor:
-        """What part of the client's training rows each expert is for."""
+    @property
+    def layers(self) -> Tensors:
+        """What of it learns."""
+        return {k: v for k, v in self.tensors.items() if k != CENTRE}
+
+    def shares(self, desk: Desk) -> tuple[Tensor, Tensors]:
+        """What part of the client's training rows each expert is for; and the rows' centre."""
         if self.experts == 1:
-            return torch.ones(1)
-        with torch.no_grad():
-            rows = [self.says(desk.model, batch) for batch in desk.batches(epochs=1)]
-        return torch.cat(rows).softmax(1).mean(0)
+            return torch.ones(1), {}
+        features = torch.cat([self.features(desk.model, b) for b in desk.batches(epochs=1)])
+        shares = self.scored(features).softmax(1).mean(0)
+        return shares, {CENTRE: features.mean(0)}
 
     def begun(self, width: int) -> Tensors:
         """Where it begins."""
@@ -87,8 +105,12 @@ def features_of(model: PersonalModel, batch: Batch) -> Tensor:
     with torch.no_grad():
         hidden = places(model.hidden(batch, ())).float()
     mask = batch.inputs.get("attention_mask", torch.ones(hidden.shape[:2]))[..., None]
-    mean = (hidden * mask).sum(1) / mask.sum(1)
-    return functional.layer_norm(mean, mean.shape[1:])
+    return normal((hidden * mask).sum(1) / mask.sum(1))
+
+
+def normal(rows: Tensor) -> Tensor:
+    """Rows with mean 0 and variance 1."""
+    return functional.layer_norm(rows, rows.shape[1:])
 
 
 class Lesson:
@@ -101,7 +123,7 @@ class Lesson:
     def __init__(self, gate: Gate, optim: Optim) -> None:
         self.gate, self.graphs = gate, list[Tensors]()
         self.slots = Slots(lambda name: Place("near", "head", 0, 0), 0, optims={"gate": optim})
-        self.slots.put("gate", gate.tensors)
+        self.slots.put("gate", gate.layers)
 
     def leaves(self) -> Tensors:
         """The gate's tensors for the graph that begins now."""
@@ -125,4 +147,4 @@ class Lesson:
         if slopes and finite(slopes):
             self.slots.put("gate@g", slopes)
             self.slots.do([Step("gate", "gate@g")])
-            self.gate.tensors = self.slots["gate"]
+            self.gate.tensors = {**self.gate.tensors, **self.slots["gate"]}
