@@ -37,6 +37,7 @@ from flexp.rounds import waves_of
 from flexp.selection import ALL, FRONT, HEAD, NEAR, NONE, Where
 from flexp.strategies import BUILT_IN, about
 from flexp.strategies.base import MethodKind, Scene, Setting, Strategy, Turn
+from flexp.strategies.ddome import Ddome
 from flexp.strategies.dypfl import DyPfl
 from flexp.strategies.fedala import FedAla
 from flexp.strategies.fedavg import FedAvg
@@ -92,6 +93,8 @@ SPECIAL: dict[str, Any] = {
     "dypfl": {"strategy": DyPfl(1.0, 3, 0.5, explore=1.0, decay=1.0), "reaches": 0.97},
     # Each base moves by its share alone, and one round of three is a warm start.
     "fedbasis": {"reaches": 0.97, "rounding": 1e-6},
+    # Rows of one client are served by several experts, which is no one adapter.
+    "ddome": {"strategy": Ddome(3, anchors=("c0",), hidden=8), "worn": "expert/0"},
     # Two adapters are worn one after the other, and exported as one of twice the rank.
     "feddpa": {"rounding": 1e-6},
     "pfedlora": {"rounding": 1e-6},

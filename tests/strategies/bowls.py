@@ -125,6 +125,10 @@ class Bowl:
         self.rows = batch.rows
         return self.point(wear).expand(batch.rows, -1)
 
+    def hidden(self, batch: Batch, wear: Wear) -> Tensor:
+        """What a frozen model makes of each row: here the numbers that it wants."""
+        return batch.labels[:, None]
+
     def view(self, slot: str) -> Tensors:
         """A slot's tensors; those that train are leaves."""
         where, place = ALL if self.train is None else self.train.get(slot, NONE), self.near.place

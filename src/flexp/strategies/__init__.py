@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from flexp.errors import StrategyError, nearest
 from flexp.strategies.apfl import Apfl
 from flexp.strategies.base import Strategy
+from flexp.strategies.ddome import Ddome
 from flexp.strategies.ditto import Ditto
 from flexp.strategies.dypfl import DyPfl
 from flexp.strategies.fedala import FedAla
@@ -73,6 +74,7 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     FedAla,
     FedFomo,
     FedBasis,
+    Ddome,
     Fml,
     PacPfl,
     PFedPt,
