@@ -83,7 +83,7 @@ def asked(desk: Desk, wear: Wear, at: At, how: Queries) -> LossFn:
 
         def ask(nudges: Tensor) -> Tensor:
             logits = model.logits(batch, wear, near={NUDGE: nudges.flatten(0, 1)})
-            labels = batch.labels.repeat(len(nudges))
+            labels = torch.cat([batch.labels] * len(nudges))
             pairs = zip(logits.split(1), labels.split(1), strict=True)
             return torch.stack([model.task.loss(*pair) for pair in pairs]).view(len(nudges), -1)
 
