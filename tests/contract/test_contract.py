@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -49,6 +49,7 @@ from flexp.strategies.pfedpt import PFedPt
 from flexp.strategies.splitfed_v2 import SplitFedV2
 from flexp.strategies.splitfed_v3 import SplitFedV3
 from flexp.strategies.splitlora import SplitLora
+from flexp.strategies.zoopfl import ZooPfl
 from flexp.tensors import Tensors, Term, Wear
 
 KIND = Lora(rank=3, alpha=6.0)
@@ -73,6 +74,9 @@ class Row:
     uncut: bool = True  # whether it runs where everything is near, and learns the same there
     worn: Wear | None = None  # what it serves, if that is not one PEFT adapter
     once: Collection[str] = ()  # what crosses in a first turn alone, and nothing comes back of it
+    other: Sequence[Seat] = OTHER  # where it learns the same as at ``seats``
+    queries: int = 1  # hidden states that cross for each of a batch
+    asks: Set[str] = frozenset({"forward", "backward"})  # of a cut client in the first round
 
 
 SPECIAL: dict[str, Any] = {
@@ -110,6 +114,14 @@ SPECIAL: dict[str, Any] = {
         "worn": (Term("personal"), Term("prompt")),
     },
     "splitfrozen": {"seats": CUTS, "uncut": False, "reaches": 0.97, "fixed": NEAR},
+    # Its heads train where the client is, so there is no V-shape. The first round is of the client.
+    "zoopfl": {
+        "strategy": ZooPfl(code=2, embedding=1, width=4, warm=0, order="alternate", rate=0.1),
+        "other": (Seat(Cut(2, 1)), Seat(Cut(3, 0)), Seat(Cut(1, 2))),
+        "queries": 4,
+        "asks": frozenset[str](),
+        "worn": (Term("personal"), Term("surgery")),
+    },
     # Fronts are frozen, so again the cut says what learns.
     "pfsl": {"seats": CUTS, "uncut": False, "fixed": FRONT},
 }
@@ -292,12 +304,12 @@ def test_does_not_depend_on_the_cut(name: str) -> None:
         assert alike(loss, logits)
         return
     if strategy is None:
-        other = played(name, OTHER)
+        other = played(name, TABLE[name].other)
         assert alike(other, played(name))
         assert other.state == played(name).state
         return
     expected = play(strategy, [whole(4)])
-    for seat in (*MIXED[:2], *OTHER):
+    for seat in (*MIXED[:2], *TABLE[name].other):
         assert alike(play(strategy, [seat]), expected), seat
 
 
@@ -373,7 +385,8 @@ def fresh() -> Any:
         return made(config).eval()
 
 
-UNEQUAL = {"local", "pac_pfl", "pooled", "flexlora", "fedppa", "flora", "hetlora", "hsplitlora"}
+UNEQUAL = {"local", "pooled", "flexlora", "fedppa", "flora", "hetlora", "hsplitlora"}
+UNEQUAL |= {"pac_pfl", "zoopfl"}
 
 
 @rows
@@ -412,7 +425,7 @@ def declared(strategy: Strategy[Any], seat: Seat, crossed: str) -> bool:
 @pytest.mark.parametrize("seats", [MIXED, OTHER], ids=["u-shape", "v-shape"])
 def test_nothing_leaves_undeclared(name: str, seats: Sequence[Seat]) -> None:
     strategy = TABLE[name].strategy
-    seats = TABLE[name].seats if seats == MIXED else seats
+    seats = TABLE[name].seats if seats == MIXED else TABLE[name].other
     end = played(name) if seats == TABLE[name].seats else played(name, tuple(seats))
     for arrival in end.run.arrivals:
         seat, crossings = end.run.placed[arrival.client], arrival.ledger.crossings
@@ -423,7 +436,10 @@ def test_nothing_leaves_undeclared(name: str, seats: Sequence[Seat]) -> None:
                 floats = one.name not in ("mask", "labels")
                 assert one.dtype == ("float32" if floats else "int64"), one
                 if one.name == "hidden":  # never a row of ids
-                    assert one.shape == (4, toys.LENGTH, toys.H) or one.shape[0] < 9
+                    rows = 4 * TABLE[name].queries
+                    assert one.shape in [(n, toys.LENGTH, toys.H) for n in (4, rows)] or (
+                        one.shape[0] < 9
+                    )
     trained = [a for a in end.run.arrivals if a.reply is not None]
     assert bool(trained) == (name != "base")
     if seats == MIXED:  # a client that hosts everything needs no server to train
@@ -502,7 +518,8 @@ def test_survives_a_lost_client(name: str, lost: str) -> None:
     run.round(0)
     before, expected = belongings(run, lost), {"join", "submit", "leave"}
     once = {*TABLE[name].once}
-    assert phases >= (expected if lost == "c2" else expected | (once or {"forward", "backward"}))
+    asked = expected | (once or TABLE[name].asks)
+    assert phases >= (expected if lost == "c2" else asked)
     offer = run.strategy.offer(run.state, lost, run.turn(1))
     work = [Assignment(lost, run.placed[lost], offer)]
     for phase in sorted(phases - once):

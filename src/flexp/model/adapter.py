@@ -20,6 +20,7 @@ from flexp.dice import Dice
 from flexp.errors import AdapterError
 from flexp.model.prompts import NAMES, Frame, Prompt, input_layout
 from flexp.model.skeleton import modules
+from flexp.model.surgery import EVERY, Surgery, begun
 from flexp.model.targets import (
     dense_paths,
     ending,
@@ -79,7 +80,7 @@ class Head:
     """Only the head's leaves that the checkpoint lacks."""
 
 
-Kind = Lora | Ia3 | Prompt | Frame | Dense | Head
+Kind = Lora | Ia3 | Prompt | Frame | Surgery | Dense | Head
 
 
 def alpha_of(kind: Kind) -> float:
@@ -107,8 +108,8 @@ def peft_config(
     Raises AdapterError if a target is not in the blocks.
     """
     peft = libraries.peft()
-    if isinstance(kind, Frame):
-        raise AdapterError("PEFT has no frames around pictures.")
+    if isinstance(kind, Frame | Surgery):
+        raise AdapterError("PEFT has no frames around pictures, and no surgery on hidden states.")
     saved = wholes(net, head) if getattr(kind, "head", True) and head else None
     if isinstance(kind, Prompt):
         return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=kind.tokens)
@@ -192,7 +193,7 @@ def layout(
     for path in paths:
         for leaf, value in known[path].named_parameters():
             out[f"{PREFIX}{path}.{leaf}"] = tuple(value.shape)
-    if isinstance(kind, Prompt | Frame):
+    if isinstance(kind, Prompt | Frame | Surgery):
         out |= input_layout(net, kind)
     elif isinstance(kind, Lora | Ia3):
         config = peft_config(kind, "FEATURE_EXTRACTION", net, blocks, (), rank=rank)
@@ -229,6 +230,8 @@ def initial(
             value = base(path.replace(".lora_magnitude_vector", ".weight"))
             value = value if value.shape[0] == shape[0] else value.T
             value = lengths(value.float())
+        elif name in EVERY:
+            value = begun(shape, _stream(dice, name.replace("_anchor_", "_encoder_")))
         elif name in NAMES:
             value = torch.empty(shape).normal_(generator=_stream(dice, name)) * spread
         else:

@@ -21,6 +21,7 @@ from flexp.model.far import Ask, Crossing, Far, Until
 from flexp.model.prefix import Entry, Prefix, Wearer
 from flexp.model.prompts import AT_CUT, entered, taken_out, widened
 from flexp.model.slots import Slots
+from flexp.model.surgery import operated
 from flexp.model.worn import Worn
 from flexp.selection import ALL, Where
 from flexp.tensors import PerRow, Stacked, Tensors, Wear, slots_of, terms
@@ -179,13 +180,14 @@ class PersonalModel:
         depth, cut = self.backbone.depth, self.seat.cut
         stop = depth if until == "hidden" else None
         tap, whole = until == "tap", self.seat.near_only(depth)
-        kept = near is None and start.feed is None
+        kept = near is None and start.feed is None and not worn.operated
         entry = self._entry(inputs, wear, worn) if kept else None
         way = {"feed": start.feed} if entry is None else {"first": entry.first, "feed": entry.feed}
         if whole or (entry is not None and entry.first > cut.front):
             out = self._near(inputs, worn, last=stop, tap=tap, **way)
         else:
             front = self._near(inputs, worn, last=cut.front, **way)
+            front, inputs = operated(front, inputs, worn.inputs, "cut")
             ends_far = self.seat.labels != "keep"
             ask = Ask(
                 wear=_bare(wear),

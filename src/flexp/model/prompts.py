@@ -16,6 +16,8 @@ from torch import Tensor
 
 from flexp.errors import AdapterError
 from flexp.model.skeleton import image_shape, inputs_of, reads_ids, states_of
+from flexp.model.surgery import EVERY, Surgery, operated
+from flexp.model.surgery import NAMES as SURGERY
 
 if TYPE_CHECKING:
     from flexp.model.backbone import Backbone
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 FRONT, ADDED, BEHIND, AT_CUT = "prompt_embeddings", "prompt_added", "prompt_behind", "prompt_at_cut"
 PLACES = {"front": FRONT, "added": ADDED, "behind": BEHIND, "cut": AT_CUT}
 TOP, BOTTOM, LEFT, RIGHT = (f"frame_{side}" for side in ("top", "bottom", "left", "right"))
-NAMES = frozenset([*PLACES.values(), TOP, BOTTOM, LEFT, RIGHT])  # of no module of the model
+NAMES = EVERY | {*PLACES.values(), TOP, BOTTOM, LEFT, RIGHT}  # of no module of the model
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,12 @@ class Frame:
     head: ClassVar[bool] = False
 
 
-def input_layout(net: Any, kind: Prompt | Frame) -> dict[str, tuple[int, ...]]:
+def input_layout(net: Any, kind: Prompt | Frame | Surgery) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what is learned at a model's input; AdapterError if there is no place."""
+    if isinstance(kind, Surgery):
+        return kind.layout(_width(net, kind.at))
     if isinstance(kind, Prompt):
-        return {PLACES[kind.at]: (kind.tokens, _width(net, kind))}
+        return {PLACES[kind.at]: (kind.tokens, _width(net, kind.at))}
     if reads_ids(net):
         raise AdapterError("A frame is for pictures, and this model reads token ids.")
     channels, height, width = image_shape(net.config)
@@ -69,20 +73,20 @@ def input_layout(net: Any, kind: Prompt | Frame) -> dict[str, tuple[int, ...]]:
     return {TOP: row, BOTTOM: row, LEFT: column, RIGHT: column}
 
 
-def _width(net: Any, kind: Prompt) -> int:
-    """How many numbers a position of a prompt has."""
-    if kind.at in ("front", "added"):
+def _width(net: Any, at: str) -> int:
+    """How many numbers a position has there."""
+    if at in ("front", "added"):
         weight = getattr(inputs_of(net), "weight", None)
         if weight is None or weight.dim() != 2:
             raise AdapterError(
-                f'A prompt "{kind.at}" needs a model that reads token ids. Use a LoRA adapter.'
+                f'A prompt "{at}" needs a model that reads token ids. Use a LoRA adapter.'
             )
         return int(weight.shape[1])
     if reads_ids(net):
         return int(net.config.get_text_config().hidden_size)
     shapes = cast(Any, states_of(net.config, "images")).shapes
     if {len(shape) for shape in shapes} != {2}:
-        raise AdapterError("A prompt needs a model whose hidden states are rows of positions.")
+        raise AdapterError("This adapter needs a model whose hidden states are rows of positions.")
     return int(shapes[0][1])
 
 
@@ -115,10 +119,13 @@ def entered(
             mask = inputs["attention_mask"]
             inputs["attention_mask"] = torch.cat([mask.new_ones(rows, tokens), mask], dim=1)
         inputs["inputs_embeds"] = embedded
-    if BEHIND not in worn and ADDED not in worn:
+    if not {BEHIND, ADDED, SURGERY["input"]["own"]} & worn.keys():
         return inputs, None
-    # From here on ids count, as blanks: classifiers see in them where a text ends.
     hidden, more = body.run(inputs, last=0), 0
+    hidden, inputs = operated(hidden, inputs, worn, "input")
+    if BEHIND not in worn and ADDED not in worn:
+        return inputs, hidden
+    # From here on ids count, as blanks: classifiers see in them where a text ends.
     if BEHIND in worn:
         hidden, more = put_in(hidden, worn[BEHIND]), len(worn[BEHIND])
     shapes = {k: tuple(v.shape) for k, v in inputs.items()}

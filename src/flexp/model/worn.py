@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from flexp.dice import Dice
 from flexp.model.prompts import AT_CUT, BEHIND, FRONT, NAMES
+from flexp.model.surgery import EVERY
 from flexp.tensors import Tensors
 
 PREFIX = "base_model.model."
@@ -58,6 +59,11 @@ class Worn:
     def at_cut(self) -> int:
         """Positions that the server puts in at the cut."""
         return len(self.inputs[AT_CUT]) if AT_CUT in self.inputs else 0
+
+    @property
+    def operated(self) -> bool:
+        """Whether there is surgery on hidden states."""
+        return not EVERY.isdisjoint(self.inputs)
 
     @property
     def behind(self) -> int:

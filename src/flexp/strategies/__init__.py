@@ -57,6 +57,7 @@ from flexp.strategies.splitfed_v2 import SplitFedV2
 from flexp.strategies.splitfed_v3 import SplitFedV3
 from flexp.strategies.splitfrozen import SplitFrozen
 from flexp.strategies.splitlora import SplitLora
+from flexp.strategies.zoopfl import ZooPfl
 
 GROUP = "flexp.strategies"
 BUILT_IN: tuple[type[Strategy[Any]], ...] = (
@@ -80,6 +81,7 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     PFedPt,
     PFedHn,
     PFedPg,
+    ZooPfl,
     FedPpa,
     FedPer,
     FedRep,
