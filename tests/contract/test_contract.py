@@ -39,6 +39,7 @@ from flexp.strategies import BUILT_IN, about
 from flexp.strategies.base import MethodKind, Scene, Setting, Strategy, Turn
 from flexp.strategies.ddome import Ddome
 from flexp.strategies.dypfl import DyPfl
+from flexp.strategies.fed_influence import FedInfluence
 from flexp.strategies.fedala import FedAla
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.flexp import FlexP
@@ -99,6 +100,10 @@ SPECIAL: dict[str, Any] = {
     "fedbasis": {"reaches": 0.97, "rounding": 1e-6},
     # Rows of one client are served by several experts, which is no one adapter.
     "ddome": {"strategy": Ddome(3, anchors=("c0",), hidden=8), "worn": "expert/0"},
+    "fed_influence": {  # of single rows it would take long
+        "strategy": FedInfluence(rows=9),
+        "training": Training(Optim("sgd", lr=3.0), batch=4, steps=2),
+    },
     # Two adapters are worn one after the other, and exported as one of twice the rank.
     "feddpa": {"rounding": 1e-6},
     "pfedlora": {"rounding": 1e-6},
@@ -412,10 +417,10 @@ def declared(strategy: Strategy[Any], seat: Seat, crossed: str) -> bool:
         place = body().place(tensor, seat)
         return any(
             fnmatchcase(slot, leave.what) and leave.where.holds(tensor, place)
-            for leave in strategy.leaves
+            for leave in strategy.leaving()
         )
     if kind == "tensor":
-        return any(fnmatchcase(crossed, leave.what) for leave in strategy.leaves)
+        return any(fnmatchcase(crossed, leave.what) for leave in strategy.leaving())
     return kind in ("hidden", "mask", "grad", "coef") or (
         kind == "labels" and seat.labels == "loss"
     )

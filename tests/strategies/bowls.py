@@ -92,6 +92,7 @@ class Bowl:
     train: Train = None
     rows: int = 0
     far: None = None
+    prefix: None = None
     task: Wanted = field(default_factory=Wanted)
 
     @contextmanager
@@ -164,11 +165,13 @@ class Bench:
     done: int = 0
     rounds: int = 9
     failing: Collection[str] = ()
+    batch: int = 8
+    task: Wanted = field(default_factory=Wanted)
 
     def __post_init__(self) -> None:
         same = self.seats
         self.placed = dict.fromkeys(self.rows, same) if isinstance(same, Seat) else dict(same)
-        self.training = Training(self.optim, batch=8, steps=self.steps)
+        self.training = Training(self.optim, batch=self.batch, steps=self.steps)
         self.specs = self.training.specs(self.strategy.specs())
         dice = Dice(self.seed)("strategy")
         scene = Scene(tuple(self.rows), self.placed, lambda spec, rank=None: self.begun(rank), dice)
@@ -267,9 +270,9 @@ class Bench:
         return Desk(
             client=client,
             seat=seat,
-            model=cast("Any", Bowl(slots)),
+            model=cast("Any", Bowl(slots, task=self.task)),
             shard=Shard(mine, val=mine),
-            task=cast("Any", Wanted()),
+            task=cast("Any", self.task),
             memory=deepcopy(self.memories.get(client, Memory())),
             dice=Dice(self.seed)("turn", client=client, round=self.done),
             session=Session(cast("Any", None), cast("Any", None), "bench", self.done, 0),

@@ -267,7 +267,7 @@ class LocalEngine(Host):
             link,
             work.seat,
             specs,
-            leaves=strategy.leaves,
+            leaves=strategy.leaving(),
             run=self.name,
             round=turn.round,
             wave=turn.wave,

@@ -212,7 +212,7 @@ class Member:
             MeteredLink(self.link, self.ledger, self.link.wire),
             order.seat,
             learning.specs(self.strategy.specs()),
-            leaves=self.strategy.leaves,
+            leaves=self.strategy.leaving(),
             run=turn_name(recipe.hash()[:12], order.number),
             round=order.round,
             wave=order.wave,

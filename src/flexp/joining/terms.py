@@ -62,8 +62,9 @@ class Terms:
 
 def leaving(strategy: Strategy[Any], labels: Labels) -> tuple[Leave, ...]:
     """Everything that leaves a client, by this program's own knowledge of the method."""
-    door = Egress(strategy.leaves, labels, "u-shape", lambda name: Place("near", "front", 0, 1))
-    return (*door.structural(), *strategy.leaves, *ITSELF)
+    own = strategy.leaving()
+    door = Egress(own, labels, "u-shape", lambda name: Place("near", "front", 0, 1))
+    return (*door.structural(), *own, *ITSELF)
 
 
 def row_of(leave: Leave) -> Mapping[str, str]:

@@ -16,6 +16,7 @@ from flexp.strategies.base import Strategy
 from flexp.strategies.ddome import Ddome
 from flexp.strategies.ditto import Ditto
 from flexp.strategies.dypfl import DyPfl
+from flexp.strategies.fed_influence import FedInfluence
 from flexp.strategies.fedala import FedAla
 from flexp.strategies.fedavg import FedAvg
 from flexp.strategies.fedbabu import FedBabu
@@ -107,6 +108,7 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     FlexP,
     FlexPSft,
     FlexPSfl,
+    FedInfluence,
 )
 
 
@@ -137,23 +139,25 @@ def _loaded(name: str, value: str, load: Any) -> type[Strategy[Any]]:
     return found
 
 
-def build(name: str, options: Mapping[str, Any]) -> Strategy[Any]:
-    """The strategy of that name with these options; StrategyError names what does not fit."""
+def build(name: str, options: Mapping[str, Any], at: str = "strategy") -> Strategy[Any]:
+    """The strategy of that name with these options; StrategyError names what does not fit.
+
+    ``at`` is where the recipe says so.
+    """
     known = methods()
     if name not in known:
         raise StrategyError(
-            f'strategy.name: there is no method "{name}". {nearest(name, known)} '
-            "See `flexp methods`."
+            f'{at}.name: there is no method "{name}". {nearest(name, known)} See `flexp methods`.'
         )
     method: Any = known[name]
     names = {f.name for f in fields(method) if f.init}
     for key, value in options.items():
         if isinstance(value, float) and not isfinite(value):
-            raise StrategyError(f"strategy.{key}: {value} is not a finite number.")
+            raise StrategyError(f"{at}.{key}: {value} is not a finite number.")
         if key not in names:
             has = f"{nearest(key, names)} Its options: {', '.join(sorted(names))}."
             raise StrategyError(
-                f'strategy.{key}: method "{name}" has no such option. '
+                f'{at}.{key}: method "{name}" has no such option. '
                 f"{has if names else 'It has none.'}"
             )
     try:
@@ -161,7 +165,7 @@ def build(name: str, options: Mapping[str, Any]) -> Strategy[Any]:
     except ValidationError as problem:
         first = problem.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise StrategyError(f"strategy.{where}: {first['msg']}.") from problem
+        raise StrategyError(f"{at}.{where}: {first['msg']}.") from problem
 
 
 def about(method: type[Strategy[Any]]) -> str:

@@ -27,7 +27,7 @@ from flexp.tensors import Tensors, Wear
 ClientId = str
 State = TypeVar("State")
 MethodKind = Literal[
-    "reference", "centralised", "federated", "personalised", "federated LoRA", "split"
+    "reference", "centralised", "federated", "personalised", "federated LoRA", "split", "observer"
 ]
 
 
@@ -149,7 +149,7 @@ class Strategy(Protocol[State]):
         for client, space in setting.heads.items():
             groups.setdefault(space, []).append(client)
         head = Place("near", "head", setting.depth, setting.depth)
-        leaves = setting.head and any(leave.where.holds("head", head) for leave in self.leaves)
+        leaves = setting.head and any(leave.where.holds("head", head) for leave in self.leaving())
         if len(groups) < 2 or not (leaves or self.kind == "centralised"):
             return ""
         odd = sorted(groups.values(), key=len)[:-1]
@@ -184,6 +184,18 @@ class Strategy(Protocol[State]):
     def owns(self) -> Where:
         """What ``own`` is in this setting of the method."""
         return self.own
+
+    def leaving(self) -> tuple[Leave, ...]:
+        """What ``leaves`` is in this setting of the method."""
+        return self.leaves
+
+    def averages(self) -> Where:
+        """What of slot "personal" a merge makes the mean of replies, rows as weights.
+
+        Only where that, and a few steps down the client's loss, is all that becomes of it, and the
+        state holds it by name: then an observer can follow it.
+        """
+        return NONE
 
     def moving(self) -> Where:
         """What of its personal model trains when a client is alone."""

@@ -14,6 +14,7 @@ from flexp.client.desk import Desk
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
+from flexp.selection import ALL, Where
 from flexp.strategies.base import ClientId, MethodKind, Scene, Strategy, Turn
 from flexp.tensors import Tensors, mean
 
@@ -27,6 +28,9 @@ class FedAvg(Strategy[Tensors]):
     kind: ClassVar[MethodKind] = "federated"
     slots: ClassVar[Mapping[str, SlotSpec]] = {"personal": SlotSpec()}
     leaves: ClassVar[tuple[Leave, ...]] = (Leave("personal", why="to be averaged"),)
+
+    def averages(self) -> Where:
+        return ALL
 
     def start(self, scene: Scene) -> Tensors:
         return scene.initial(self.slots["personal"])

@@ -13,6 +13,7 @@ from typing import ClassVar
 from flexp.client.desk import Desk, Drag
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
+from flexp.selection import NONE, Where
 from flexp.strategies.fedavg import FedAvg
 from flexp.tensors import Term
 
@@ -29,6 +30,9 @@ class FedProx(FedAvg):
     name: ClassVar[str] = "fedprox"
     paper: ClassVar[str] = "Li et al. 2020, arXiv 1812.06127"
     slots: ClassVar[Mapping[str, SlotSpec]] = {"personal": SlotSpec(), "given": SlotSpec()}
+
+    def averages(self) -> Where:
+        return NONE
 
     def train(self, desk: Desk, offer: Parcel) -> Parcel:
         desk.assign("given", (Term("personal"),))

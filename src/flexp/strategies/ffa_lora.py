@@ -39,6 +39,9 @@ class FfaLora(FedAvg):
     def moving(self) -> Where:
         return self.shared
 
+    def averages(self) -> Where:
+        return self.shared
+
     def offer(self, state: Tensors, client: ClientId, turn: Turn) -> Parcel:
         return Parcel({"personal": turn.select(client, state, self.shared)})
 

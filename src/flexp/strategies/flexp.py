@@ -30,7 +30,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from flexp.client.desk import Desk, Drag
 from flexp.model.ops import SlotSpec
 from flexp.parcel import Parcel
-from flexp.selection import ALL, FAR, FRONT, HEAD, NEAR, Where
+from flexp.selection import ALL, FAR, FRONT, HEAD, NEAR, NONE, Where
 from flexp.strategies.alignment import aligned_loss, approach, ramped
 from flexp.strategies.base import ClientId, MethodKind, Scene, Served, Setting, Strategy, Turn
 from flexp.tensors import Tensors, agreed_mean, mean_by_name
@@ -132,6 +132,10 @@ class FlexP(Strategy[Tensors]):
     def given(self) -> Where:
         """What of a client's adapters is merged."""
         return FAR
+
+    def averages(self) -> Where:
+        plain = self.trunk == "shared" and self.server == "parallel" and self.conflicts == "mean"
+        return FAR if plain else NONE
 
     def aligned(self) -> Where:
         """What is pulled to the reference."""

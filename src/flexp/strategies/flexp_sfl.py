@@ -47,6 +47,9 @@ class FlexPSfl(FlexP):
     def given(self) -> Where:
         return ~FRONT if self.front == "frozen" else ALL
 
+    def averages(self) -> Where:
+        return NONE
+
     def over(self, turn: Turn) -> bool:
         """Whether the phase has begun in which nothing is merged."""
         return self.until is not None and turn.round >= self.until

@@ -22,7 +22,7 @@ from flexp.client.fit import together
 from flexp.data.examples import Batch
 from flexp.model.ops import Optim, SlotSpec
 from flexp.parcel import Facts, Parcel
-from flexp.selection import ALL, Where
+from flexp.selection import ALL, NONE, Where
 from flexp.strategies.base import Served
 from flexp.strategies.fedavg import FedAvg
 from flexp.tensors import Mix, Term
@@ -51,6 +51,9 @@ class PerFedAvg(FedAvg):
         "personal": SlotSpec(),
         **dict.fromkeys(("inner", "outer", "ahead", "behind"), DOWN),
     }
+
+    def averages(self) -> Where:
+        return NONE
 
     def train(self, desk: Desk, offer: Parcel) -> Parcel:
         count, done = (2 if self.form == "first-order" else 3), list[Facts]()

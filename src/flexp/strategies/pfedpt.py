@@ -22,7 +22,7 @@ from flexp.model.adapter import Frame, Kind, Prompt
 from flexp.model.ops import Optim, SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
-from flexp.selection import ALL, FAR, Where
+from flexp.selection import ALL, FAR, NONE, Where
 from flexp.strategies.base import ClientId, MethodKind, Served, Setting, Turn
 from flexp.strategies.fedavg import FedAvg
 from flexp.tensors import Mix, Tensors, Term, mean_by_name
@@ -83,6 +83,9 @@ class PFedPt(FedAvg):
 
     def owns(self) -> Where:
         return self.own | ~self.given()
+
+    def averages(self) -> Where:
+        return NONE
 
     def given(self) -> Where:
         """What is averaged."""

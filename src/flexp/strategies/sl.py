@@ -13,6 +13,7 @@ from typing import ClassVar
 from flexp.dice import Dice
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
+from flexp.selection import NONE, Where
 from flexp.strategies.base import ClientId, MethodKind, Turn
 from flexp.strategies.fedavg import FedAvg
 from flexp.tensors import Tensors
@@ -29,6 +30,9 @@ class Sl(FedAvg):
     paper: ClassVar[str] = "Gupta and Raskar 2018, arXiv 1810.06060"
     kind: ClassVar[MethodKind] = "split"
     leaves: ClassVar[tuple[Leave, ...]] = (Leave("personal", why="the next client goes on"),)
+
+    def averages(self) -> Where:
+        return NONE
 
     def waves(
         self, state: Tensors, chosen: Sequence[ClientId], dice: Dice
