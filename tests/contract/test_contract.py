@@ -138,6 +138,8 @@ def row(method: Callable[[], Strategy[Any]], name: str) -> Row:
 
 
 TABLE = {m.name: row(m, m.name) for m in (*BUILT_IN, Basis)}
+
+
 def each(*but: str) -> pytest.MarkDecorator:
     """All methods but some; one process has all tests of a method, which share runs."""
     names = [name for name in TABLE if name not in but]
@@ -390,8 +392,9 @@ def fresh() -> Any:
         return made(config).eval()
 
 
-UNEQUAL = {"local", "pooled", "flexlora", "fedppa", "flora", "hetlora", "hsplitlora"}
-UNEQUAL |= {"pac_pfl", "zoopfl"}
+UNEQUAL = {"local", "pac_pfl", "pooled", "zoopfl", "flexlora", "fedppa", "flora", "hetlora"} | {
+    "hsplitlora"
+}
 
 
 @rows
