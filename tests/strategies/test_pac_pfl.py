@@ -269,7 +269,7 @@ def test_features_are_means_over_what_is_no_padding() -> None:
         hidden = here.model.hidden(both)[1][both.inputs["attention_mask"][1].bool()]
         middle = hidden.double().mean(0)
         wanted = (middle - middle.mean()) / (middle.var(correction=0) + 1e-5).sqrt()
-        found = features_of(here, both)
+        found = features_of(here.model, both)
         assert torch.allclose(found[1].double(), wanted, rtol=0, atol=1e-6)
         assert alone.rows == 1
         assert not found.requires_grad
@@ -280,7 +280,7 @@ def test_images_have_features_as_well(family: str) -> None:
     net = backbone(family)
     with at_desk(net, whole(4)) as (here, _):
         (batch,) = batches_for(net, 1)
-        assert features_of(here, batch).shape == (3, net.features)
+        assert features_of(here.model, batch).shape == (3, net.features)
 
 
 def bytes_of(method: Mapping[str, Any]) -> Played:

@@ -9,17 +9,19 @@ from torch.nn import functional
 from flexp.client.desk import Desk
 from flexp.data.examples import Batch
 from flexp.data.loss import places
+from flexp.model.personal import PersonalModel
+from flexp.tensors import Wear
 
 KEPT = "features"  # in a client's memory
 
 
-def features_of(desk: Desk, batch: Batch) -> Tensor:
+def features_of(model: PersonalModel, batch: Batch, wear: Wear = "personal") -> Tensor:
     """The mean over positions of what leaves the last block, with mean 0 and variance 1, [B, d].
 
-    What leaves it wears the slot "personal". Nothing of it can be differentiated.
+    Nothing of it can be differentiated.
     """
     with torch.no_grad():
-        hidden = places(desk.model.hidden(batch)).double()
+        hidden = places(model.hidden(batch, wear)).double()
         mask = batch.inputs.get("attention_mask")
         counts = torch.ones(hidden.shape[:2]).to(hidden) if mask is None else mask.to(hidden)
         middle = (hidden * counts[..., None]).sum(1) / counts.sum(1, keepdim=True).clamp_min(1)
@@ -33,6 +35,6 @@ def kept(desk: Desk) -> tuple[Tensor, Tensor]:
     if held is None or len(held) != len(data):
         parts = [range(at, min(at + size, len(data))) for at in range(0, len(data), size)]
         batches = (desk.task.collate(data, list(part)) for part in parts)
-        held = torch.cat([features_of(desk, batch) for batch in batches])
+        held = torch.cat([features_of(desk.model, batch) for batch in batches])
         desk.memory.put(KEPT, {"train": held})
     return held, torch.tensor(data.labels)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from flexp.client.desk import Desk
+from flexp.client.features import features_of
 from flexp.data.examples import Batch
-from flexp.data.loss import places
 from flexp.dice import Dice
 from flexp.model.ops import Optim, Step
 from flexp.model.personal import PersonalModel
@@ -94,18 +94,10 @@ class Gate:
         """Of a batch's rows [rows, width]; computed for all of them if one is new."""
         keys = keys_of(batch.inputs) if set(batch.inputs) in READ else []
         if not keys or any(key not in self.seen for key in keys):
-            found = features_of(model, batch)
+            found = features_of(model, batch, ())
             self.seen.update(zip(keys, found, strict=False))
             return found
         return torch.stack([self.seen[key] for key in keys])
-
-
-def features_of(model: PersonalModel, batch: Batch) -> Tensor:
-    """The features of a batch's rows, from a forward that wears nothing."""
-    with torch.no_grad():
-        hidden = places(model.hidden(batch, ())).float()
-    mask = batch.inputs.get("attention_mask", torch.ones(hidden.shape[:2]))[..., None]
-    return normal((hidden * mask).sum(1) / mask.sum(1))
 
 
 def normal(rows: Tensor) -> Tensor:

@@ -148,4 +148,4 @@ class PacPfl(Strategy[Cloud]):
 
     def personal(self, desk: Desk, offer: Parcel) -> Served:
         mixed = mixture(self.family_at(desk), offer.tensors[AT].double(), *kept(desk))
-        return Served(lambda batch: mixed.predict(features_of(desk, batch)).float(), None)
+        return Served(lambda batch: mixed.predict(features_of(desk.model, batch)).float(), None)
