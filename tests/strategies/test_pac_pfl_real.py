@@ -22,7 +22,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "methods" / "pac_pfl.yaml"
 
 def scored(cache: Cache, *changes: str) -> dict[str, float]:
     """Means over clients on their own rows."""
-    stage = prepare(recipe_file.read(RECIPE, changes), cache)
+    stage = prepare(recipe_file.read(RECIPE, ["rounds=8", *changes]), cache)
     try:
         found = run(stage, Stream()).scores
     finally:
@@ -36,6 +36,7 @@ def test_posteriors_are_better_calibrated_than_modes(
 ) -> None:
     for name in ("bert-tiny", "vader"):
         asset(name)
+    # Seed 0 after 20 rounds: 0.09; local training has 0.22, and the mode after 8 rounds 0.11.
     whole, trained = scored(asset_cache), scored(asset_cache, "strategy={name: local}")
     assert whole["ece"] < trained["ece"] - 0.05
     assert whole["accuracy"] > trained["accuracy"]

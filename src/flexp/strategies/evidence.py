@@ -108,8 +108,7 @@ def _bend(kernel: Tensor, shares: Tensor) -> Bend:
     root = shares.T.clamp_min(TINY).sqrt()
     inner = torch.eye(len(kernel)).to(kernel) + root[:, :, None] * kernel * root[:, None]
     below = lower(inner)
-    half = solved(below, torch.diag_embed(root))
-    each = half.transpose(1, 2) @ half
+    each = root[:, :, None] * torch.cholesky_inverse(below) * root[:, None]
     factor = lower(each.sum(0))
     logs = below.diagonal(dim1=1, dim2=2).log().sum() + factor.diagonal().log().sum()
     return Bend(each, factor, 2 * logs)
