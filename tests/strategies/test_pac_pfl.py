@@ -39,7 +39,7 @@ class Seen:
         picked = examples.pick(indices)
         return Batch({"x": torch.tensor(picked.ids)}, torch.tensor(picked.labels))
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def hidden(self, batch: Batch, wear: object) -> Tensor:
         return batch.inputs["x"].double()
 
 
