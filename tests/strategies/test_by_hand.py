@@ -300,6 +300,7 @@ ENDS: dict[str, tuple[float, ...]] = {
     "pfsl": (0, 8, 8),
     **dict.fromkeys(["apfl", "fml"], (8, 8, 8)),
     **dict.fromkeys(["pfedme", "per_fedavg", "fedala", "fedfomo", "fedbasis", "dypfl"], (6, 6, 6)),
+    "ddome": (6, 6, 6),
     **dict.fromkeys(["splitfed_v2", "splitlora"], (8, 10, 8)),
     "pooled": (10, 10, 10),
     "sl": (7.5, 7.5, 7.5),
@@ -315,6 +316,7 @@ FREE: dict[str, dict[str, Any]] = {
     "per_fedavg": {"alpha": 0.0},
     "fedala": {"rate": 0.0},
     "fedbasis": {"bases": 1},
+    "ddome": {"experts": 1},
     "fedppa": {"beta": 0.0},
     **dict.fromkeys(FLEXP, UNALIGNED),
 }

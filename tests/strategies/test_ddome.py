@@ -117,9 +117,9 @@ def test_one_expert_is_fedavg_bit_for_bit(training: Training, more: Any) -> None
 # ---- who learns
 
 
-def opened(slots: int) -> tuple[dict[str, SlotSpec], Parcel]:
+def opened(slots: int, family: str = "bert-cls") -> tuple[dict[str, SlotSpec], Parcel]:
     """Experts with numbers everywhere."""
-    begun, held = backbone().initial(KIND, Dice(1)), dict[str, Tensors]()
+    begun, held = backbone(family).initial(KIND, Dice(1)), dict[str, Tensors]()
     for n in range(slots):
         stream = torch.Generator().manual_seed(n)
         held[f"expert/{n}"] = {

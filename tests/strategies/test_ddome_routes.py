@@ -20,10 +20,9 @@ from flexp.client.desk import Desk, Training
 from flexp.data.examples import Examples, Shard
 from flexp.dice import Dice
 from flexp.model.cut import Cut, Seat
-from flexp.model.ops import Optim, SlotSpec
+from flexp.model.ops import Optim
 from flexp.parcel import Parcel
 from flexp.strategies.base import Turn
-from flexp.strategies.bases import noised
 from flexp.strategies.ddome import Ddome
 from flexp.strategies.experts import Experts, expert, joint_loss, share
 from flexp.strategies.gating import Gate, Lesson, names_of
@@ -309,16 +308,14 @@ def test_batches_in_parts_teach_the_same_gate() -> None:
 
 
 def test_tokens_of_a_text_are_learned_by_the_mixture() -> None:
-    body = backbone("llama", depth=2)
-    begun = body.initial(KIND, Dice(0))
-    noisy = {f"expert/{k}": noised(begun, 1.0, Dice(k)) for k in range(2)}
-    slots, gate = dict.fromkeys(noisy, SlotSpec()), Gate({}, Dice(0), 0, 2)
-    opened = at_desk(body, Seat(Cut(1)), kind=KIND, slots=slots, offer=Parcel(noisy))
-    with opened as (desk, _), torch.no_grad():
+    slots, offer = opened(2, "llama")
+    gate, seat = Gate({}, Dice(0), 0, 2), Seat(Cut(1))
+    there = at_desk(backbone("llama"), seat, kind=KIND, slots=slots, offer=offer)
+    with there as (desk, _), torch.no_grad():
         batch = next(desk.batches(steps=1))
         shares = gate.says(desk.model, batch).softmax(1)
         found = joint_loss([0, 1], Lesson(gate, Optim("sgd")), None, 1.0)(desk.model, batch)
-        parts = [desk.model.logits(batch, slot)[:, :-1].softmax(-1) for slot in noisy]
+        parts = [desk.model.logits(batch, slot)[:, :-1].softmax(-1) for slot in slots]
     both = shares[:, 0, None, None] * parts[0] + shares[:, 1, None, None] * parts[1]
     wanted = batch.labels[:, 1:]
     told = both.gather(2, wanted.clamp(0)[..., None])[..., 0][wanted != -100]
