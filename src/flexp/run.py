@@ -151,7 +151,7 @@ def begin(stage: Stage[Host], stream: Stream, out: Path | None, resume: bool) ->
     for finding in stage.federation.findings:
         stream.write(Noted("warning", finding))
     clients = tuple(sorted(stage.placed))
-    dice, sizes = stage.dice("strategy"), (backbone.features, backbone.labels)
+    dice, sizes = stage.dice("strategy"), backbone.sizes
     scene = Scene(clients, stage.seats, stage.engine.initial, dice, *sizes)
     return stage.strategy.start(scene), 0
 

@@ -189,7 +189,7 @@ class Run:
             keep_crossings=True,
         )
         self.engine.begun = BEGUN
-        dice, sizes = Dice(0)("strategy"), (body().features, body().labels)
+        dice, sizes = Dice(0)("strategy"), body().sizes
         scene = Scene(tuple(self.placed), self.placed, self.engine.initial, dice, *sizes)
         self.state = self.strategy.start(scene)
 

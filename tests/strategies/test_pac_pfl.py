@@ -33,7 +33,7 @@ TURN = Turn(0, 9, 0, True, {}, {}, lambda name: 0, 4)
 class Seen:
     """Stands in for model and task: a row of a batch is the two numbers that its features are."""
 
-    backbone = SimpleNamespace(features=2, labels=2)
+    backbone = SimpleNamespace(sizes=(2, 2))
 
     def collate(self, examples: Examples, indices: Any) -> Batch:
         picked = examples.pick(indices)
@@ -280,7 +280,7 @@ def test_images_have_features_as_well(family: str) -> None:
     net = backbone(family)
     with at_desk(net, whole(4)) as (here, _):
         (batch,) = batches_for(net, 1)
-        assert features_of(here.model, batch).shape == (3, net.features)
+        assert features_of(here.model, batch).shape == (3, net.sizes[0])
 
 
 def bytes_of(method: Mapping[str, Any]) -> Played:

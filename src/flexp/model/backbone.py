@@ -117,20 +117,12 @@ class Backbone:
         more: dict[str, Any] = {"lacking": lacking, "blocks_at": blocks_at, "fast": fast}
         return cls(model.to(device), task=task, name=name or str(source), **more)
 
-    # ---- sizes
-
     @property
-    def features(self) -> int:
-        """The numbers of a position behind the last block: its width, or an image's channels."""
-        if self.states is None:
-            return self.width
-        last = self.states.shapes[-1]
-        return last[0] if len(last) != 2 else last[1]
-
-    @property
-    def labels(self) -> int:
-        """The classes that a classifier's head tells apart; 0 of a language model."""
-        return 0 if self.task == "causal-lm" else int(self.config.num_labels)
+    def sizes(self) -> tuple[int, int]:
+        """The numbers of a position behind the last block, and a classifier's classes (else 0)."""
+        last = (0, self.width) if self.states is None else self.states.shapes[-1]
+        classes = 0 if self.task == "causal-lm" else int(self.config.num_labels)
+        return last[1] if len(last) == 2 else last[0], classes
 
     # ---- names
 
@@ -178,9 +170,8 @@ class Backbone:
         """Blocks ``first`` to ``last`` of one forward, from ``feed`` if given.
 
         Returns the hidden state at ``last`` ([rows, length, width], or as images have it), or the
-        logits if it is None; with ``tap`` what the output embedding would have read. Blocks
-        ``again`` keep nothing from inside for the backward pass, which runs them again. The blocks
-        that run read and write their layers of a ``cache``.
+        logits if it is None; with ``tap`` what the output embedding would have read. The backward
+        runs blocks ``again``, of which nothing inside is kept. A ``cache`` has layers of blocks.
         """
         if feed is not None and first == last:
             return feed

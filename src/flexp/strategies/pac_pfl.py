@@ -110,7 +110,7 @@ class PacPfl(Strategy[Cloud]):
     def family_at(self, desk: Desk) -> Family:
         """The same at a client."""
         body = desk.model.backbone
-        return self.family(body.features, body.labels)
+        return self.family(*body.sizes)
 
     def offer(self, state: Cloud, client: ClientId, turn: Turn) -> Parcel:
         return Parcel(tensors={AT: state.particles})
