@@ -301,10 +301,11 @@ def descend(*losses: Tensor) -> None:
 
 
 def test_batches_in_parts_teach_the_same_gate() -> None:
-    found = [ended(EXTRA, 1, parts=parts).state.gate["gate/0/weight"] for parts in (1, 2)]
+    states = [ended(EXTRA, 1, parts=parts).state for parts in (1, 2)]
+    found = [state.gate["gate/0/weight"] for state in states]
     assert torch.allclose(*found, atol=1e-5)
-    begun = Gate({}, Dice(0), 0, 2).begun(H)["gate/0/weight"]
-    assert not torch.allclose(found[0], begun, atol=1e-2)
+    begun = Gate({}, Dice(states[0].seed)("gate"), 0, 2).begun(H)["gate/0/weight"]
+    assert float((found[0] - begun).abs().max()) > 5e-3  # half of a step
 
 
 def test_tokens_of_a_text_are_learned_by_the_mixture() -> None:
