@@ -104,6 +104,17 @@ def test_pac_pfl_by_hand() -> None:
     )
 
 
+def test_steps_get_shorter_by_decay() -> None:
+    method = PacPfl(particles=1, hidden=0, rate=0.1, decay=0.5)
+    state = cloud(method)
+    replies = turned(method, state, B)
+    sizes = [
+        (method.merge(state, replies, replace(TURN, round=r)).particles - state.particles).abs()
+        for r in (0, 2)
+    ]
+    assert [float(size.max()) for size in sizes] == pytest.approx([0.1, 0.025], rel=1e-3)
+
+
 def test_a_part_of_the_clients_stands_for_all() -> None:
     method = PacPfl(particles=1, hidden=0, kappa=0.0)
     state = replace(cloud(method), rows={"a": 1, "b": 3})
@@ -160,9 +171,9 @@ def test_one_particle_is_the_mode_by_gradient_ascent(prior: Any, likelihood: Any
 
 def test_without_a_hyper_prior_one_client_finds_the_prior_of_most_evidence() -> None:
     rows = [(4, 0, 0), (5, 0, 0), (4, 1, 1), (0, 4, 1), (0, 5, 1), (2, 2, 1), (3, 3, 1)]
-    alone, method = desk("a", *rows), PacPfl(1, hidden=0, kappa=0.0, rate=0.05)
+    alone, method = desk("a", *rows), PacPfl(1, hidden=0, kappa=0.0, rate=0.1)
     begun = cloud(method, ("a",))
-    end = climbed(method, begun, 250, alone)
+    end = climbed(method, begun, 120, alone)
     seen, labels = kept(alone)
 
     def evidence(xi: Tensor) -> float:
@@ -196,7 +207,7 @@ def test_particles_stay_apart_and_equal_ones_stay_equal() -> None:
     # Where h is the median's, K = 4 in four dimensions stay about as far apart as the mode is wide.
     method = PacPfl(4, hidden=0, kappa=1.0, rate=0.1)
     begun = cloud(method)
-    end = climbed(method, begun, 60, A, B)
+    end = climbed(method, begun, 40, A, B)
     assert float(torch.pdist(end.particles).min()) > 0.3
     twins = replace(begun, particles=begun.particles[:1].repeat(2, 1))
     same = climbed(PacPfl(2, hidden=0), twins, 3, A, B).particles
