@@ -93,7 +93,7 @@ SPECIAL: dict[str, Any] = {
     # Each base moves by its share alone, and one round of three is a warm start.
     "fedbasis": {"reaches": 0.97, "rounding": 1e-6},
     "fed_influence": {  # of single rows it would take long
-        "strategy": FedInfluence(rows=9),
+        "strategy": FedInfluence(rows=4),
         "training": Training(Optim("sgd", lr=3.0), batch=4, steps=2),
     },
     # Two adapters are worn one after the other, and exported as one of twice the rank.
