@@ -63,10 +63,12 @@ def run(
     out: Path | None = None,
     resume: bool = False,
     replay: Orders | None = None,
+    without: Sequence[ClientId] = (),
 ) -> Result:
     """Runs a recipe from its first round, or from its newest checkpoint, to its last.
 
     ``replay`` has the recorded order of a method without barrier, by the first round of a span.
+    Those ``without`` whom it runs are chosen as ever, and have no turn.
     """
     recipe, engine = stage.recipe, stage.engine
     started = time.monotonic()
@@ -74,7 +76,7 @@ def run(
     scores: list[Score] = []
     for span in spans(stage, first):
         stage = stage.renew(stage, span[0])
-        begun = [turn_of(stage, r, sample(stage, r)) for r in span]
+        begun = [turn_of(stage, r, [c for c in sample(stage, r) if c not in without]) for r in span]
         turns: list[Arrival] = []
         for turn in begun:
             moved(stage, stream, turn.round)

@@ -101,7 +101,7 @@ SPECIAL: dict[str, Any] = {
     # Rows of one client are served by several experts, which is no one adapter.
     "ddome": {"strategy": Ddome(3, anchors=("c0",), hidden=8), "worn": "expert/0"},
     "fed_influence": {  # of single rows it would take long
-        "strategy": FedInfluence(rows=9),
+        "strategy": FedInfluence(rows=4),
         "training": Training(Optim("sgd", lr=3.0), batch=4, steps=2),
     },
     # Two adapters are worn one after the other, and exported as one of twice the rank.

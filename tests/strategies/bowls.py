@@ -65,11 +65,22 @@ WIDE: dict[str, Any] = {  # pairs of rank 2 that wear 0; a wants 8 and has rank 
 }
 
 
+class Points(Batch):
+    """Rows whose labels are several numbers, and no tokens."""
+
+    @property
+    def counted(self) -> int:
+        return self.rows
+
+    def parts(self, count: int) -> list[Batch]:
+        return [Points(part.inputs, part.labels) for part in super().parts(count)]
+
+
 class Wanted:
     """Stands in for a task: the labels of a row are the numbers it wants."""
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        return Batch({}, torch.tensor(examples.pick(indices).labels, dtype=torch.float32))
+        return Points({}, torch.tensor(examples.pick(indices).labels, dtype=torch.float32))
 
     def loss(self, point: Tensor, labels: Tensor) -> Tensor:
         """The mean over rows of half the squared distance of some numbers, the same for each."""

@@ -296,7 +296,7 @@ ENDS: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(["fedavg", "fedprox", "fedper", "ffa_lora", "splitfed_v1", *FLEXP], (6, 6, 6)),
     **dict.fromkeys(["fedrep", "fedbn"], (6, 6, 6)),
     **dict.fromkeys(["fedbabu", "phsfl"], (6, 6, 0)),
-    "fedppa": (6, 6, 6),
+    **dict.fromkeys(["fedppa", "fed_influence"], (6, 6, 6)),
     "pfsl": (0, 8, 8),
     **dict.fromkeys(["apfl", "fml"], (8, 8, 8)),
     **dict.fromkeys(["pfedme", "per_fedavg", "fedala", "fedfomo", "fedbasis", "dypfl"], (6, 6, 6)),
@@ -317,6 +317,7 @@ FREE: dict[str, dict[str, Any]] = {
     "fedala": {"rate": 0.0},
     "fedbasis": {"bases": 1},
     "ddome": {"experts": 1},
+    "fed_influence": {"mode": "none"},
     "fedppa": {"beta": 0.0},
     **dict.fromkeys(FLEXP, UNALIGNED),
 }

@@ -89,6 +89,35 @@ def run(
 
 
 @app.command()
+def influence(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run of fed_influence.")],
+    check: Annotated[
+        list[str] | None,
+        typer.Option(help='Train again without this client, or "all"; may be repeated.'),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ranks the clients of a finished run by what everybody would have lost without each.
+
+    With --check it also trains without them, and tells how the estimates correlate with that.
+    """
+    from flexp import recipe_file as recipes
+
+    console = begin(as_json, recipes.read(folder / "recipe.yaml").mode)
+    from flexp import influence as ranking
+    from flexp import terminal
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    document = ranking.influence(folder, cache(), check=check or [], say=say)
+    if as_json:
+        emit(document)
+    else:
+        terminal.show_influence(document, console)
+
+
+@app.command()
 def compare(
     recipe: RecipePath,
     overrides: Overrides = None,

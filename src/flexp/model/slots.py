@@ -106,6 +106,8 @@ class Slots:
         for k, v in value.items():
             if op.where.holds(k, self.place(k)):
                 out[k] = (v if op.clip is None else v.clamp(*op.clip)).clone()
+                if 0 < self.still.get((op.slot, k), 0) < SOON:  # few steps, and now it is another
+                    del self.still[op.slot, k]
             else:
                 out[k] = old[k] if old is not None and k in old else torch.zeros_like(v)
         self.values[op.slot] = out

@@ -31,6 +31,33 @@ def show_run(document: Row, console: Console) -> None:
         console.print(f"PEFT adapters: {document['out']}/adapters", highlight=False)
 
 
+def show_influence(document: Row, console: Console) -> None:
+    """Who helped most first; with a check, the real changes beside the estimated ones."""
+    real = any("real_change" in row for row in document["rows"])
+    columns = ["client", "turns", "loss without it", "first order", "moved by"]
+    lines: list[list[str]] = []
+    for row in document["rows"]:
+        line = [row["client"], str(row["turns"]), signed(row["change"]), signed(row["slope"])]
+        line += [f"{row['norm']:.3g}"]
+        if real:
+            known = "real_change" in row
+            line += [signed(row["real_change"]), f"{row['real_norm']:.3g}"] if known else ["", ""]
+        lines.append(line)
+    title = (
+        f"{document['method']}, mode {document['mode']}: how much the loss on all test rows "
+        f"({document['metrics']['loss']:.4f}) would be higher without a client"
+    )
+    console.print(grid(title, columns + ["really", "moved by"] * real, lines))
+    told = [f"{k} {v:.3f}" for k, v in document["pearson"].items() if v is not None]
+    if told:
+        console.print(f"Pearson with what was trained: {', '.join(told)}", highlight=False)
+
+
+def signed(number: float) -> str:
+    """A change, with its sign."""
+    return f"{number:+.3g}"
+
+
 BAR = 30  # columns of a bar of blocks
 
 
