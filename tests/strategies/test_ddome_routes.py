@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import math
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from mail import posting
 from strategies.pairs import SGD
 from strategies.test_ddome import KIND, opened, sure
 from torch import Tensor
-from toys import LENGTH, H, Played, at_desk, backbone, gap, play, whole
+from toys import LENGTH, H, Played, at_desk, backbone, gap, play, same, whole
 
 from flexp.client.desk import Desk, Training
 from flexp.data.examples import Examples, Shard
@@ -306,6 +308,23 @@ def test_batches_in_parts_teach_the_same_gate() -> None:
     assert torch.allclose(*found, atol=1e-5)
     begun = Gate({}, Dice(states[0].seed)("gate"), 0, 2).begun(H)["gate/0/weight"]
     assert float((found[0] - begun).abs().max()) > 5e-3  # half of a step
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+def test_a_gate_learns_the_same_over_a_link_that_posts(ahead: bool) -> None:
+    one, other = (taught(ahead, posts=posts) for posts in (False, True))
+    assert same(one, other)
+
+
+def taught(ahead: bool, *, posts: bool) -> Tensors:
+    """The gate and an expert after a turn in three parts, of which two may be under way."""
+    slots, offer = opened(2)
+    seat = Seat(Cut(1, 1), accumulate=3)
+    with at_desk(backbone(), seat, kind=KIND, slots=slots, offer=offer) as (desk, _):
+        desk.training = replace(desk.training, steps=3, ahead=ahead)
+        with posting(desk) if posts else nullcontext():
+            reply = Ddome(2, anchors=("me",)).train(desk, Parcel(facts={"seed": 0}))
+        return {**reply.tensors, **desk.whole("expert/1")}
 
 
 def test_tokens_of_a_text_are_learned_by_the_mixture() -> None:
