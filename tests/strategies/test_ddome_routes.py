@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import random
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from strategies.pairs import SGD
-from strategies.test_ddome import KIND, opened, sure
+from strategies.test_ddome import KIND, opened
 from torch import Tensor
-from toys import LENGTH, H, Played, at_desk, backbone, gap, play, whole
+from toys import LENGTH, H, Played, at_desk, backbone, play, whole
 
 from flexp.client.desk import Desk, Training
 from flexp.data.examples import Examples, Shard
@@ -24,8 +23,8 @@ from flexp.model.ops import Optim
 from flexp.parcel import Parcel
 from flexp.strategies.base import Turn
 from flexp.strategies.ddome import Ddome
-from flexp.strategies.experts import Experts, expert, joint_loss, share
-from flexp.strategies.gating import Gate, Lesson, names_of
+from flexp.strategies.experts import Experts, expert, share
+from flexp.strategies.gating import names_of
 from flexp.tensors import Tensors
 
 DOMAINS, ANCHORS = 3, ("c0", "c1", "c2")
@@ -276,49 +275,3 @@ def ended(method: Ddome, rounds: int, parts: int = 1) -> Played:
     found = play(method, Seat(Cut(1), accumulate=parts), rounds=rounds, **how)
     assert all(arrival.failure is None for arrival in found.arrivals)
     return found
-
-
-# ---- how a gate steps
-
-
-def test_a_gate_steps_along_all_parts_and_not_along_what_is_no_number() -> None:
-    gate = sure(0, 2)
-    begun = dict(gate.layers)
-    lesson = Lesson(gate, Optim("sgd", lr=0.5))
-    for slope in (1.0, 3.0):
-        leaves = lesson.leaves()
-        descend(*(slope * leaf.sum() for leaf in leaves.values()))
-    lesson.leaves()  # nobody asked it
-    lesson.step()
-    assert all(torch.equal(v, begun[k] - 2.0) for k, v in gate.layers.items())
-    descend((lesson.leaves()["gate/0/bias"] * math.nan).sum())
-    lesson.step()
-    assert all(torch.equal(v, begun[k] - 2.0) for k, v in gate.layers.items())
-
-
-def descend(*losses: Tensor) -> None:
-    torch.stack(losses).sum().backward()  # pyright: ignore[reportUnknownMemberType]
-
-
-def test_batches_in_parts_teach_the_same_gate() -> None:
-    states = [ended(EXTRA, 1, parts=parts).state for parts in (1, 2)]
-    found = [state.gate["gate/0/weight"] for state in states]
-    assert torch.allclose(*found, atol=1e-5)
-    begun = Gate({}, Dice(states[0].seed)("gate"), 0, 2).begun(H)["gate/0/weight"]
-    assert float((found[0] - begun).abs().max()) > 5e-3  # half of a step
-
-
-def test_tokens_of_a_text_are_learned_by_the_mixture() -> None:
-    slots, offer = opened(2, "llama")
-    gate, seat = Gate({}, Dice(0), 0, 2), Seat(Cut(1))
-    there = at_desk(backbone("llama"), seat, kind=KIND, slots=slots, offer=offer)
-    with there as (desk, _), torch.no_grad():
-        batch = next(desk.batches(steps=1))
-        shares = gate.says(desk.model, batch).softmax(1)
-        found = joint_loss([0, 1], Lesson(gate, Optim("sgd")), None, 1.0)(desk.model, batch)
-        parts = [desk.model.logits(batch, slot)[:, :-1].softmax(-1) for slot in slots]
-    both = shares[:, 0, None, None] * parts[0] + shares[:, 1, None, None] * parts[1]
-    wanted = batch.labels[:, 1:]
-    told = both.gather(2, wanted.clamp(0)[..., None])[..., 0][wanted != -100]
-    assert float(found) == pytest.approx(-float(told.log().mean()), abs=1e-5)
-    assert gap({"": parts[0]}, {"": parts[1]}) > 1e-3
