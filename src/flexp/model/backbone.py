@@ -69,6 +69,9 @@ class Backbone:
         self.states = states_of(self.config, task, blocks_at)
         with lent(model, list(blocks), self.held, self.states):
             self.in_tuple, self.width = self._probe(blocks)
+        # Numbers of a position behind the last block, and classes that a head tells apart.
+        self.features = self.width if self.states is None else self.states.features
+        self.labels = 0 if task == "causal-lm" else int(self.config.num_labels)
         equip(model, self.blocks_path, blocks, self.in_tuple, self.head)
         self._layouts: dict[tuple[Kind, int | None], Layout] = {}
         self.spoken: set[tuple[int, int | None, bool]] = set()  # blocks proved to run with a cache
@@ -116,21 +119,6 @@ class Backbone:
         )
         more: dict[str, Any] = {"lacking": lacking, "blocks_at": blocks_at, "fast": fast}
         return cls(model.to(device), task=task, name=name or str(source), **more)
-
-    # ---- sizes
-
-    @property
-    def features(self) -> int:
-        """The numbers of a position behind the last block: its width, or an image's channels."""
-        if self.states is None:
-            return self.width
-        last = self.states.shapes[-1]
-        return last[0] if len(last) != 2 else last[1]
-
-    @property
-    def labels(self) -> int:
-        """The classes that a classifier's head tells apart; 0 of a language model."""
-        return 0 if self.task == "causal-lm" else int(self.config.num_labels)
 
     # ---- names
 

@@ -176,6 +176,12 @@ class States:
     shapes: tuple[Shape, ...]
     in_tuple: bool
 
+    @property
+    def features(self) -> int:
+        """The numbers of a position behind the last block: its width, or its channels."""
+        last = self.shapes[-1]
+        return last[1] if len(last) == 2 else last[0]
+
 
 def states_of(config: Any, task: TaskKind, blocks_at: str | None = None) -> States | None:
     """The states of a model of images, from its config; None where rows differ in length."""
