@@ -203,7 +203,7 @@ def test_a_round_of_fed_influence_costs_what_the_formula_says(mode: str) -> None
         body().initial(Lora(3, 6.0), Dice(0)("initial")),
         {
             "hvp": ((4, 4), 2 * 3 * STEPS),
-            "hvp1": ((4, 4), 2 * 3 * 3),
+            "hvp1": ((4, 4), 2 * 3 * STEPS),  # of a pass as much as a turn has
             "diag": ((1, 2), 3),
             "none": ((1, 1), 0),
         }[mode],
