@@ -30,8 +30,12 @@ def test_cge_by_hand() -> None:
     # At (1, 2) it is 7, and the slope (2 + 6, 3). With rho = 1/2, one side: at (1.5, 2) 11.25, so
     # 8.5; at (1, 2.5) 8.5, so 3. Two sides: (11.25 - 3.25) / 1 = 8, and (8.5 - 5.5) / 1 = 3.
     code = torch.tensor([[1.0, 2.0]])
-    for sides, wanted, value in (("one", [8.5, 3.0], 7.0), ("two", [8.0, 3.0], 7.125)):
-        how: Any = Queries(sides=sides, rho=0.5)  # type: ignore[arg-type]
+    tried: list[tuple[Any, list[float], float]] = [
+        ("one", [8.5, 3.0], 7.0),
+        ("two", [8.0, 3.0], 7.125),
+    ]
+    for sides, wanted, value in tried:
+        how = Queries(sides=sides, rho=0.5)
         found, slope = how.slope(lambda n: hill(code + n), code, STREAM())
         assert slope.tolist() == [wanted]
         assert found.tolist() == [value]

@@ -42,6 +42,11 @@ INPUT = NAMES["input"]
 Z, E = INPUT["encoder_out"], INPUT["own"]
 
 
+def zoo(**options: Any) -> ZooPfl:
+    """The method with a small code."""
+    return ZooPfl(**{**SMALL, **options})
+
+
 # ---- by hand
 
 
@@ -123,7 +128,7 @@ def test_alternating_turns_re_map_first(bench: Any) -> None:
 @contextmanager
 def opened(seat: Seat, **options: Any) -> Generator[tuple[Desk, Batch, ZooPfl]]:
     """A desk whose encoder has left its anchor, and a batch with padding."""
-    method = ZooPfl(**{**SMALL, **options})
+    method = zoo(**options)
     with at_desk(backbone(), seat, slots=dict(method.specs())) as (desk, _):
         stream = torch.Generator().manual_seed(1)
         for name, value in desk.model.near["surgery"].items():
@@ -233,7 +238,7 @@ def test_the_server_hears_forwards_alone_and_keeps_no_graph(
 
     monkeypatch.setattr(Compute, "graph", watched)
     wrap = lambda _, link: Heard(link, heard)  # noqa: E731
-    method = ZooPfl(**SMALL, warm=0, order="alternate")
+    method = zoo(warm=0, order="alternate")
     found = play(method, CUTS, seeds=(1, 2), wrap=wrap)
     assert all(a.failure is None for a in found.arrivals)
     forwards = [m for m in heard if isinstance(m, Forward)]
@@ -259,15 +264,15 @@ def heads(found: Played) -> dict[str, Tensors]:
 def test_without_surgery_it_is_linear_probing_of_each_client() -> None:
     # `local` of a head alone: the same rows, batches and steps on the features of frozen blocks.
     plain = heads(probed(Local()))
-    found = heads(probed(ZooPfl(**SMALL, rebuild=0, share=0.0)))
+    found = heads(probed(zoo(rebuild=0, share=0.0)))
     assert all(same(found[c], plain[c]) for c in plain)
-    operated = heads(probed(ZooPfl(**SMALL, rebuild=0, warm=1, share=1.0)))
+    operated = heads(probed(zoo(rebuild=0, warm=1, share=1.0)))
     assert not all(same(operated[c], plain[c]) for c in plain)
 
 
 @pytest.mark.parametrize(("form", "alike"), [("residual", True), ("plain", False)])
 def test_after_stage_0_a_residual_model_is_what_it_was(form: Any, alike: bool) -> None:
-    method = ZooPfl(**SMALL, form=form)
+    method = zoo(form=form)
     shared = play(method, SEATS, rounds=1).state.shared
     offer, slots = Parcel({"surgery": shared}), dict(method.specs())
     with at_desk(backbone(), whole(4), slots=slots, offer=offer) as (desk, _):
@@ -277,7 +282,7 @@ def test_after_stage_0_a_residual_model_is_what_it_was(form: Any, alike: bool) -
 
 
 def test_stage_0_learns_the_means_of_rows_and_asks_nobody() -> None:
-    method = ZooPfl(**{**SMALL, "width": 16, "code": 8})
+    method = zoo(width=16, code=8)
     training = Training(Optim(lr=2e-2), batch=4, steps=20)
     told = list[float]()
     for rounds in (1, 2):
@@ -288,7 +293,7 @@ def test_stage_0_learns_the_means_of_rows_and_asks_nobody() -> None:
 
 
 def test_the_decoder_is_frozen_after_stage_0_and_own_codes_never_leave() -> None:
-    method = ZooPfl(**SMALL, warm=0, share=1.0)
+    method = zoo(warm=0, share=1.0)
     first, last = (play(method, SEATS, rounds=n, keep_crossings=True) for n in (1, 3))
     for name, value in last.state.shared.items():
         moves = "_encoder_" in name
@@ -329,7 +334,7 @@ def test_the_encoder_is_averaged_by_the_rows_that_clients_tell() -> None:
 
 
 def test_who_comes_late_is_sent_the_decoder_once() -> None:
-    method, bench = ZooPfl(**SMALL, warm=0, share=1.0), play(ZooPfl(**SMALL), SEATS, rounds=0)
+    method, bench = zoo(warm=0, share=1.0), play(zoo(), SEATS, rounds=0)
     given = {k: v + 1 for k, v in bench.state.shared.items() if "anchor" not in k}
     reply, turn = Parcel({"surgery": given}, facts={"rows": 1}), SimpleNamespace(round=0)
     state = method.merge(bench.state, {"a": reply}, cast("Any", turn))
@@ -364,7 +369,7 @@ def test_a_round_of_zoopfl_costs_what_the_formula_says(more: dict[str, Any], ask
     # Rounds: stage 0, surgery, surgery, re-mapping twice. A query is a row's hidden state each way
     # and its mask, a step of re-mapping one query; nothing comes backward. Everybody has what all
     # begin with; then the encoder, its anchor and the decoder go down, then the encoder alone.
-    method = ZooPfl(**SMALL, warm=0, **more)
+    method = zoo(warm=0, **more)
     assert method.queries().count(3) == asked
     costs = {
         1: (0, THETA + DEC, 0),
@@ -400,7 +405,7 @@ def test_zoopfl_refuses_what_has_no_head_at_the_client_or_no_cut() -> None:
 
 @pytest.mark.parametrize("remap", ["linear", "head"])
 def test_the_re_mapping_is_the_heads_last_map_or_all_of_it(remap: Any) -> None:
-    method = ZooPfl(**SMALL, rebuild=0, share=0.0, remap=remap)
+    method = zoo(rebuild=0, share=0.0, remap=remap)
     found = heads(play(method, Seat(Cut(1, 1)), family="roberta-cls", rounds=1))
     begun = backbone("roberta-cls").initial(Head(), Dice(0)("initial"))
     for held in found.values():
