@@ -21,7 +21,9 @@ from torch.nn import functional
 from flexp.errors import AdapterError
 
 At = Literal["input", "cut"]
-PARTS = ("encoder_in", "encoder_out", "anchor_in", "anchor_out", "decoder_in", "decoder_out", "own")
+PARTS: tuple[str, ...] = (
+    *("encoder_in", "encoder_out", "anchor_in", "anchor_out", "decoder_in", "decoder_out", "own"),
+)
 NAMES = {at: {part: f"surgery_at_{at}_{part}" for part in PARTS} for at in ("input", "cut")}
 NUDGE = "surgery_nudge"  # [q rows, numbers of a code], of one forward and no slot
 EVERY = frozenset([NUDGE, *(name for names in NAMES.values() for name in names.values())])
