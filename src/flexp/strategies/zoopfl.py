@@ -136,7 +136,7 @@ class ZooPfl(Strategy[Operated]):
 
     def outputs(self, desk: Desk) -> Where:
         """W_i."""
-        *_, last = desk.model.backbone.head
+        last = list(desk.model.backbone.head)[-1]
         return Where(names=f"*.{last}.*") if self.remap == "linear" else HEAD
 
     def queries(self) -> Queries:
