@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from flexp.dice import Dice
 from flexp.strategies.evidence import Posterior, least_squares, mode_of, newton, softmax
-from flexp.strategies.priors import Family, lengthened, mixture
+from flexp.strategies.priors import Family, mixture
 
 LABELS = torch.tensor([0, 1, 2, 1, 0, 0])
 
@@ -23,6 +23,10 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def kernel_of(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
     return scale * (-torch.cdist(x, y).square() / 4).exp()
+
+
+def with_one(x: Tensor) -> Tensor:
+    return torch.cat([x, torch.ones(len(x), 1).double()], dim=1) / math.sqrt(5)
 
 
 def test_one_row_of_two_classes_by_hand() -> None:
@@ -41,7 +45,7 @@ def test_a_bayesian_linear_head_has_its_closed_form() -> None:
     # S Phi Phi' + s I); a new row has mean phi w and variance phi A^-1 phi' + s.
     family = Family("linear", "codes", 4, 3)
     xi, x, new = family.drawn(1, Dice(0))[0].double(), drawn(6, 4), drawn(2, 4, seed=1)
-    held, phi = family.parts(xi), lengthened(x)
+    held, phi = family.parts(xi), with_one(x)
     scale = functional.softplus(held["scale"])
     noise = functional.softplus(held["noise"]) + 1e-3
     codes = 2 * functional.one_hot(LABELS, 3).double() - 1
@@ -54,7 +58,7 @@ def test_a_bayesian_linear_head_has_its_closed_form() -> None:
     assert float(found.log_z) == pytest.approx(float(wanted), rel=1e-10)
     precision = phi.T @ phi / noise + torch.eye(5).double() / scale
     weights = torch.linalg.solve(precision, phi.T @ codes / noise + held["mean"].T / scale)
-    ahead = lengthened(new)
+    ahead = with_one(new)
     sure = (ahead @ torch.linalg.inv(precision) * ahead).sum(1) + noise
     told = family.predicted(xi, found, x, new)
     odds = (2 * ahead @ weights / sure[:, None]).sigmoid()
