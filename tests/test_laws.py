@@ -51,6 +51,7 @@ def test_methods_keep_the_laws(method: Strategy[Any], alone: Strategy[Any] | Non
     laws.check(method, alone=alone)
 
 
+@pytest.mark.slow
 def test_methods_that_refuse_adamw_or_lora_are_told_other_ground() -> None:
     plain = laws.Ground(Training(Optim("sgd", lr=1.0), batch=4, steps=2))
     with pytest.raises(StrategyError, match=r"cannot be checked .* Set train.optimizer=sgd"):

@@ -47,7 +47,7 @@ FREE = {
     "phsfl",
     "splitfed_v3",
     "splitfrozen",
-}  # beside them pfedpg, which takes prompts only
+}  # beside them pfedpg, which takes prompts only, and zoopfl, which serves no adapter
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_labels_may_be_named(recipe_of: Recipe, moods: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "method", sorted(m.name for m in BUILT_IN if m.name not in (*FREE, "pfedpg"))
+    "method", sorted(m.name for m in BUILT_IN if m.name not in (*FREE, "pfedpg", "zoopfl"))
 )
 def test_methods_that_bring_heads_together_refuse(method: str) -> None:
     made = {m.name: m for m in BUILT_IN}[method]()

@@ -118,6 +118,7 @@ def test_three_kills_change_nothing(
     assert len(storm(cluster, clean_of, seed=5, kills=3).killed) == 3
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_passed_over(
     cluster: Cluster, clean_of: Callable[[int], tuple[Digests, Digests]]
 ) -> None:

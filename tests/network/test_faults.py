@@ -108,6 +108,7 @@ def test_connections_that_break_again_and_again(
     same(cluster, alone(long, tmp_path / "alone"))
 
 
+@pytest.mark.slow
 def test_who_stays_away_is_not_waited_for(
     cluster: Cluster, long: Path, mine: Path, tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ def test_a_late_joiner_is_there_from_the_next_round_on(
     same(cluster, alone(again, tmp_path / "alone"))
 
 
+@pytest.mark.slow
 def test_who_leaves_is_not_waited_for_and_may_come_back(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +97,7 @@ def test_after_the_end_newcomers_learn_and_members_learn_more(
     assert (tmp_path / "served" / "mine" / "result.json").read_bytes() == result
 
 
+@pytest.mark.slow
 def test_a_personal_model_talks_through_the_server(
     cluster: Cluster, recipe_of: Recipe, tiny_lm: Path, mine: Path, tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def test_a_late_joiner_with_another_label_is_refused(
     ended(*first, server)
 
 
+@pytest.mark.slow
 def test_the_only_client_may_leave_and_come_back(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
@@ -59,6 +60,7 @@ def test_the_only_client_may_leave_and_come_back(
     ended(anna, server)
 
 
+@pytest.mark.slow
 def test_who_is_away_holds_up_nobody_where_one_trains_after_another(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def test_real_processes_end_with_the_adapters_of_one(
     same(cluster, alone(recipe, tmp_path / "alone"))
 
 
+@pytest.mark.slow
 def test_mode_fast_ends_with_the_adapters_of_exact_within_rounding(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
@@ -120,6 +121,7 @@ def test_the_recipe_that_a_run_leaves_gives_the_same_in_one_process(
     same(cluster, alone(tmp_path / "served" / "mine" / "recipe.yaml", tmp_path / "alone"))
 
 
+@pytest.mark.slow
 def test_without_a_barrier_the_recorded_order_gives_the_same_in_one_process(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:

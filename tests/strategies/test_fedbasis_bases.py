@@ -48,6 +48,7 @@ def likeness(more: Mapping[str, Any], rounds: int = 8) -> tuple[float, float]:
     return sum(cosines) / 3, apart / norm(add(middle, origin, -1.0))
 
 
+@pytest.mark.slow
 def test_alike_bases_collapse_and_the_remedies_keep_them_apart() -> None:
     same_way, apart = likeness(NAIVE)
     assert same_way > 0.99
@@ -58,6 +59,7 @@ def test_alike_bases_collapse_and_the_remedies_keep_them_apart() -> None:
         assert apart > 1.0, remedy
 
 
+@pytest.mark.slow
 def test_a_small_tau_while_bases_train_tears_them_apart() -> None:
     fast = {**NAIVE, "rate": 10.0}
     blunt, sharp = likeness(fast), likeness({**fast, "sharp": 0.2})

@@ -86,7 +86,8 @@ class FedInfluence(Observer[Watched]):
         how, names = setting.training, ", ".join(setting.seats)
         plain = how.optim.name == "sgd" and not how.optim.momentum
         whole = plain and not how.optim.weight_decay and how.clip_norm is None
-        if set(self.watch) - setting.seats.keys() or (self.slots_by_client() and not self.watch):
+        asks = self.mode in ("hvp", "hvp1")
+        if set(self.watch) - setting.seats.keys() or (asks and not self.watch):
             return (
                 f"mode {self.mode} needs names of clients in strategy.watch, from these: {names}."
             )
