@@ -91,8 +91,8 @@ def test_pac_pfl_by_hand() -> None:
     assert slopes.dtype == torch.float32
     assert slopes[0].tolist() == pytest.approx([wide, wide, -2 / size, 0], abs=1e-6)
     # Rows are 1 and 3: their harmonic mean is 2 / (1 + 1/3) = 3/2, so c = 1.5 / (1.5 + 2) = 3/7.
-    # Half of the hyper-prior pulls the scale from 0 to 1, noise and mean to 0, and the length, whose
-    # variance is 9, from -2 to 1.
+    # Half of the hyper-prior pulls the scale from 0 to 1, noise and mean to 0, and the length, of
+    # variance 9, from -2 to 1.
     other = Parcel(tensors={"slopes": torch.tensor([[7.0, 14.0, 0.0, 21.0]])}, facts={"rows": 3})
     merged = method.merge(state, {"a": reply, "b": other}, TURN)
     climbed = [
