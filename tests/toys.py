@@ -396,7 +396,7 @@ def play(
     engine.measures = measures
     try:
         dice, sizes = Dice(0)("strategy"), body.sizes
-        scene = Scene(tuple(names), placed, engine.initial, dice, *sizes)
+        scene = Scene(tuple(names), placed, engine.initial, dice, sizes)
         state, arrivals = strategy.start(scene), list[Arrival]()
         chosen = tuple(names[n] for n in order) if order else tuple(names)
         places, begun = (body.block_of, body.depth), list[Turn]()

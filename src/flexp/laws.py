@@ -189,7 +189,7 @@ def _play(
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # sums have one order only where one thread adds
-        scene = Scene(tuple(placed), placed, engine.initial, dice("strategy"), *body.sizes)
+        scene = Scene(tuple(placed), placed, engine.initial, dice("strategy"), body.sizes)
         state = strategy.start(scene)
         for r, everybody in enumerate(ROUNDS):
             chosen = tuple(c for c in everybody if c in placed)[:: -1 if backwards else 1]

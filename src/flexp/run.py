@@ -154,7 +154,7 @@ def begin(stage: Stage[Host], stream: Stream, out: Path | None, resume: bool) ->
         stream.write(Noted("warning", finding))
     clients = tuple(sorted(stage.placed))
     dice, sizes = stage.dice("strategy"), backbone.sizes
-    scene = Scene(clients, stage.seats, stage.engine.initial, dice, *sizes)
+    scene = Scene(clients, stage.seats, stage.engine.initial, dice, sizes)
     return stage.strategy.start(scene), 0
 
 

@@ -190,7 +190,7 @@ class Run:
         )
         self.engine.begun = BEGUN
         dice, sizes = Dice(0)("strategy"), body().sizes
-        scene = Scene(tuple(self.placed), self.placed, self.engine.initial, dice, *sizes)
+        scene = Scene(tuple(self.placed), self.placed, self.engine.initial, dice, sizes)
         self.state = self.strategy.start(scene)
 
     @property

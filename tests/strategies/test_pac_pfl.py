@@ -81,7 +81,7 @@ def test_pac_pfl_by_hand() -> None:
     method = PacPfl(particles=1, hidden=0, kappa=0.5)
     begun = cloud(method)
     assert list(begun.family.pieces()) == ["scale", "noise", "mean", "length"]
-    state = replace(begun, particles=torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
+    state = replace(begun, particles=torch.tensor([[0.0, 0.0, 1.0, -2.0]]))
     size = 2 * math.log(2) + 0.001
     wide = (2 / size**2 - 1 / size) / 2
     (reply,) = turned(method, state, A).values()
@@ -91,10 +91,16 @@ def test_pac_pfl_by_hand() -> None:
     assert slopes.dtype == torch.float32
     assert slopes[0].tolist() == pytest.approx([wide, wide, -2 / size, 0], abs=1e-6)
     # Rows are 1 and 3: their harmonic mean is 2 / (1 + 1/3) = 3/2, so c = 1.5 / (1.5 + 2) = 3/7.
-    # The hyper-prior pulls the scale from 0 to 1, the length to where it is, noise and mean to 0.
+    # Half of the hyper-prior pulls the scale from 0 to 1, noise and mean to 0, and the length, of
+    # variance 9, from -2 to 1.
     other = Parcel(tensors={"slopes": torch.tensor([[7.0, 14.0, 0.0, 21.0]])}, facts={"rows": 3})
     merged = method.merge(state, {"a": reply, "b": other}, TURN)
-    climbed = [0.5 + 3 / 7 * (wide + 7), 3 / 7 * (wide + 14), -0.5 - 3 / 7 * 2 / size, 9]
+    climbed = [
+        0.5 + 3 / 7 * (wide + 7),
+        3 / 7 * (wide + 14),
+        -0.5 - 3 / 7 * 2 / size,
+        9 + 3 / 9 / 2,
+    ]
     moments = merged.memory["psi@m"]["particles"]  # a tenth of the first slope, downhill
     assert (-10 * moments[0]).tolist() == pytest.approx(climbed, abs=1e-5)
     assert merged.rows == {"a": 1, "b": 3}

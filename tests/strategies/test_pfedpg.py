@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 from toys import LENGTH, H, backbone, play, same, whole
 
+from flexp.checkpoint import decode_state, encode_state
 from flexp.model.adapter import Lora, Prompt
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim
+from flexp.parcel import decode, encode
 from flexp.strategies import build
 from flexp.strategies.base import Scene, Setting
 from flexp.strategies.fedper import FedPer
@@ -197,6 +199,13 @@ def test_an_optimizer_of_the_server_remembers_and_leaves_absent_clients_alone() 
     assert torch.equal(twice.clients["a"], once.clients["a"])
     anew = replace(once, memory={}).stepped({"b": change}, {"b": 1.0}, Optim(lr=0.1))
     assert not torch.equal(twice.psi[VALUE], anew.psi[VALUE])
+
+
+def test_what_the_optimizer_remembers_can_be_saved() -> None:
+    moved = small().stepped({"a": torch.ones(2, 3)}, {"a": 1.0}, Optim("adamw", lr=0.1))
+    kept = decode_state(decode(encode(encode_state(moved))), PFedPg())
+    assert kept.memory.keys() == moved.memory.keys() != set()
+    assert all(same(kept.memory[k], moved.memory[k]) for k in moved.memory)
 
 
 def test_clients_may_step_in_turn() -> None:

@@ -60,7 +60,7 @@ class Beginning(Protocol):
 class Scene:
     """What a strategy sees once, at the start: who takes part and where everybody begins.
 
-    ``features`` are the numbers of a position behind the last block, ``labels`` the classes of a
+    ``sizes`` are the numbers of a position behind the last block, and the classes of a
     classification.
     """
 
@@ -68,8 +68,7 @@ class Scene:
     seats: Mapping[ClientId, Seat]
     initial: Beginning
     dice: Dice
-    features: int = 0
-    labels: int = 0
+    sizes: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ Features are the mean over positions of what leaves the last block, made to mean
 they cross the cut forward only, once per row, and stay in the client's memory. No adapter trains.
 With ``clip`` a client's gradient of each particle has at most that norm, and with ``epsilon`` it
 gets Gaussian noise of variance 2 ln(1.25/delta) clip^2/epsilon^2 (`privacy/noise.py`): that shows
-the price of such noise, and protects nobody.
+the price of such noise, and protects nobody. On own rows the recipe's calibration error was below
+MAP's with one seed and above with another; on everybody's rows it was below with both.
 
 Reconstruction: classification (codes by least squares, or softmax by Laplace), which features, the
 linear head, numbers of P and kappa; with a part of the clients their sum counts N times its mean,
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from flexp.client.desk import Desk
 from flexp.client.features import features_of, kept
+from flexp.model.backbone import Backbone
 from flexp.model.ops import Optim, SlotSpec
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Leave
@@ -100,23 +102,18 @@ class PacPfl(Strategy[Cloud]):
         return self.unequal_heads(replace(setting, head=True))
 
     def start(self, scene: Scene) -> Cloud:
-        family = self.family(scene.features, scene.labels)
+        family = self.family(scene)
         return Cloud(family, family.drawn(self.particles, scene.dice("particles")))
 
-    def family(self, features: int, labels: int) -> Family:
+    def family(self, of: Scene | Backbone) -> Family:
         """The priors that xi may be."""
-        return Family(self.prior, self.likelihood, features, labels, self.hidden)
-
-    def family_at(self, desk: Desk) -> Family:
-        """The same at a client."""
-        body = desk.model.backbone
-        return self.family(*body.sizes)
+        return Family(self.prior, self.likelihood, *of.sizes, self.hidden)
 
     def offer(self, state: Cloud, client: ClientId, turn: Turn) -> Parcel:
         return Parcel(tensors={AT: state.particles})
 
     def train(self, desk: Desk, offer: Parcel) -> Parcel:
-        (known, labels), family = kept(desk), self.family_at(desk)
+        (known, labels), family = kept(desk), self.family(desk.model.backbone)
         if desk.client in self.newcomers:
             return desk.reply()
         slopes, found = list[Tensor](), list[float]()
@@ -147,5 +144,5 @@ class PacPfl(Strategy[Cloud]):
         return replace(state, particles=moved[AT], rows=rows, memory=memory)
 
     def personal(self, desk: Desk, offer: Parcel) -> Served:
-        mixed = mixture(self.family_at(desk), offer.tensors[AT].double(), *kept(desk))
+        mixed = mixture(self.family(desk.model.backbone), offer.tensors[AT].double(), *kept(desk))
         return Served(lambda batch: mixed.predict(features_of(desk.model, batch)).float(), None)
