@@ -193,7 +193,7 @@ def test_queries_in_several_forwards_are_those_of_one() -> None:
             before = desk.session.call
             slopes.append(estimated(desk, batch, method)[Z])
             counts.append(desk.session.call - before)
-    assert torch.allclose(*slopes, atol=1e-4)
+    assert torch.allclose(slopes[0], slopes[1], atol=1e-4)
     assert counts == [1, 2]
 
 

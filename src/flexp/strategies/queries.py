@@ -63,7 +63,8 @@ class Queries:
         u = self.lines(like, stream)
         lines, step = len(u), self.rho * u
         nudges = torch.cat([step, torch.zeros_like(step[:1]) if self.sides == "one" else -step])
-        found = torch.cat([ask(some) for some in nudges.split(self.at_once or len(nudges))])
+        most = self.at_once or len(nudges)
+        found = torch.cat([ask(nudges[at : at + most]) for at in range(0, len(nudges), most)])
         ahead, behind = found[:lines], found[lines:]
         width = self.rho if self.sides == "one" else 2 * self.rho
         change = (ahead - behind) / width
@@ -84,8 +85,9 @@ def asked(desk: Desk, wear: Wear, at: At, how: Queries) -> LossFn:
         def ask(nudges: Tensor) -> Tensor:
             logits = model.logits(batch, wear, near={NUDGE: nudges.flatten(0, 1)})
             labels = torch.cat([batch.labels] * len(nudges))
-            pairs = zip(logits.split(1), labels.split(1), strict=True)
-            return torch.stack([model.task.loss(*pair) for pair in pairs]).view(len(nudges), -1)
+            each = [slice(n, n + 1) for n in range(len(labels))]
+            losses = torch.stack([model.task.loss(logits[n], labels[n]) for n in each])
+            return losses.view(len(nudges), -1)
 
         stream = desk.dice("directions", step=desk.counter).generator()
         with torch.no_grad():

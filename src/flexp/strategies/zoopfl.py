@@ -37,6 +37,7 @@ from flexp.strategies.queries import Queries, asked, rebuilt
 from flexp.tensors import Mix, Term
 
 WORN: Mix = (Term("personal"), Term("surgery"))
+BOTH = ENCODER | DECODER
 
 
 @dataclass(frozen=True)
@@ -123,21 +124,18 @@ class ZooPfl(Strategy[Operated]):
             if phase == "remap":
                 done.append(desk.fit(wear=WORN, train={"personal": self.outputs(desk)}))
             elif phase == "surgery":
-                loss, given = asked(desk, WORN, self.at, self.queries()), {"surgery": ENCODER}
-                moves = {"surgery": ENCODER | OWN}
+                given, moves = {"surgery": ENCODER}, {"surgery": ENCODER | OWN}
+                loss = asked(desk, WORN, self.at, self.queries())
                 done.append(desk.fit(loss, wear=WORN, train=moves, steps=self.steps))
             else:
-                loss, given = (
-                    rebuilt(desk, WORN, self.at, self.spread),
-                    {"surgery": ENCODER | DECODER},
-                )
+                given, loss = {"surgery": BOTH}, rebuilt(desk, WORN, self.at, self.spread)
                 done.append(desk.fit(loss, wear=WORN, train=given, steps=self.rebuild_steps))
         return desk.reply(where=given, facts=together(done))
 
     def outputs(self, desk: Desk) -> Where:
         """W_i."""
-        last = desk.model.backbone.head[-1]
-        return Where(names=f"*.{last}.*") if self.remap == "linear" else HEAD
+        leaves: tuple[str, ...] = desk.model.backbone.head
+        return HEAD if self.remap == "head" else Where(names=f"*.{leaves[-1]}.*")
 
     def queries(self) -> Queries:
         """How slopes are estimated."""
