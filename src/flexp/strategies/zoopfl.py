@@ -134,7 +134,7 @@ class ZooPfl(Strategy[Operated]):
 
     def outputs(self, desk: Desk) -> Where:
         """W_i."""
-        leaves: tuple[str, ...] = desk.model.backbone.head
+        leaves = cast("tuple[str, ...]", desk.model.backbone.head)
         return HEAD if self.remap == "head" else Where(names=f"*.{leaves[-1]}.*")
 
     def queries(self) -> Queries:
