@@ -11,8 +11,8 @@ graph. theta travels to those who have another.
 Reconstruction, from the abstract and memory. x is the hidden state that enters the first block, or
 the server's first one, coded by its mean over positions; ``form`` "residual" keeps what Dec loses
 (``model/surgery.py``). Stage 0 is the clients', as the server has no rows. W_i is the last map of
-the head, ``warm`` because a fresh one says nothing. p_i are the rows that clients tell. A backbone
-in bfloat16 rounds losses, and needs a larger ``rho``.
+the head, ``warm`` because a fresh one says nothing; in few rounds turns that alternate learn more.
+p_i are the rows that clients tell. A backbone in bfloat16 rounds losses: it needs a larger ``rho``.
 """
 
 from __future__ import annotations
