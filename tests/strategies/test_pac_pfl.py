@@ -62,7 +62,7 @@ A, B = desk("a", (2, 0, 0)), desk("b", (2, 0, 1), (0, 2, 0), (2, 0, 1))
 
 
 def cloud(method: PacPfl, clients: Any = ("a", "b")) -> Cloud:
-    return method.start(Scene(clients, {}, cast("Any", None), Dice(0), 2, 2))
+    return method.start(Scene(clients, {}, cast("Any", None), Dice(0), (2, 2)))
 
 
 def turned(method: PacPfl, state: Cloud, *desks: Desk) -> dict[str, Parcel]:

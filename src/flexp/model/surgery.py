@@ -47,10 +47,9 @@ class Surgery:
         """Names and shapes where hidden states are so wide; a last column is what is added."""
         encoder = (self.width, wide + 1), (self.code, self.width + 1)
         decoder = (self.width, self.code + self.own + 1), (wide, self.width + 1)
-        shapes = dict(zip(PARTS, (*encoder, *encoder, *decoder, (self.own,)), strict=True))
-        names = NAMES[self.at]
-        kept = (part for part in PARTS if self.residual or not part.startswith("anchor"))
-        return {names[part]: shapes[part] for part in kept}
+        shapes = zip(PARTS, (*encoder, *encoder, *decoder, (self.own,)), strict=True)
+        kept = [(p, shape) for p, shape in shapes if self.residual or not p.startswith("anchor")]
+        return {NAMES[self.at][part]: shape for part, shape in kept}
 
 
 def begun(shape: tuple[int, ...], stream: torch.Generator) -> Tensor:

@@ -63,8 +63,8 @@ class Queries:
         u = self.lines(like, stream)
         lines, step = len(u), self.rho * u
         nudges = torch.cat([step, torch.zeros_like(step[:1]) if self.sides == "one" else -step])
-        size = self.at_once or len(nudges)
-        found = torch.cat([ask(nudges[n : n + size]) for n in range(0, len(nudges), size)])
+        most = self.at_once or len(nudges)
+        found = torch.cat([ask(nudges[at : at + most]) for at in range(0, len(nudges), most)])
         ahead, behind = found[:lines], found[lines:]
         width = self.rho if self.sides == "one" else 2 * self.rho
         change = (ahead - behind) / width
@@ -85,9 +85,9 @@ def asked(desk: Desk, wear: Wear, at: At, how: Queries) -> LossFn:
         def ask(nudges: Tensor) -> Tensor:
             logits = model.logits(batch, wear, near={NUDGE: nudges.flatten(0, 1)})
             labels = torch.cat([batch.labels] * len(nudges))
-            rows = [slice(n, n + 1) for n in range(len(labels))]
-            losses = [model.task.loss(logits[row], labels[row]) for row in rows]
-            return torch.stack(losses).view(len(nudges), -1)
+            each = [slice(n, n + 1) for n in range(len(labels))]
+            losses = torch.stack([model.task.loss(logits[n], labels[n]) for n in each])
+            return losses.view(len(nudges), -1)
 
         stream = desk.dice("directions", step=desk.counter).generator()
         with torch.no_grad():

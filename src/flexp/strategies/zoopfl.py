@@ -11,8 +11,8 @@ graph. theta travels to those who have another.
 Reconstruction, from the abstract and memory. x is the hidden state that enters the first block, or
 the server's first one, coded by its mean over positions; ``form`` "residual" keeps what Dec loses
 (``model/surgery.py``). Stage 0 is the clients', as the server has no rows. W_i is the last map of
-the head, ``warm`` because a fresh one says nothing. p_i are the rows that clients tell. A backbone
-in bfloat16 rounds losses, and needs a larger ``rho``.
+the head, ``warm`` because a fresh one says nothing; in few rounds turns that alternate learn more.
+p_i are the rows that clients tell. A backbone in bfloat16 rounds losses: it needs a larger ``rho``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from flexp.strategies.queries import Queries, asked, rebuilt
 from flexp.tensors import Mix, Term
 
 WORN: Mix = (Term("personal"), Term("surgery"))
+BOTH = ENCODER | DECODER
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,11 @@ class ZooPfl(Strategy[Operated]):
             if phase == "remap":
                 done.append(desk.fit(wear=WORN, train={"personal": self.outputs(desk)}))
             elif phase == "surgery":
-                loss, given = asked(desk, WORN, self.at, self.queries()), {"surgery": ENCODER}
-                moves = {"surgery": ENCODER | OWN}
+                given, moves = {"surgery": ENCODER}, {"surgery": ENCODER | OWN}
+                loss = asked(desk, WORN, self.at, self.queries())
                 done.append(desk.fit(loss, wear=WORN, train=moves, steps=self.steps))
             else:
-                loss, given = (
-                    rebuilt(desk, WORN, self.at, self.spread),
-                    {"surgery": ENCODER | DECODER},
-                )
+                given, loss = {"surgery": BOTH}, rebuilt(desk, WORN, self.at, self.spread)
                 done.append(desk.fit(loss, wear=WORN, train=given, steps=self.rebuild_steps))
         return desk.reply(where=given, facts=together(done))
 
