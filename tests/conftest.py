@@ -45,9 +45,11 @@ settings.load_profile("flexp")
 LOOPBACK = ("127.", "::1", "localhost")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Sums are equal bit for bit only where their order is fixed."""
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums are equal bit for bit only where their order is fixed; commands set what they like."""
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(1)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexp import commands, recipe_file
+from flexp.assets import Cache
 from flexp.server.thread import ComputeThread
-from flexp.threads import adopt
+from flexp.threads import adopt, one
 
 SHAPES = [(rows, wide, out) for rows in (2, 6, 16) for wide in (54, 64, 200) for out in (3, 16, 48)]
 
@@ -39,3 +43,22 @@ def test_the_compute_thread_gives_the_same_bits_before_it_has_computed_anything(
         assert same(thread.in_turn(products), products())
     finally:
         thread.close()
+
+
+def test_one_core_is_for_new_threads_too_and_ends() -> None:
+    torch.set_num_threads(2)
+    with one(), ThreadPoolExecutor(1, initializer=adopt) as pool:
+        assert torch.get_num_threads() == 1
+        assert pool.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_a_run_in_exact_mode_has_one_core_whatever_its_process_was_told(
+    recipe_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    torch.set_num_threads(2)
+    recipe = recipe_file.read(recipe_of(mode="exact"), [f"out={tmp_path}", "rounds=1"])
+    seen: set[int] = set()
+    commands.run(recipe, Cache(tmp_path / "cache"), [lambda _: seen.add(torch.get_num_threads())])
+    assert seen == {1}
+    assert torch.get_num_threads() == 2

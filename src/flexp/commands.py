@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from flexp import assets, audit, checkpoint, planning, report
+from flexp import assets, audit, checkpoint, planning, report, threads
 from flexp import run as running
 from flexp.data.federation import label_table
 from flexp.engine.host import Host
@@ -41,10 +42,12 @@ def run(
 ) -> dict[str, Any]:
     """Runs a recipe; leaves recipe, events, checkpoints, result and adapters in its folder.
 
-    ``replay`` is the folder of a run whose recorded order of messages is repeated.
+    ``replay`` is the folder of a run whose recorded order of messages is repeated. Mode exact
+    computes on one core, whatever the process was told.
     """
     out, orders = Path(recipe.out) / recipe.name, None if replay is None else orders_of(replay)
-    with hold(out, resume=resume):
+    cores = threads.one() if recipe.mode == "exact" else nullcontext()
+    with hold(out, resume=resume), cores:
         stage = prepare(recipe, cache, say=say)
         return carry_out(
             stage, sinks, out=out, resume=resume, adapters=True, orders=orders, say=say

@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from flexp import libraries
+from flexp import libraries, threads
 from flexp.checkpoint import decode_state, encode_state
 from flexp.client.desk import Training
 from flexp.client.memory import Memory
@@ -174,6 +174,7 @@ def _own(strategy: Strategy[Any], seats: Sequence[Seat], end: End) -> None:
 # ---- a tiny run
 
 
+@threads.one()
 def _play(
     strategy: Strategy[Any],
     seats: Sequence[Seat],
@@ -186,9 +187,7 @@ def _play(
     body, placed = _body(), dict(zip(CLIENTS, seats, strict=False))
     engine, dice = _engine(strategy, list(placed), ground), Dice(0)
     begin = Turn(0, len(ROUNDS), 0, True, placed, {}, body.block_of, body.depth)
-    threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)  # sums have one order only where one thread adds
         scene = Scene(tuple(placed), placed, engine.initial, dice("strategy"), body.sizes)
         state = strategy.start(scene)
         for r, everybody in enumerate(ROUNDS):
@@ -201,7 +200,6 @@ def _play(
         return _end(strategy, state, engine, replace(begin, round=len(ROUNDS)))
     finally:
         engine.close()
-        torch.set_num_threads(threads)
 
 
 def _end(strategy: Strategy[Any], state: Any, engine: LocalEngine, turn: Turn) -> End:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -12,3 +15,14 @@ def adopt() -> None:
     cut a product by that number: its last bits are others, and threads crowd each other.
     """
     torch.get_num_threads()
+
+
+@contextmanager
+def one() -> Generator[None]:
+    """On one core, as are threads that begin meanwhile: sums have one order only there."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
