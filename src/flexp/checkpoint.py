@@ -146,7 +146,7 @@ def read(path: Path, strategy: Strategy[Any], engine: Host) -> Any:
             facts = cast("dict[str, Any]", parcel.facts)
             a, b, labels, rank, *how = facts["seat"]
             recompute, accumulate = how or (0, 1)
-            seat = Seat(Cut(a, b), labels, None, rank, recompute, accumulate)
+            seat = Seat(Cut(a, b), labels, rank, recompute, accumulate)
             engine.tenants.join(client, seat, {})
             _restore(engine.tenants[client].slots, parcel)
             engine.tenants.commit(client)

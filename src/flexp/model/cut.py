@@ -39,7 +39,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Seat:
-    """Where and how a client computes: its cut, who sees labels and logits, its models and rank.
+    """Where and how a client computes: its cut, who sees labels and logits, and its rank.
 
     ``labels``: "keep" is the U-shape (tail, head, loss and labels at the client); the other two
     are the V-shape, where the server also runs the tail and the head: with "logits" they come back
@@ -51,7 +51,6 @@ class Seat:
 
     cut: Cut
     labels: Labels = "keep"
-    models: Mapping[str, str] | None = None
     rank: int | None = None
     recompute: int = 0
     accumulate: int = 1
