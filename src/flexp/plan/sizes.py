@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -38,13 +39,18 @@ def tried(
 
     A family that does not run on fake tensors gets a rough formula: so many hidden states.
     """
-    config = bones.config.to_json_string()
-    asked = _Asked(config, task, tuple(adapter.items()), shape, dtype, quantize, bones)
+    asked = _Asked(_told(bones.config), task, tuple(adapter.items()), shape, dtype, quantize, bones)
     try:
         trials = _trials(asked)
     except Exception:  # noqa: BLE001 what a family's own code raises on fake tensors is not known
         trials = [_rough(costs, n) for n in (shape.rows, 1)]
     return replace(costs, full=trials[0], single=trials[1], process_bytes=PROCESS)
+
+
+def _told(config: Any) -> str:
+    """What a config says of a model, wherever it lies."""
+    told = json.loads(config.to_json_string())
+    return json.dumps({k: v for k, v in told.items() if k != "_name_or_path"}, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class _Asked:
     bones: Skeleton = field(compare=False)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _trials(asked: _Asked) -> list[Trial]:
     """At the batch's rows and at one; a recipe is planned more than once in a process."""
     bones, adapter = asked.bones, dict(asked.adapter)
