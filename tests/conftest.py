@@ -69,6 +69,20 @@ def loopback_only() -> Iterator[None]:
         yield
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with many cases, those that are not for every day are slow."""
+    cases: dict[str, set[str]] = {}
+    for item in items:
+        for mark in item.iter_markers("daily"):
+            case = item.name.partition("[")[2].removesuffix("]")
+            cases.setdefault(item.nodeid.partition("[")[0], {*mark.args}).discard(case)
+            if case not in mark.args:
+                item.add_marker("slow")
+    if len(items) > 1000 and (left := {test: ids for test, ids in cases.items() if ids}):
+        raise pytest.UsageError(f"These daily cases do not exist: {left}")  # all were collected
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--result", help="write what passed and failed to this JSON file")
 

@@ -64,6 +64,7 @@ def test_a_run_with_changes_ends_as_one_without(recipe_of: Recipe, method: str) 
 
 @pytest.mark.parametrize("die_at", [2, 3, 5, 7])
 @pytest.mark.parametrize("method", ["flexp", "splitlora"])
+@pytest.mark.daily("flexp-2", "flexp-5", "splitlora-3", "splitlora-7")
 def test_killed_around_a_change_and_resumed_ends_the_same(
     recipe_of: Recipe, method: str, die_at: int
 ) -> None:

@@ -47,6 +47,7 @@ from flexp.tensors import Mix, Tensors, Term, mean
     ],
     ids=lambda one: one.name if one else "",
 )
+@pytest.mark.daily("pooled-", "flexp-flexp", "splitfed_v2-splitfed_v2")
 def test_methods_keep_the_laws(method: Strategy[Any], alone: Strategy[Any] | None) -> None:
     laws.check(method, alone=alone)
 

@@ -186,6 +186,7 @@ THERE = (Seat(Cut(2, 2)), Seat(Cut(1), "logits"), Seat(Cut(1)))
 
 
 @pytest.mark.parametrize("method", ALIKE, ids=lambda m: m.name)
+@pytest.mark.daily("fedavg", "scaffold", "ditto", "ddome", "fml", "fedppa", "fed_influence")
 def test_a_run_that_moves_everybody_equals_one_that_does_not(method: Any) -> None:
     training = Training(Optim(lr=5e-2), batch=4, steps=2)
     still = play(method(), HERE, rounds=3, profile="open", training=training)

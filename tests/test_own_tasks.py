@@ -71,6 +71,7 @@ def cells(folder: Path) -> dict[tuple[str, str, str], float]:
 
 
 @pytest.mark.parametrize("method", sorted(FREE))
+@pytest.mark.daily("base", "fedrep", "flexp", "local")
 def test_a_client_with_labels_of_its_own(recipe_of: Recipe, moods: Path, method: str) -> None:
     folder = run(recipe_of(clients=OWN), f"strategy.name={method}")
     assert not [e for e in events.read(folder / "events.jsonl") if isinstance(e, events.TurnFailed)]

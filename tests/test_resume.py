@@ -76,6 +76,7 @@ def test_a_run_without_barrier_is_resumed_and_replayed(recipe_of: Recipe) -> Non
 
 @pytest.mark.parametrize("method", ["flexp", "fedavg", "local"])
 @pytest.mark.parametrize("die_at", [1, 3, 7])
+@pytest.mark.daily("1-flexp", "3-local", "3-fedavg", "7-flexp")
 def test_killed_and_resumed_equals_uninterrupted(
     recipe_of: Recipe, method: str, die_at: int
 ) -> None:

@@ -135,6 +135,7 @@ def alike(one: Left, other: Left) -> bool:
 @SEATS
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("train", [FAR, ~FRONT], ids=["far", "not the front"])
+@pytest.mark.daily("far-1-u", "far-2-v", "not the front-1-logits", "not the front-2-u")
 def test_where_nothing_in_the_front_trains_it_is_exact(seat: Seat, parts: int, train: Any) -> None:
     seat = replace(seat, accumulate=parts)
     exact = trained(seat, on=False, train=train)
@@ -163,6 +164,7 @@ def several(model: PersonalModel, batch: Batch) -> Tensor:
     ("family", "parts"),
     [("bert-cls", 1), ("bert-cls", 2), ("bert-cls", 5), ("llama", 2), ("vit", 2)],
 )
+@pytest.mark.daily("bert-cls-1-u", "bert-cls-2-v", "bert-cls-5-logits", "llama-2-u", "vit-2-v")
 def test_what_is_sent_ahead_is_what_one_process_trains(family: str, seat: Seat, parts: int) -> None:
     seat = replace(seat, accumulate=parts)
     here = trained(seat, on=True, family=family)
@@ -230,6 +232,7 @@ def by_mail(method: type[Any], window: int) -> type[Any]:
     ],
     ids=lambda m: getattr(m, "name", ""),
 )
+@pytest.mark.daily("fedavg--1", "flexp--2", "splitfed_v2--1")
 def test_two_rounds_of_a_method_are_the_same(
     method: type[Any], options: dict[str, float], window: int
 ) -> None:

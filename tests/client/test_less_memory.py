@@ -43,6 +43,7 @@ KINDS: dict[str, tuple[str, Kind]] = {
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.daily("lora", "dora", "prompt", "dense", "gemma", "vit")
 def test_recomputed_blocks_train_alike_bit_for_bit(name: str) -> None:
     family, kind = KINDS[name]
     body = backbone(family)

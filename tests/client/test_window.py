@@ -59,6 +59,9 @@ def alike(one: Left, other: Left) -> None:
 @pytest.mark.parametrize("family", ["bert-cls", "llama", "vit"])
 @pytest.mark.parametrize("seat", [U, V, LOGITS], ids=["u", "v", "logits"])
 @pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.daily(
+    "2-u-bert-cls", "2-v-llama", "2-logits-vit", "5-u-llama", "5-v-vit", "5-logits-bert-cls"
+)
 def test_two_at_a_time_are_one_after_another_bit_for_bit(
     family: str, seat: Seat, parts: int
 ) -> None:

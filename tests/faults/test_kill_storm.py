@@ -111,6 +111,7 @@ def storm(
     return made
 
 
+@pytest.mark.slow
 def test_three_kills_change_nothing(
     cluster: Cluster, clean_of: Callable[[int], tuple[Digests, Digests]]
 ) -> None:

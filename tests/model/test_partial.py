@@ -72,6 +72,7 @@ def stirred(body: Backbone) -> Tensors:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *CONVOLUTIONS])
+@pytest.mark.daily("llama", "gemma3", "gpt2", "bert-cls", "modernbert-cls", "vit", "resnet")
 def test_two_halves_are_the_whole(family: str, tmp_path: Path) -> None:
     model = saved(family, tmp_path, base="cls" in family)
     body = opened(tmp_path, model)

@@ -47,6 +47,7 @@ from flexp.tensors import Term
         ("cnn", "frame"),
     ],
 )
+@pytest.mark.daily("bert-cls-added", "llama-added", "llama-behind", "cnn-frame")
 def test_what_is_learned_at_the_input_learns_the_same_at_every_cut(family: str, at: Any) -> None:
     body = backbone(family, 3)
     kind = Frame(spread=0.1) if at == "frame" else Prompt(2, at=at)

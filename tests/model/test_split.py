@@ -54,6 +54,7 @@ def cover(family: str, depth: int) -> list[tuple[Seat, str]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.daily("llama", "gemma3", "gpt2", "bert-cls", "modernbert-cls", "vit")
 def test_a_cut_model_trains_like_the_whole_one(family: str) -> None:
     body, known = backbone(family), Known()
     for seat, side in cover(family, body.depth):

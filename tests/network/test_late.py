@@ -129,6 +129,7 @@ def test_a_personal_model_talks_through_the_server(
     server.kill()
 
 
+@pytest.mark.slow
 def test_a_label_comes_through_the_server(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ def join(cluster: Cluster, client: str, mine: Path, *argv: str, log: str = "") -
     return cluster.join(client, mine / f"{client}.jsonl", "--name", client, *argv, log=log)
 
 
+@pytest.mark.slow
 def test_a_late_joiner_with_another_label_is_refused(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
@@ -75,6 +76,7 @@ def test_who_is_away_holds_up_nobody_where_one_trains_after_another(
     server.kill(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_folder_that_held_another_model_is_not_taken_for_this_one(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +98,7 @@ def test_a_folder_that_held_another_model_is_not_taken_for_this_one(
     same(cluster, alone(recipe, tmp_path / "alone"), ("anna",))
 
 
+@pytest.mark.slow
 def test_two_clients_need_two_folders(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
@@ -212,6 +215,7 @@ def test_a_server_with_a_late_joiner_may_be_killed(
     same(cluster, alone(tmp_path / "served" / "mine" / "recipe.yaml", tmp_path / "alone"))
 
 
+@pytest.mark.slow
 def test_seats_change_over_the_network(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
@@ -243,6 +247,7 @@ def test_who_has_not_agreed_yet_takes_nobodys_place(
     assert "takes its place" not in server.text()
 
 
+@pytest.mark.slow
 def test_who_cannot_learn_from_its_rows_is_not_counted_on(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
@@ -260,6 +265,7 @@ def test_who_cannot_learn_from_its_rows_is_not_counted_on(
     ended(join(cluster, "ben", mine), anna, server)
 
 
+@pytest.mark.slow
 def test_two_servers_do_not_share_a_folder(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:

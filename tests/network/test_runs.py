@@ -79,6 +79,7 @@ def play(cluster: Cluster, recipe: Path, mine: Path, *argv: str) -> None:
         ),
     ],
 )
+@pytest.mark.daily("flexp", "logits", "far loss", "wires", "two parts at once", "ahead")
 def test_real_processes_end_with_the_adapters_of_one(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path, changes: Mapping[str, object]
 ) -> None:

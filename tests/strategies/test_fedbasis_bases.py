@@ -104,6 +104,7 @@ MIXES = (1.0, 0.0, 0.75, 0.25, 0.5, 1.0, 0.0)
 @pytest.mark.parametrize(
     "more", [{}, {"differ": "noise"}, {"relax": 20}], ids=["clients", "noise", "relaxed"]
 )
+@pytest.mark.daily("clients")
 def test_mixtures_of_two_truths_are_recovered(more: Any) -> None:
     wants = {f"c{n}": [mixed(share)] for n, share in enumerate(MIXES)}
     how = {"bases": 2, "blend_steps": 10, "rate": 0.05, **more}
