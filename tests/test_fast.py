@@ -62,6 +62,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("strategy", ["flexp", "ditto"])
+@pytest.mark.daily("one thread-ditto", "two threads-flexp")
 def test_fast_is_exact_within_rounding(
     strategy: str, played: Callable[..., tuple[Adapters, list[int]]], threads: int
 ) -> None:

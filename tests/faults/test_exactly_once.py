@@ -107,7 +107,7 @@ def storm(
 def test_a_hundred_steps_count_once_each(
     cluster: Cluster, clean_of: Callable[[int, int], Outcome]
 ) -> None:
-    storm(cluster, clean_of, rounds=3, steps=12, seed=5)
+    storm(cluster, clean_of, rounds=2, steps=18, seed=5)
 
 
 def test_who_lost_its_way_goes_on_only_if_it_has_heard_an_order(cluster: Cluster) -> None:

@@ -60,10 +60,13 @@ def test_a_server_that_is_killed_in_mid_round_goes_on(
 
 
 def test_a_client_that_is_killed_in_mid_round_comes_back(
-    cluster: Cluster, long: Path, mine: Path, tmp_path: Path
+    cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
+    changes = {"plan__cut": None, "plan__cuts": CUTS, "adapter__dropout": 0.1}
+    steps = {"train__steps": 30, "rounds": 2}
+    long = recipe_of(out=str(tmp_path / "served"), **changes, **steps)
     server, joined = begin(cluster, long, mine)
-    joined[1].wait_for("round 1 of 3")
+    joined[1].wait_for("round 1 of 2")
     time.sleep(0.2)
     joined[1].kill()
     back = join(cluster, CLIENTS[1], mine)

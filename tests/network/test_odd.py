@@ -167,6 +167,7 @@ def test_of_an_error_at_a_client_only_its_kind_leaves_it(
     assert "goes on after turn" not in events + server.text()
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_used_is_an_error_of_one_line(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
@@ -231,6 +232,7 @@ def test_seats_change_over_the_network(
     same(cluster, alone(recipe, tmp_path / "alone"))
 
 
+@pytest.mark.slow
 def test_who_has_not_agreed_yet_takes_nobodys_place(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:

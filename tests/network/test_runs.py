@@ -79,7 +79,7 @@ def play(cluster: Cluster, recipe: Path, mine: Path, *argv: str) -> None:
         ),
     ],
 )
-@pytest.mark.daily("flexp", "logits", "far loss", "wires", "two parts at once", "ahead")
+@pytest.mark.daily("flexp", "logits", "wires", "two parts at once")
 def test_real_processes_end_with_the_adapters_of_one(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path, changes: Mapping[str, object]
 ) -> None:
@@ -103,6 +103,7 @@ def test_mode_fast_ends_with_the_adapters_of_exact_within_rounding(
     same(cluster, alone(exact, tmp_path / "alone"), within=1e-5)
 
 
+@pytest.mark.slow
 def test_the_recipe_that_a_run_leaves_gives_the_same_in_one_process(
     cluster: Cluster, recipe_of: Recipe, mine: Path, tmp_path: Path
 ) -> None:
