@@ -14,6 +14,7 @@ from flexp.engine.flow import Pace
 from flexp.errors import CutError, ModelError, PlanError
 from flexp.link.wire import Wire, packed_bytes
 from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, dropout_of, layout
+from flexp.model.colora import CoLora
 from flexp.model.cut import Cut, Seat
 from flexp.model.prompts import longer
 from flexp.model.quantize import Quantize
@@ -68,6 +69,9 @@ def adapter_kind(recipe: AdapterRecipe) -> Kind:
         return Lora(
             recipe.rank, recipe.alpha, recipe.dropout, recipe.targets, recipe.dora, recipe.head
         )
+    if recipe.kind == "colora":
+        more = recipe.targets, recipe.groups, recipe.head
+        return CoLora(recipe.rank, recipe.alpha, recipe.dropout, *more)
     if recipe.kind == "ia3":
         return Ia3(recipe.targets, recipe.feedforward, recipe.head)
     if recipe.kind == "prompt":

@@ -24,6 +24,7 @@ from flexp.evaluate import pooled
 from flexp.fleet import Fleet, fleet, packed_costs
 from flexp.model.adapter import Kind, Prompt
 from flexp.model.backbone import Backbone
+from flexp.model.colora import CoLora
 from flexp.model.cut import Seat, uncut
 from flexp.model.ops import Optim, SlotSpec
 from flexp.model.reader import open_reader
@@ -254,6 +255,8 @@ def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Fleet:
             blocks = [s.cut.front + s.cut.back < depth for s in seats.values()]
             wanted = "its prompts at the cut need blocks at the server. Move cuts, or adapter.at."
             refusal = refusal if all(blocks) else wanted
+        if isinstance(kind, CoLora) and not strategy.gates:
+            refusal = refusal or "it wears no Co-LoRA. Set adapter.kind=lora."
         lone = any(given.alone(r) for r in range(recipe.rounds))
         if not refusal and lone and "personal" not in strategy.slots:
             refusal = 'it has no slot "personal" to train alone. Remove alone from participation.'

@@ -62,12 +62,13 @@ class LocalEngine(Host):
         own: Mapping[ClientId, Own] | None = None,
         wires: Mapping[ClientId, Wire] | None = None,
         together: bool = False,
+        probe: Backbone | None = None,  # what every client has whole; None: each its own backbone
     ) -> None:
         super().__init__(backbone, task, kind=kind, training=training, dice=dice, together=together)
         self.shards, self.name, self.keep_crossings = shards, run, keep_crossings
         self.profile: Profile = profile
         self.own, self.pool = own or {}, pool  # all rows, for a method that is not federated
-        self.wires: Mapping[ClientId, Wire] = wires or {}
+        self.wires, self.probe = wires or dict[ClientId, Wire](), probe
         self.tasks = {client: own.task for client, own in self.own.items()}
         self.wrap: Callable[[ClientId, Link], Link] = wrap
         self.memories = {c: Memory() for c in shards}
@@ -186,8 +187,7 @@ class LocalEngine(Host):
     ) -> Arrival:
         self._undo(client)
         failure = Failure(f"{type(problem).__name__}: {problem}")
-        seconds = time.monotonic() - started
-        return Arrival(client, failure=failure, seconds=seconds, ledger=ledger)
+        return Arrival(client, failure=failure, seconds=time.monotonic() - started, ledger=ledger)
 
     @contextmanager
     def _measuring(self, desk: Desk) -> Generator[list[Measured]]:
@@ -201,8 +201,7 @@ class LocalEngine(Host):
         kept = size_of(desk.model.near.values.values())
         with Meter() as meter:
             yield found
-        far = self.trunk.flops.get(desk.client, 0)
-        found.append(Measured(meter.flops, far, kept + meter.peak))
+        found.append(Measured(meter.flops, self.trunk.flops.get(desk.client, 0), kept + meter.peak))
 
     def look(
         self, strategy: Strategy[Any], work: Sequence[Assignment], turn: Turn, look: Look
@@ -290,6 +289,7 @@ class LocalEngine(Host):
             initial=partial(self.initial_of, name),
             profile=self.profile,
             prefix=self.prefixes.get(name),
+            probe=self.probe or self.backbone_of(name),
         )
 
     def _undo(self, client: ClientId) -> None:

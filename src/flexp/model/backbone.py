@@ -30,8 +30,9 @@ from flexp.model.skeleton import (
     reads_ids,
     states_of,
 )
+from flexp.model.wearing import Wearing
 from flexp.model.weights import Checkpoint
-from flexp.model.worn import PREFIX, Wearing, Worn
+from flexp.model.worn import PREFIX, Worn
 from flexp.selection import Place
 from flexp.tensors import Tensors
 
@@ -266,10 +267,9 @@ class Backbone:
             except (KeyError, TypeError, RuntimeError, IndexError, AttributeError) as problem:
                 raise ModelError(f"{self.name} cannot be cut: {problem}") from problem
         if not torch.equal(whole, cut_up):
-            worst = float((whole - cut_up).abs().max())
             raise ModelError(
-                f"{self.name} cannot be cut: its blocks exchange more than one hidden state "
-                f"(a cut forward differs from the whole one by {worst:.1e})."
+                f"{self.name} cannot be cut: its blocks exchange more than one hidden state (a cut "
+                f"forward differs from the whole one by {float((whole - cut_up).abs().max()):.1e})."
             )
 
     def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

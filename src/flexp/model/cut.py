@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -229,6 +229,8 @@ class Tap:
 
 def run(model: nn.Module, now: Pass, inputs: Mapping[str, Any]) -> Tensor:
     """One forward under a pass: the hidden state at ``last`` or at the tap, or the logits."""
+    if now.worn is not None and now.worn.gates:
+        now = replace(now, worn=replace(now.worn, mask=inputs.get("attention_mask")))
     token = PASS.set(now)
     try:
         return model(**inputs).logits

@@ -27,7 +27,7 @@ from flexp.model.slots import Slots
 from flexp.model.together import Together
 from flexp.model.worn import Worn
 from flexp.server.pending import Graph, Shared, Waiting
-from flexp.tensors import terms
+from flexp.tensors import Stacked, terms
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,12 @@ class Compute:
         self.jointly = Together(backbone)
 
     def kind(self, seat: Seat, m: Forward) -> Hashable:
-        """What forwards have in common that can be one pass; None for one that is always alone."""
+        """What forwards have in common that can be one pass; None for one that is always alone.
+
+        A gate looks at a row's real positions, which a joint pass does not know.
+        """
+        if isinstance(m.wear, Stacked) and m.wear.gated:
+            return None
         if seat.cut.front + seat.cut.back >= self.backbone.depth:
             return None
         image = tuple(s[1:] for s in m.shapes.values() if len(s) != 2)

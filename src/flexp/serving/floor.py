@@ -136,6 +136,11 @@ def floor_of(recipe: Recipe, cache: assets.Cache, say: Say) -> Floor:
             f'Method "{strategy.name}" puts all rows in one place, so it does not run over a '
             "network. Use `flexp run`, or another method."
         )
+    if strategy.probes:
+        raise StrategyError(
+            f'Method "{strategy.name}" needs a probe, a whole small model, at every client, which '
+            "nothing brings there over a network yet. Use `flexp run`, or another method."
+        )
     if any(held.alone for held in recipe.participation.values()):
         raise RecipeError(
             "participation: over a network nobody can be told to be alone. Remove alone, or use "

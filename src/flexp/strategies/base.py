@@ -126,6 +126,8 @@ class Strategy(Protocol[State]):
     The first line of the class's docstring is what `flexp methods` says that it does. ``own`` is
     the part of what it serves that may differ between clients; the rest is equal for all.
     ``alone``: whether a client may go on training its slot "personal" without the server.
+    ``gates``: whether it wears adapters by gates, which Co-LoRA has. ``probes``: whether clients
+    look at rows with the run's probe.
     """
 
     name: ClassVar[str]
@@ -135,6 +137,8 @@ class Strategy(Protocol[State]):
     reconstruction: ClassVar[str] = ""
     split: ClassVar[str] = "yes"
     alone: ClassVar[bool] = True
+    gates: ClassVar[bool] = False
+    probes: ClassVar[bool] = False
     slots: ClassVar[Mapping[str, SlotSpec]]
     leaves: ClassVar[tuple[Leave, ...]] = ()
 
