@@ -44,6 +44,7 @@ from flexp.plan.devices import parse_bytes
 from flexp.plan.sizes import adapter_bytes, quantized_costs
 from flexp.plan.trial import Shape
 from flexp.recipe import AdapterRecipe, PlanRecipe, Recipe
+from flexp.recipe_clients import model_of
 from flexp.strategies.base import ClientId
 
 
@@ -230,6 +231,7 @@ def place(
         seat = Seat(
             Cut(choice.front, choice.back),
             asked.labels,
+            model_of(recipe.clients, client, recipe.model.source),
             rank=asked.ranks.get(client),
             recompute=choice.recompute,
             accumulate=max(choice.accumulate, recipe.link.window),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -29,6 +29,7 @@ from flexp.model.cut import Seat, uncut
 from flexp.model.ops import Optim, SlotSpec
 from flexp.model.reader import open_reader
 from flexp.model.skeleton import Skeleton, TaskKind, skeleton
+from flexp.own_models import Model, Models, models_of, named, owners, smallest, unlike_models
 from flexp.own_tasks import check_own, classes_of, own_costs, own_of
 from flexp.plan.costs import BlockCosts
 from flexp.privacy.egress import check_labels
@@ -55,6 +56,7 @@ class Survey:
     fleet: Fleet
     dice: Dice
     own_costs: Mapping[ClientId, BlockCosts]
+    others: Models = field(default_factory=dict[str, Model])
 
     @property
     def placed(self) -> Mapping[ClientId, Placed]:
@@ -132,12 +134,15 @@ def survey(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None)
     kind = adapter_kind(recipe.adapter)
     sized = costs(recipe, bones, kind)
     working = partial(work, recipe, bones, kind)
-    own = own_costs(recipe, source, federation)
+    more: dict[str, Any] = {"reader": tokenizer, "classes": classes, "say": say}
+    others = models_of(recipe, cache, federation, kind, **more)
+    apart = {c: others[name] for c, name in named(recipe).items()}
+    own = own_costs(recipe, source, federation) | {c: m.costs for c, m in apart.items()}
     own |= packed_costs(recipe, sized, own)
-    seated = fleet(recipe, {c: own.get(c, sized) for c in federation.shards}, working)
-    return Survey(
-        recipe, source, tokenizer, federation, classes, bones, kind, sized, seated, dice, own
-    )
+    everybody = {c: own.get(c, sized) for c in federation.shards}
+    seated = fleet(recipe, everybody, working, {c: m.work for c, m in apart.items()})
+    known = recipe, source, tokenizer, federation, classes, bones, kind, sized, seated, dice, own
+    return Survey(*known, others)
 
 
 def prepare(
@@ -153,16 +158,19 @@ def opened(found: Survey) -> Stage[LocalEngine]:
     recipe = found.recipe
     strategy = build(recipe.strategy.name, recipe.strategy.options)
     seated = seats_for(strategy, found, recipe)
-    backbone = _backbone(found, recipe.task.kind, found.classes)
+    usual = recipe.task.kind, found.classes
+    backbone = _backbone(found, *usual)
     own = own_of(found.federation, backbone, found.kind, partial(_backbone, found))
-    engine = _engine(strategy, found, recipe, backbone, own)
+    others = {name: _backbone(found, *usual, name) for name in found.others}
+    own |= owners(recipe, found.federation, others)
+    engine = _engine(strategy, found, recipe, backbone, own, others=others)
     return Stage(found, recipe, strategy, backbone, seated, engine)
 
 
-def _backbone(found: Survey, kind: TaskKind, classes: int) -> Backbone:
+def _backbone(found: Survey, kind: TaskKind, classes: int, model: str = "") -> Backbone:
     recipe = found.recipe
     return Backbone.open(
-        found.source,
+        found.others[model].source if model else found.source,
         task=kind,
         classes=classes,
         seed=recipe.seed,
@@ -170,7 +178,7 @@ def _backbone(found: Survey, kind: TaskKind, classes: int) -> Backbone:
         quantize=quantize_of(recipe),
         device=recipe.model.device,
         blocks_at=recipe.model.blocks_at,
-        name=recipe.model.source,
+        name=model or recipe.model.source,
         pad=padding_of(found.tokenizer),
         fast=recipe.mode == "fast",
     )
@@ -181,7 +189,8 @@ def with_method(stage: Stage[LocalEngine], recipe: Recipe) -> Stage[LocalEngine]
     found = stage.survey
     strategy = build(recipe.strategy.name, recipe.strategy.options)
     seated = seats_for(strategy, found, recipe)
-    engine = _engine(strategy, found, recipe, stage.backbone, stage.engine.own)
+    held, others = (stage.backbone, stage.engine.own), stage.engine.others
+    engine = _engine(strategy, found, recipe, *held, others=others)
     # Where adapters begin is worked out here: building skeletons is not safe on two threads.
     engine.initial(SlotSpec())
     return replace(stage, recipe=recipe, strategy=strategy, fleet=seated, engine=engine)
@@ -193,6 +202,8 @@ def _engine(
     recipe: Recipe,
     backbone: Backbone,
     own: Mapping[ClientId, Own],
+    *,
+    others: Mapping[str, Backbone],
 ) -> LocalEngine:
     shards = found.federation.shards
     return LocalEngine(
@@ -208,6 +219,8 @@ def _engine(
         own=own,
         wires={c: recipe.link.of(c) for c in shards},
         together=recipe.mode == "fast",
+        others=others,
+        probe=smallest({"": backbone, **others}) if strategy.probes and others else None,
     )
 
 
@@ -245,14 +258,17 @@ def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Fleet:
         reason = "one place has the whole model and all rows"
         placed = {c: Placed("one place", uncut(depth), 0, reason) for c in found.placed}
         given = replace(given, placed=placed, moves=())
+    deep = {name: model.bones.depth for name, model in found.others.items()} | {"": depth}
     for seats in given.seatings():
         refusal = strategy.refuses(setting_of(found, recipe, seats))
-        if strategy.split.startswith("no") and any(not s.near_only(depth) for s in seats.values()):
+        refusal = refusal or unlike_models(strategy, seats)
+        cut = any(not s.near_only(deep[s.model]) for s in seats.values())
+        if strategy.split.startswith("no") and cut:
             reason = strategy.split.partition(":")[2].strip()
             refusal = f"{reason} Give every client the whole model with plan.cut=[{depth},0]."
         kind = adapter_kind(recipe.adapter)
         if isinstance(kind, Prompt) and kind.at == "cut":
-            blocks = [s.cut.front + s.cut.back < depth for s in seats.values()]
+            blocks = [s.cut.front + s.cut.back < deep[s.model] for s in seats.values()]
             wanted = "its prompts at the cut need blocks at the server. Move cuts, or adapter.at."
             refusal = refusal if all(blocks) else wanted
         if isinstance(kind, CoLora) and not strategy.gates:

@@ -81,9 +81,10 @@ def test_fedmosaic_weighs_who_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     # Signatures a (1, 0), b (1, 0) and c (0, 1), so S_ab = 1 and S_ac = 0: at tau = 1 / ln 3 a's
     # shares of b and c are 3/4 and 1/4. a and b have one model, c another, of which block 5 is
     # a's block 1. So a's P is 3/4 * 8 + 1/4 * 4 = 7, and its plain tensor is b's, 2.
-    two, other = Seat(Cut(1)), Seat(Cut(1), models={"it": "larger"})
+    two, other = Seat(Cut(1)), Seat(Cut(1), model="larger")
     seats = {"a": two, "b": two, "c": other}
-    turn = Turn(1, 2, 0, True, seats, {}, lambda name: int(name.split(".")[1]), 9)
+    where: Any = lambda name: int(name.split(".")[1])  # noqa: E731
+    turn = Turn(1, 2, 0, True, seats, {}, where, 2, others={"larger": (where, 6)})
     names = {"a": 1, "b": 1, "c": 5}
     values = {"a": (0.0, 0.0), "b": (8.0, 2.0), "c": (4.0, 6.0)}
     models = {

@@ -39,11 +39,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class Seat:
-    """Where and how a client computes: its cut, who sees labels and logits, its models and rank.
+    """Where and how a client computes: its cut, who sees labels and logits, its model and rank.
 
     ``labels``: "keep" is the U-shape (tail, head, loss and labels at the client); the other two
     are the V-shape, where the server also runs the tail and the head: with "logits" they come back
     and loss and labels stay, with "loss" the labels travel and only the loss comes back.
+    ``model`` names its backbone, where that is not the run's.
     ``recompute`` is how many near blocks, from the first, run again in the backward pass instead
     of keeping what is inside them; ``accumulate`` takes each batch in that many parts. Both save
     memory and train alike.
@@ -51,7 +52,7 @@ class Seat:
 
     cut: Cut
     labels: Labels = "keep"
-    models: Mapping[str, str] | None = None
+    model: str = ""
     rank: int | None = None
     recompute: int = 0
     accumulate: int = 1

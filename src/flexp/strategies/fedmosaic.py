@@ -76,6 +76,7 @@ class FedMosaic(Strategy[Mosaic]):
     reconstruction: ClassVar[str] = "one rate for all that trains, and heads of classifiers"
     gates: ClassVar[bool] = True
     probes: ClassVar[bool] = True
+    models: ClassVar[bool] = True
     slots: ClassVar[Mapping[str, SlotSpec]] = {
         "personal": SlotSpec(lasts="run", moments="keep"),
         "others": SlotSpec(),
@@ -101,7 +102,7 @@ class FedMosaic(Strategy[Mosaic]):
             return Parcel(facts={"matched": False, "plain": False})
         others = [c for c in state.models if c != client]
         kin = [c for c in others if self.alike(turn, client, c)]
-        mine = nth(state.models[client], turn.block_of)
+        mine = nth(state.models[client], turn.blocks(client)[0])
         matched = self.mixed(state, client, {c: self.canonical(state, c, turn) for c in others})
         plain = self.mixed(state, client, {c: turn.select(c, state.models[c], PLAIN) for c in kin})
         given = {k: matched[name] for k, name in mine.items() if name in matched}
@@ -110,12 +111,12 @@ class FedMosaic(Strategy[Mosaic]):
 
     def alike(self, turn: Turn, one: ClientId, other: ClientId) -> bool:
         """Whether two clients have the same model."""
-        return turn.seats[one].models == turn.seats[other].models
+        return turn.seats[one].model == turn.seats[other].model
 
     def canonical(self, state: Mosaic, client: ClientId, turn: Turn) -> Tensors:
         """A client's P and Q by names that all models have."""
         held = state.models[client]
-        return {name: held[k] for k, name in nth(held, turn.block_of).items()}
+        return {name: held[k] for k, name in nth(held, turn.blocks(client)[0]).items()}
 
     def mixed(self, state: Mosaic, client: ClientId, given: Mapping[ClientId, Tensors]) -> Tensors:
         """The mean of what others gave, by how alike their signatures are."""
