@@ -12,28 +12,30 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from fixtures_models import FILLER
 from test_fleet import adapter
 from test_resume import Killed, run
 from toys import CLASSES, COMMON, LENGTH, H, backbone, same, shard, toy_task, wrap
 
-from flexp import answers, assets, events, recipe_file
+from flexp import answers, assets, commands, events, parcel, recipe_file
 from flexp.client.desk import Training
 from flexp.dice import Dice
 from flexp.engine.base import Arrival, Own
 from flexp.engine.local import LocalEngine
-from flexp.errors import FlexpError, LinkError, RecipeError, StrategyError
+from flexp.errors import AdapterError, FlexpError, LinkError, RecipeError, StrategyError
 from flexp.model.adapter import Kind, Lora
+from flexp.model.aligned import Aligned, How, aligned, entering
 from flexp.model.backbone import Backbone
 from flexp.model.colora import CoLora
 from flexp.model.cut import Cut, Seat
-from flexp.model.ops import Optim
+from flexp.model.ops import Optim, SlotSpec
 from flexp.own_models import smallest
 from flexp.rounds import waves_of
 from flexp.server.bodies import body_at
 from flexp.serving.floor import floor_of
 from flexp.stage import prepare
 from flexp.strategies.base import Scene, Strategy, Turn
-from flexp.strategies.fedmosaic import FROZEN, FedMosaic
+from flexp.strategies.fedmosaic import FedMosaic
 from flexp.strategies.local import Local
 from flexp.tensors import Tensors
 
@@ -130,7 +132,7 @@ def test_p_and_q_go_from_model_to_model_and_frozen_factors_stay(mixed: Any) -> N
         begun, found = body.initial(KIND, Dice(0)("initial")), one.worn(client)
         assert found.keys() == begun.keys()
         for k, v in begun.items():
-            assert torch.equal(found[k], v) == FROZEN.holds(k, body.place(k, seat)), k
+            assert torch.equal(found[k], v) == k.endswith(("colora_A", "colora_B")), k
     # The large model's third and sixth block are matched with the small one's second and fourth.
     given = one.strategy.offer(one.state, "c", one.turn(2)).adapters["others"]
     plain, matched = ({k for k in given if mark in k} for mark in (".lora_", ".colora_"))
@@ -318,3 +320,122 @@ def test_a_server_refuses_them(
     recipe = recipe_file.read(recipe_of(**asked(larger, **change)))
     with pytest.raises(error, match=what):
         floor_of(recipe, assets.Cache(larger / "none"), lambda text: None)
+
+
+# ---- factors that agree
+
+
+PUBLIC = [{"text": f"{a} {b} movie {a}"} for a in ("great", "bad", "fine") for b in FILLER[:8]]
+
+
+def texts_for() -> list[dict[str, torch.Tensor]]:
+    """Rows of ids with padding, the same for both models."""
+    stream = torch.Generator().manual_seed(3)
+    made = [torch.randint(3, 60, (4, 7), generator=stream) for _ in range(12)]
+    mask = torch.tensor([[1] * 7, [1] * 7, [1] * 5 + [0] * 2, [1] * 4 + [0] * 3])
+    return [{"input_ids": ids * mask, "attention_mask": mask} for ids in made]
+
+
+@functools.cache
+def agreed() -> Aligned:
+    how = How(steps=150, rate=5e-3)
+    return aligned(small(), large(), KIND, Dice(0), batches=texts_for(), how=how)
+
+
+def factor(part: str) -> list[torch.Tensor]:
+    return [v for k, v in agreed().factors.items() if k.endswith(part)]
+
+
+def test_alignment_leaves_rows_of_a_at_right_angles_and_comes_closer() -> None:
+    found = agreed()
+    assert {large().block_of(k) for k in found.factors} == {2, 5}
+    assert len(factor("colora_A")) == len(factor("colora_B")) == 4  # two blocks, query and value
+    for a in factor("colora_A"):
+        assert a.shape == (3, WIDE)
+        assert torch.allclose(a @ a.T, torch.eye(3), atol=1e-5)
+    assert found.after < 0.9 * found.before
+
+
+def test_p_and_q_see_nearer_codes_than_with_what_was_drawn() -> None:
+    a, b = factor("colora_A")[0], factor("colora_B")[0]
+    base = small().initial(KIND, Dice(0)("initial"))
+    drawn = large().initial(KIND, Dice(0)("initial"))
+    stem = "base_model.model.bert.encoder.layer.{}.attention.self.query.colora_{}"
+    pivot = [base[stem.format(1, part)] for part in "AB"]
+    own = [drawn[stem.format(2, part)] for part in "AB"]
+    batches = texts_for()
+    paths = [f"bert.encoder.layer.{n}.attention.self.query" for n in (1, 2)]
+    x, y = (
+        torch.cat(entering(body, [path], batches)[path])
+        for body, path in zip((small(), large()), paths, strict=True)
+    )
+    low = x @ pivot[0].T
+    assert float((y @ a.T - low).square().mean()) < float((y @ own[0].T - low).square().mean())
+    assert b.shape == (WIDE, 3)
+    assert torch.linalg.matrix_rank(b) == 3
+
+
+def test_a_model_agrees_with_itself_already() -> None:
+    how = How(steps=3, rate=1e-9)
+    found = aligned(small(), small(), KIND, Dice(0), batches=texts_for(), how=how)
+    begun = small().initial(KIND, Dice(0)("initial"))
+    assert found.before < 1e-9
+    for k, v in found.factors.items():
+        if k.endswith("colora_A"):
+            assert torch.allclose(v, begun[k], atol=1e-5), k
+        else:
+            x = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
+            assert torch.allclose(v @ x, begun[k] @ x, atol=1e-2), k
+
+
+def test_maps_that_cannot_be_matched_are_refused() -> None:
+    with pytest.raises(AdapterError, match="have other linear maps"):
+        aligned(small(), backbone("distilbert-cls"), KIND, Dice(0), batches=texts_for(), how=How())
+
+
+@pytest.fixture
+def public(tmp_path: Path) -> Path:
+    file = tmp_path / "public.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in PUBLIC), encoding="utf-8")
+    return file
+
+
+def test_a_run_begins_with_what_was_aligned_once(
+    recipe_of: Recipe, larger: Path, public: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "factors.parcel"
+    more = {**MOSAIC, "adapter": {**MOSAIC["adapter"], "aligned": str(file)}}
+    recipe, cache = recipe_file.read(recipe_of(**asked(larger, **more))), assets.Cache(tmp_path)
+    with pytest.raises(RecipeError, match="Run `flexp align` first"):
+        prepare(recipe, cache)
+    how: dict[str, Any] = {"rows": 24, "how": How(steps=20, rate=1e-2), "say": lambda text: None}
+    told = commands.align(recipe, cache, str(public), **how)
+    assert told["kept"] is False
+    assert {*told["models"]} == {str(larger)}  # the pivot is the smallest
+    before = file.read_bytes()
+    again = commands.align(recipe, cache, str(public), **how)
+    assert again == {**told, "kept": True}
+    assert file.read_bytes() == before
+    held = parcel.load(file).adapters[f"run:{larger}"]
+    stage = prepare(recipe, cache)
+    body = stage.engine.others[str(larger)]
+    begun = stage.engine.begun_on(body, SlotSpec(), None)
+    assert all(torch.equal(begun[k], v) for k, v in held.items())
+    drawn = stage.engine.backbone.initial(stage.engine.kind, Dice(recipe.seed)("initial"))
+    assert same(stage.engine.initial(SlotSpec()), drawn)
+    stage.engine.close()
+    other = recipe_file.read(recipe_of(**asked(larger, **more)), ["adapter.rank=1"])
+    with pytest.raises(RecipeError, match="is of other models, another rank"):
+        prepare(other, cache)
+
+
+def test_there_must_be_something_to_align(recipe_of: Recipe, larger: Path, public: Path) -> None:
+    how: dict[str, Any] = {"rows": 4, "how": How(steps=1), "say": lambda text: None}
+    cache = assets.Cache(larger / "none")
+    plain = recipe_file.read(recipe_of(**asked(larger, **MOSAIC)))
+    with pytest.raises(RecipeError, match=r"Set adapter\.kind to colora"):
+        commands.align(plain, cache, str(public), **how)
+    kind = {**MOSAIC["adapter"], "aligned": str(larger / "x.parcel")}
+    alone = recipe_file.read(recipe_of(strategy=MOSAIC["strategy"], adapter=kind))
+    with pytest.raises(RecipeError, match=r"Set clients\.NAME\.model"):
+        commands.align(alone, cache, str(public), **how)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flexp import assets
+from flexp import assets, parcel
 from flexp.data.federation import Federation
 from flexp.engine.base import Own
 from flexp.errors import RecipeError
@@ -27,6 +27,7 @@ from flexp.recipe import Recipe
 from flexp.recipe_clients import model_of
 from flexp.seating import costs, work
 from flexp.strategies.base import ClientId, Strategy
+from flexp.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Model:
     work: Callable[[], BlockWork]
 
 
+HERE = "run:"  # in front of a model's name in a file of factors
 Models = Mapping[str, Model]  # by the name in the recipe
 
 
@@ -85,6 +87,33 @@ def _alike(one: Any, other: Any) -> bool:
     if hasattr(one, "get_vocab") and hasattr(other, "get_vocab"):
         return one.get_vocab() == other.get_vocab()
     return one == other
+
+
+def made_for(recipe: Recipe) -> dict[str, Any]:
+    """What frozen factors that agree depend on, as a file of them tells it."""
+    asked, model = recipe.adapter, recipe.model
+    names = sorted({model.source, *named(recipe).values()})
+    shape = [asked.rank, asked.groups, *asked.targets]
+    return {"models": names, "revision": model.revision, "shape": shape, "seed": recipe.seed}
+
+
+def factors_of(recipe: Recipe) -> Mapping[str, Tensors]:
+    """Frozen factors by model ("" is the run's) from ``adapter.aligned``; nothing without it.
+
+    RecipeError for a file that is not there or was made for something else.
+    """
+    file = recipe.adapter.aligned
+    if file is None:
+        return {}
+    if not Path(file).exists():
+        raise RecipeError(f'adapter.aligned: there is no "{file}" yet. Run `flexp align` first.')
+    held = parcel.load(file)
+    if held.facts.get("for") != made_for(recipe):
+        raise RecipeError(
+            f'adapter.aligned: "{file}" is of other models, another rank, other groups or targets, '
+            "or another seed. Name another file, and run `flexp align`."
+        )
+    return {name.removeprefix(HERE): factors for name, factors in held.adapters.items()}
 
 
 def owners(

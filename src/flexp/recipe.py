@@ -75,6 +75,7 @@ class AdapterRecipe(_Part):
     at: Literal["front", "added", "behind", "cut"] = "front"
     dora: bool = False
     groups: Annotated[int, Field(ge=1)] = 4
+    aligned: str | None = None
     head: bool = True
 
 
@@ -291,10 +292,7 @@ class Recipe(_Part):
 
 def _leaves(stem: str, plain: Any) -> list[tuple[str, Any]]:
     if isinstance(plain, Mapping):
-        held = cast("Mapping[str, Any]", plain)
-        return [
-            pair
-            for key, value in held.items()
-            for pair in _leaves(f"{stem}.{key}" if stem else str(key), value)
-        ]
+        held = cast("Mapping[str, Any]", plain).items()
+        named = ((f"{stem}.{key}" if stem else str(key), value) for key, value in held)
+        return [pair for name, value in named for pair in _leaves(name, value)]
     return [(stem, plain)]

@@ -10,16 +10,14 @@ from typing import Any, Generic, TypeVar
 
 from flexp import assets
 from flexp.client.desk import Training
-from flexp.data import sources
 from flexp.data.federation import Federation, federate, space_of
-from flexp.data.sources import Row
 from flexp.data.tokens import padding_of
 from flexp.dice import Dice
 from flexp.engine.base import Own
 from flexp.engine.flow import Pace
 from flexp.engine.host import Host
 from flexp.engine.local import LocalEngine
-from flexp.errors import DataError, RecipeError, StrategyError
+from flexp.errors import RecipeError, StrategyError
 from flexp.evaluate import pooled
 from flexp.fleet import Fleet, fleet, packed_costs
 from flexp.model.adapter import Kind, Prompt
@@ -29,11 +27,21 @@ from flexp.model.cut import Seat, uncut
 from flexp.model.ops import Optim, SlotSpec
 from flexp.model.reader import open_reader
 from flexp.model.skeleton import Skeleton, TaskKind, skeleton
-from flexp.own_models import Model, Models, models_of, named, owners, smallest, unlike_models
+from flexp.own_models import (
+    Model,
+    Models,
+    factors_of,
+    models_of,
+    named,
+    owners,
+    smallest,
+    unlike_models,
+)
 from flexp.own_tasks import check_own, classes_of, own_costs, own_of
 from flexp.plan.costs import BlockCosts
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
+from flexp.rows import read_rows
 from flexp.seating import Placed, adapter_kind, cache_of, costs, dtype_of, quantize_of, work
 from flexp.strategies import build
 from flexp.strategies.base import ClientId, Setting, Strategy
@@ -158,18 +166,22 @@ def opened(found: Survey) -> Stage[LocalEngine]:
     recipe = found.recipe
     strategy = build(recipe.strategy.name, recipe.strategy.options)
     seated = seats_for(strategy, found, recipe)
-    usual = recipe.task.kind, found.classes
-    backbone = _backbone(found, *usual)
+    backbone = (others := bodies(found)).pop("")
     own = own_of(found.federation, backbone, found.kind, partial(_backbone, found))
-    others = {name: _backbone(found, *usual, name) for name in found.others}
     own |= owners(recipe, found.federation, others)
     engine = _engine(strategy, found, recipe, backbone, own, others=others)
     return Stage(found, recipe, strategy, backbone, seated, engine)
 
 
+def bodies(found: Survey) -> dict[str, Backbone]:
+    """All backbones of a run by the names that seats have for them; the run's own is ""."""
+    asked = found.recipe.task.kind, found.classes
+    return {name: _backbone(found, *asked, name) for name in ("", *found.others)}
+
+
 def _backbone(found: Survey, kind: TaskKind, classes: int, model: str = "") -> Backbone:
     recipe = found.recipe
-    return Backbone.open(
+    made = Backbone.open(
         found.others[model].source if model else found.source,
         task=kind,
         classes=classes,
@@ -182,6 +194,8 @@ def _backbone(found: Survey, kind: TaskKind, classes: int, model: str = "") -> B
         pad=padding_of(found.tokenizer),
         fast=recipe.mode == "fast",
     )
+    made.agreed = dict(factors_of(recipe).get(model, {}))
+    return made
 
 
 def with_method(stage: Stage[LocalEngine], recipe: Recipe) -> Stage[LocalEngine]:
@@ -222,20 +236,6 @@ def _engine(
         others=others,
         probe=smallest({"": backbone, **others}) if strategy.probes and others else None,
     )
-
-
-def read_rows(recipe: Recipe, cache: assets.Cache, say: Say) -> list[Row]:
-    """The rows of the recipe's data: a packaged set by name, else a path."""
-    name = recipe.data.path
-    if name in sources.SHIPPED:
-        return sources.shipped(name, assets.resolve(name, cache, kind="data", say=say))
-    path = Path(name).expanduser()
-    if not path.exists() and name in cache.catalogue:
-        raise DataError(
-            f'data.path: the asset "{name}" cannot be read as rows. Packaged sets that can: '
-            f"{', '.join(sources.SHIPPED)}."
-        )
-    return sources.read(path)
 
 
 def training(recipe: Recipe) -> Training:

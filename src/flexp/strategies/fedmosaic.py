@@ -11,9 +11,13 @@ Server (`rela.py`), w_ij = softmax over j != i of S_ij / tau, S the likeness of 
 Where there is nobody, and in a client's first turn, G_i is L_i as the turn begins. Frozen A and B
 of Co-LoRA blocks, gates and heads never leave.
 
+Frozen A and B of unlike models agree by `flexp align` (`model/aligned.py`), or are as drawn. The
+probe is the smallest model of the run, whole at every client; plans do not count it.
+
 From the official code. The gate's noise has the deviation that it has there, where its weights
 never learn. Not as there: P, Q and gates step at the rate of all else; the gradient is exact where
 the code's has the diagonal of the norm's Jacobian; heads of classifiers train, and are one's own.
+Left out: models with unlike tokenizers, tasks that follow each other, runs over a network.
 """
 
 from __future__ import annotations
