@@ -32,7 +32,7 @@ from flexp.assets.archives import extract
 from flexp.assets.registries import run_command
 from flexp.errors import AssetError
 from flexp.recipe import Recipe
-from flexp.stage import read_rows
+from flexp.rows import read_rows
 
 PLAYS = {
     "pkg/plays/tragedies/lear.md": b"**LEAR**  \nNothing will come of nothing.",

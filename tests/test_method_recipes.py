@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ def test_a_round_of_it_runs_on_toys(
         if named := asked.strategy.options.get(option):
             left = [client for client in named if client in ("client-0", "client-1", "client-2")]
             changes[f"strategy.{option}"] = left
+    if any(own.model for own in asked.clients.values()):
+        other = shutil.copytree(model, tmp_path / "other")  # the toy, by another name
+        changes |= {"clients": {"client-2": {"model": str(other)}}, "plan.cuts": {}}
     if asked.data.biggest is not None:
         changes |= {"data.biggest": 3, "data.client": "role"}
     recipe = recipe_file.read(file, [f"{k}={json.dumps(v)}" for k, v in changes.items()])

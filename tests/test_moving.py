@@ -180,7 +180,8 @@ APART = (
     "splitfrozen",
     "splitlora",
 )
-ALIKE = [m for m in BUILT_IN if m.name not in ("base", "pooled", "pfedpg", *APART)]  # no prompts
+NOT_LORA = ("pfedpg", "fedmosaic")
+ALIKE = [m for m in BUILT_IN if m.name not in ("base", "pooled", *NOT_LORA, *APART)]
 HERE = (Seat(Cut(1, 1)), Seat(Cut(2)), whole(4))
 THERE = (Seat(Cut(2, 2)), Seat(Cut(1), "logits"), Seat(Cut(1)))
 

@@ -47,7 +47,8 @@ FREE = {
     "phsfl",
     "splitfed_v3",
     "splitfrozen",
-}  # beside them pfedpg, which takes prompts only, and zoopfl, which serves no adapter
+}  # beside them pfedpg and fedmosaic, which want other adapters, and zoopfl, which serves none
+OTHERS = {"pfedpg", "fedmosaic", "zoopfl"}
 
 
 @pytest.fixture
@@ -124,9 +125,7 @@ def test_labels_may_be_named(recipe_of: Recipe, moods: Path, tmp_path: Path) -> 
     ]
 
 
-@pytest.mark.parametrize(
-    "method", sorted(m.name for m in BUILT_IN if m.name not in (*FREE, "pfedpg", "zoopfl"))
-)
+@pytest.mark.parametrize("method", sorted(m.name for m in BUILT_IN if m.name not in FREE | OTHERS))
 def test_methods_that_bring_heads_together_refuse(method: str) -> None:
     made = {m.name: m for m in BUILT_IN}[method]()
     seats: dict[str, Seat] = {name: Seat(Cut(1, 1)) for name in ("anna", "ben", "cy")}

@@ -145,8 +145,8 @@ def read(path: Path, strategy: Strategy[Any], engine: Host) -> Any:
             client, parcel = unquote(file.stem), load(file)
             facts = cast("dict[str, Any]", parcel.facts)
             a, b, labels, rank, *how = facts["seat"]
-            recompute, accumulate = how or (0, 1)
-            seat = Seat(Cut(a, b), labels, rank, recompute, accumulate)
+            recompute, accumulate, model = cast("Any", (*how, *(0, 1, "")[len(how) :]))
+            seat = Seat(Cut(a, b), labels, model, rank, recompute, accumulate)
             engine.tenants.join(client, seat, {})
             _restore(engine.tenants[client].slots, parcel)
             engine.tenants.commit(client)
@@ -217,7 +217,7 @@ def decode_state(parcel: Parcel, strategy: Strategy[Any]) -> Any:
 
 
 def _seat(seat: Seat) -> JSON:
-    how = [seat.recompute, seat.accumulate]
+    how = [seat.recompute, seat.accumulate, seat.model]
     return [seat.cut.front, seat.cut.back, seat.labels, seat.rank, *how]
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 import yaml
 
-from flexp import assets, audit, checkpoint, planning, report, threads
+from flexp import aligning, assets, audit, checkpoint, planning, report, threads
 from flexp import run as running
 from flexp.data.federation import label_table
 from flexp.engine.host import Host
 from flexp.errors import AssetError, AuditError, FlexpError
 from flexp.events import Checkpointed, Interleaved, Recorder, Sink, Stream, read
 from flexp.holding import hold
+from flexp.model.aligned import How
 from flexp.parcel import write_atomic
 from flexp.plain import json_text
 from flexp.plan.devices import format_bytes, measure
@@ -167,6 +168,13 @@ def write_report(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     """Writes one HTML file about these runs, and returns where, and the numbers in it."""
     written = report.write(folders, out, report.Formats(format_bytes, shown))
     return {"out": str(written), **report.summary(folders)}
+
+
+def align(
+    recipe: Recipe, cache: assets.Cache, data: str, *, rows: int, how: How, say: Say
+) -> dict[str, Any]:
+    """Makes frozen factors of a recipe's models agree, into the file that the recipe names."""
+    return aligning.align(recipe, cache, data, rows=rows, how=how, say=say)
 
 
 def doctor(recipe: Recipe | None, cache: assets.Cache) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from flexp.link.metered import Ledger
 from flexp.parcel import file_name, write_atomic
 from flexp.privacy import attack
 from flexp.recipe import Recipe
-from flexp.stage import Say, Stage, opened, read_rows, survey, with_method
+from flexp.rows import read_rows
+from flexp.stage import Say, Stage, opened, survey, with_method
 from flexp.threads import adopt
 
 OUT = Path("runs")

@@ -75,14 +75,16 @@ def fleet(
     recipe: Recipe,
     sized: Mapping[ClientId, BlockCosts],
     working: Callable[[], BlockWork] | None = None,
+    workings: Mapping[ClientId, Callable[[], BlockWork]] | None = None,
 ) -> Fleet:
     """The fleet of a recipe; PlanError for a client, device or cut that cannot be.
 
     ``sized`` is what each client's model costs: those with a head or a wire of their own have
     others.
-    ``working`` gives the work of blocks, as in ``place``.
+    ``working`` gives the work of blocks, as in ``place``; ``workings`` of clients with a model of
+    their own.
     """
-    clients = list(sized)
+    clients, worked = list(sized), {c: (workings or {}).get(c, working) for c in sized}
     for where, named in (
         ("participation", recipe.participation),
         ("link.wires", recipe.link.wires),
@@ -90,12 +92,12 @@ def fleet(
         for client in named:
             if client not in clients:
                 raise PlanError(f'{where}: no client "{client}". {nearest(client, clients)}')
-    placed = _placed(recipe, recipe.plan, sized, working)
+    placed = _placed(recipe, recipe.plan, sized, worked)
     moves: list[Move] = []
     plans = [(0, recipe.plan)]
     for change in sorted(recipe.plan.changes, key=lambda c: (c.round, c.client)):
         asked = _changed(plans[-1][1], change, clients)
-        there = _placed(recipe, asked, sized, working)
+        there = _placed(recipe, asked, sized, worked)
         moves.append(Move(change.round, change.client, there[change.client]))
         plans.append((change.round, asked))
     for client, held in recipe.participation.items():
@@ -123,7 +125,7 @@ def _placed(
     recipe: Recipe,
     asked: PlanRecipe,
     sized: Mapping[ClientId, BlockCosts],
-    working: Callable[[], BlockWork] | None,
+    worked: Mapping[ClientId, Callable[[], BlockWork] | None],
 ) -> dict[ClientId, Placed]:
     """Everybody's place: those planned together who come in the same round and cost the same.
 
@@ -135,14 +137,17 @@ def _placed(
     for client in clients:
         groups.setdefault((joins.get(client, 0), id(sized[client])), []).append(client)
     if len(groups) == 1:
-        return place(recipe.model_copy(update={"plan": asked}), clients, sized[clients[0]], working)
+        first = clients[0]
+        there = recipe.model_copy(update={"plan": asked})
+        return place(there, clients, sized[first], worked[first])
     devices = devices_of(asked, clients)
     for some in groups.values():
         kept = {k: {c: v for c, v in getattr(asked, k).items() if c in some} for k in BY_CLIENT}
         if asked.devices:
             kept["assign"] = {c: devices[c].name for c in some}
         plan, cost = asked.model_copy(update=kept), sized[some[0]]
-        found |= place(recipe.model_copy(update={"plan": plan}), some, cost, working)
+        there = recipe.model_copy(update={"plan": plan})
+        found |= place(there, some, cost, worked[some[0]])
     return {c: found[c] for c in clients}
 
 

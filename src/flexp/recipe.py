@@ -65,7 +65,7 @@ class ModelRecipe(_Part):
 class AdapterRecipe(_Part):
     """What is trained; a kind reads its own fields and ignores the others."""
 
-    kind: Literal["lora", "ia3", "prompt", "dense", "head"] = "lora"
+    kind: Literal["lora", "colora", "ia3", "prompt", "dense", "head"] = "lora"
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -74,6 +74,8 @@ class AdapterRecipe(_Part):
     tokens: Annotated[int, Field(ge=1)] = 8
     at: Literal["front", "added", "behind", "cut"] = "front"
     dora: bool = False
+    groups: Annotated[int, Field(ge=1)] = 4
+    aligned: str | None = None
     head: bool = True
 
 
@@ -290,10 +292,7 @@ class Recipe(_Part):
 
 def _leaves(stem: str, plain: Any) -> list[tuple[str, Any]]:
     if isinstance(plain, Mapping):
-        held = cast("Mapping[str, Any]", plain)
-        return [
-            pair
-            for key, value in held.items()
-            for pair in _leaves(f"{stem}.{key}" if stem else str(key), value)
-        ]
+        held = cast("Mapping[str, Any]", plain).items()
+        named = ((f"{stem}.{key}" if stem else str(key), value) for key, value in held)
+        return [pair for name, value in named for pair in _leaves(name, value)]
     return [(stem, plain)]

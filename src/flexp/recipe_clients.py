@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -97,7 +98,7 @@ class ObjectiveRecipe(Part):
 
 
 class ClientRecipe(Part):
-    """What one client does otherwise than the recipe: its task, its columns, its objective.
+    """What one client does otherwise than the recipe: its task, columns, objective and backbone.
 
     Only the width at the cut must match, so with the head at the client (``plan.labels: keep``) a
     client may have labels or a kind of task of its own.
@@ -109,3 +110,11 @@ class ClientRecipe(Part):
     label: str | None = None
     prompt: str | None = None
     objective: ObjectiveRecipe | None = None
+    model: str | None = None
+
+
+def model_of(clients: Mapping[str, ClientRecipe], client: str, usual: str) -> str:
+    """The name of a client's own backbone; empty if that is the ``usual`` one."""
+    asked = clients.get(client)
+    name = asked.model if asked is not None else None
+    return "" if name is None or name == usual else name

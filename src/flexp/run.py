@@ -190,7 +190,9 @@ def turn_of(stage: Stage[Host], round: int, chosen: Sequence[ClientId] = ()) -> 
     body, rounds = stage.backbone, stage.recipe.rounds
     places = body.block_of, body.depth
     alone = tuple(stage.fleet.alone(round))
-    return Turn(round, rounds, 0, True, stage.seats_at(round), {}, *places, tuple(chosen), alone)
+    others = {name: (it.block_of, it.depth) for name, it in stage.engine.others.items()}
+    who = stage.seats_at(round), dict[ClientId, int]()
+    return Turn(round, rounds, 0, True, *who, *places, tuple(chosen), alone, others)
 
 
 def after(stage: Stage[Host], done: int) -> Turn:
@@ -237,8 +239,10 @@ def save_adapters(result: Result, folder: Path) -> list[Path]:
             return
         adapter, body = desk.whole(served.adapter), desk.model.backbone
         path = folder / file_name(desk.client)
-        base, revision = recipe.model.source, recipe.model.revision
-        card = export.card_at(desk, base, revision, stage.survey.source, seed=recipe.seed)
+        base, revision, at = recipe.model.source, recipe.model.revision, stage.survey.source
+        if name := desk.seat.model:
+            base, revision, at = name, None, stage.survey.others[name].source
+        card = export.card_at(desk, base, revision, at, seed=recipe.seed)
         export.write(path, adapter, body, adapter_kind(recipe.adapter), card)
         written.append(path)
 

@@ -14,6 +14,7 @@ from flexp.engine.flow import Pace
 from flexp.errors import CutError, ModelError, PlanError
 from flexp.link.wire import Wire, packed_bytes
 from flexp.model.adapter import Dense, Head, Ia3, Kind, Lora, Prompt, dropout_of, layout
+from flexp.model.colora import CoLora
 from flexp.model.cut import Cut, Seat
 from flexp.model.prompts import longer
 from flexp.model.quantize import Quantize
@@ -43,6 +44,7 @@ from flexp.plan.devices import parse_bytes
 from flexp.plan.sizes import adapter_bytes, quantized_costs
 from flexp.plan.trial import Shape
 from flexp.recipe import AdapterRecipe, PlanRecipe, Recipe
+from flexp.recipe_clients import model_of
 from flexp.strategies.base import ClientId
 
 
@@ -68,6 +70,9 @@ def adapter_kind(recipe: AdapterRecipe) -> Kind:
         return Lora(
             recipe.rank, recipe.alpha, recipe.dropout, recipe.targets, recipe.dora, recipe.head
         )
+    if recipe.kind == "colora":
+        more = recipe.targets, recipe.groups, recipe.head
+        return CoLora(recipe.rank, recipe.alpha, recipe.dropout, *more)
     if recipe.kind == "ia3":
         return Ia3(recipe.targets, recipe.feedforward, recipe.head)
     if recipe.kind == "prompt":
@@ -226,6 +231,7 @@ def place(
         seat = Seat(
             Cut(choice.front, choice.back),
             asked.labels,
+            model_of(recipe.clients, client, recipe.model.source),
             rank=asked.ranks.get(client),
             recompute=choice.recompute,
             accumulate=max(choice.accumulate, recipe.link.window),

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from flexp import assets
 from flexp.client.desk import Training
-from flexp.data import sources
 from flexp.data.federation import Federation, federate, space_of
-from flexp.data.sources import Row
 from flexp.data.tokens import padding_of
 from flexp.dice import Dice
 from flexp.engine.base import Own
 from flexp.engine.flow import Pace
 from flexp.engine.host import Host
 from flexp.engine.local import LocalEngine
-from flexp.errors import DataError, RecipeError, StrategyError
+from flexp.errors import RecipeError, StrategyError
 from flexp.evaluate import pooled
 from flexp.fleet import Fleet, fleet, packed_costs
 from flexp.model.adapter import Kind, Prompt
 from flexp.model.backbone import Backbone
+from flexp.model.colora import CoLora
 from flexp.model.cut import Seat, uncut
 from flexp.model.ops import Optim, SlotSpec
 from flexp.model.reader import open_reader
 from flexp.model.skeleton import Skeleton, TaskKind, skeleton
+from flexp.own_models import (
+    Model,
+    Models,
+    factors_of,
+    models_of,
+    named,
+    owners,
+    smallest,
+    unlike_models,
+)
 from flexp.own_tasks import check_own, classes_of, own_costs, own_of
 from flexp.plan.costs import BlockCosts
 from flexp.privacy.egress import check_labels
 from flexp.recipe import Recipe
+from flexp.rows import read_rows
 from flexp.seating import Placed, adapter_kind, cache_of, costs, dtype_of, quantize_of, work
 from flexp.strategies import build
 from flexp.strategies.base import ClientId, Setting, Strategy
@@ -54,6 +64,7 @@ class Survey:
     fleet: Fleet
     dice: Dice
     own_costs: Mapping[ClientId, BlockCosts]
+    others: Models = field(default_factory=dict[str, Model])
 
     @property
     def placed(self) -> Mapping[ClientId, Placed]:
@@ -131,12 +142,15 @@ def survey(recipe: Recipe, cache: assets.Cache, *, say: Say = lambda text: None)
     kind = adapter_kind(recipe.adapter)
     sized = costs(recipe, bones, kind)
     working = partial(work, recipe, bones, kind)
-    own = own_costs(recipe, source, federation)
+    more: dict[str, Any] = {"reader": tokenizer, "classes": classes, "say": say}
+    others = models_of(recipe, cache, federation, kind, **more)
+    apart = {c: others[name] for c, name in named(recipe).items()}
+    own = own_costs(recipe, source, federation) | {c: m.costs for c, m in apart.items()}
     own |= packed_costs(recipe, sized, own)
-    seated = fleet(recipe, {c: own.get(c, sized) for c in federation.shards}, working)
-    return Survey(
-        recipe, source, tokenizer, federation, classes, bones, kind, sized, seated, dice, own
-    )
+    everybody = {c: own.get(c, sized) for c in federation.shards}
+    seated = fleet(recipe, everybody, working, {c: m.work for c, m in apart.items()})
+    known = recipe, source, tokenizer, federation, classes, bones, kind, sized, seated, dice, own
+    return Survey(*known, others)
 
 
 def prepare(
@@ -152,16 +166,23 @@ def opened(found: Survey) -> Stage[LocalEngine]:
     recipe = found.recipe
     strategy = build(recipe.strategy.name, recipe.strategy.options)
     seated = seats_for(strategy, found, recipe)
-    backbone = _backbone(found, recipe.task.kind, found.classes)
+    backbone = (others := bodies(found)).pop("")
     own = own_of(found.federation, backbone, found.kind, partial(_backbone, found))
-    engine = _engine(strategy, found, recipe, backbone, own)
+    own |= owners(recipe, found.federation, others)
+    engine = _engine(strategy, found, recipe, backbone, own, others=others)
     return Stage(found, recipe, strategy, backbone, seated, engine)
 
 
-def _backbone(found: Survey, kind: TaskKind, classes: int) -> Backbone:
+def bodies(found: Survey) -> dict[str, Backbone]:
+    """All backbones of a run by the names that seats have for them; the run's own is ""."""
+    asked = found.recipe.task.kind, found.classes
+    return {name: _backbone(found, *asked, name) for name in ("", *found.others)}
+
+
+def _backbone(found: Survey, kind: TaskKind, classes: int, model: str = "") -> Backbone:
     recipe = found.recipe
-    return Backbone.open(
-        found.source,
+    made = Backbone.open(
+        found.others[model].source if model else found.source,
         task=kind,
         classes=classes,
         seed=recipe.seed,
@@ -169,10 +190,12 @@ def _backbone(found: Survey, kind: TaskKind, classes: int) -> Backbone:
         quantize=quantize_of(recipe),
         device=recipe.model.device,
         blocks_at=recipe.model.blocks_at,
-        name=recipe.model.source,
+        name=model or recipe.model.source,
         pad=padding_of(found.tokenizer),
         fast=recipe.mode == "fast",
     )
+    made.agreed = dict(factors_of(recipe).get(model, {}))
+    return made
 
 
 def with_method(stage: Stage[LocalEngine], recipe: Recipe) -> Stage[LocalEngine]:
@@ -180,7 +203,8 @@ def with_method(stage: Stage[LocalEngine], recipe: Recipe) -> Stage[LocalEngine]
     found = stage.survey
     strategy = build(recipe.strategy.name, recipe.strategy.options)
     seated = seats_for(strategy, found, recipe)
-    engine = _engine(strategy, found, recipe, stage.backbone, stage.engine.own)
+    held, others = (stage.backbone, stage.engine.own), stage.engine.others
+    engine = _engine(strategy, found, recipe, *held, others=others)
     # Where adapters begin is worked out here: building skeletons is not safe on two threads.
     engine.initial(SlotSpec())
     return replace(stage, recipe=recipe, strategy=strategy, fleet=seated, engine=engine)
@@ -192,6 +216,8 @@ def _engine(
     recipe: Recipe,
     backbone: Backbone,
     own: Mapping[ClientId, Own],
+    *,
+    others: Mapping[str, Backbone],
 ) -> LocalEngine:
     shards = found.federation.shards
     return LocalEngine(
@@ -207,21 +233,9 @@ def _engine(
         own=own,
         wires={c: recipe.link.of(c) for c in shards},
         together=recipe.mode == "fast",
+        others=others,
+        probe=smallest({"": backbone, **others}) if strategy.probes and others else None,
     )
-
-
-def read_rows(recipe: Recipe, cache: assets.Cache, say: Say) -> list[Row]:
-    """The rows of the recipe's data: a packaged set by name, else a path."""
-    name = recipe.data.path
-    if name in sources.SHIPPED:
-        return sources.shipped(name, assets.resolve(name, cache, kind="data", say=say))
-    path = Path(name).expanduser()
-    if not path.exists() and name in cache.catalogue:
-        raise DataError(
-            f'data.path: the asset "{name}" cannot be read as rows. Packaged sets that can: '
-            f"{', '.join(sources.SHIPPED)}."
-        )
-    return sources.read(path)
 
 
 def training(recipe: Recipe) -> Training:
@@ -244,16 +258,21 @@ def seats_for(strategy: Strategy[Any], found: Survey, recipe: Recipe) -> Fleet:
         reason = "one place has the whole model and all rows"
         placed = {c: Placed("one place", uncut(depth), 0, reason) for c in found.placed}
         given = replace(given, placed=placed, moves=())
+    deep = {name: model.bones.depth for name, model in found.others.items()} | {"": depth}
     for seats in given.seatings():
         refusal = strategy.refuses(setting_of(found, recipe, seats))
-        if strategy.split.startswith("no") and any(not s.near_only(depth) for s in seats.values()):
+        refusal = refusal or unlike_models(strategy, seats)
+        cut = any(not s.near_only(deep[s.model]) for s in seats.values())
+        if strategy.split.startswith("no") and cut:
             reason = strategy.split.partition(":")[2].strip()
             refusal = f"{reason} Give every client the whole model with plan.cut=[{depth},0]."
         kind = adapter_kind(recipe.adapter)
         if isinstance(kind, Prompt) and kind.at == "cut":
-            blocks = [s.cut.front + s.cut.back < depth for s in seats.values()]
+            blocks = [s.cut.front + s.cut.back < deep[s.model] for s in seats.values()]
             wanted = "its prompts at the cut need blocks at the server. Move cuts, or adapter.at."
             refusal = refusal if all(blocks) else wanted
+        if isinstance(kind, CoLora) and not strategy.gates:
+            refusal = refusal or "it wears no Co-LoRA. Set adapter.kind=lora."
         lone = any(given.alone(r) for r in range(recipe.rounds))
         if not refusal and lone and "personal" not in strategy.slots:
             refusal = 'it has no slot "personal" to train alone. Remove alone from participation.'

@@ -38,9 +38,16 @@ Mix = tuple[Term, ...]
 
 @dataclass(frozen=True)
 class Stacked:
-    """LoRA slots worn together: the sum of their products, as if their ranks were concatenated."""
+    """LoRA slots worn together: the sum of their products, as if their ranks were concatenated.
+
+    With a ``gated`` one there are two slots of Co-LoRA: what the first's products add counts g(x),
+    what the second's do 1 - g(x), with the second's gate; all else is the second's. In training the
+    gate has that ``noise``.
+    """
 
     mix: Mix
+    gated: bool = False
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)

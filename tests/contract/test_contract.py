@@ -30,6 +30,7 @@ from flexp.link.messages import Answer, Link, Message
 from flexp.link.metered import Ledger
 from flexp.model.adapter import Dense, Kind, Lora, Prompt
 from flexp.model.backbone import Backbone
+from flexp.model.colora import CoLora
 from flexp.model.cut import Cut, Seat
 from flexp.model.ops import Optim
 from flexp.parcel import Parcel, decode, encode
@@ -42,6 +43,7 @@ from flexp.strategies.dypfl import DyPfl
 from flexp.strategies.fed_influence import FedInfluence
 from flexp.strategies.fedala import FedAla
 from flexp.strategies.fedavg import FedAvg
+from flexp.strategies.fedmosaic import FROZEN, FedMosaic
 from flexp.strategies.flexp import FlexP
 from flexp.strategies.hsplitlora import HSplitLora
 from flexp.strategies.pfedme import PFedMe
@@ -126,6 +128,13 @@ SPECIAL: dict[str, Any] = {
         "queries": 4,
         "asks": frozenset[str](),
         "worn": (Term("personal"), Term("surgery")),
+    },
+    # Two adapters are worn by a gate, which no one adapter does.
+    "fedmosaic": {
+        "strategy": FedMosaic(every=1),
+        "kind": CoLora(3, 6.0, groups=2),
+        "worn": "personal",
+        "fixed": FROZEN,
     },
     # Fronts are frozen, so again the cut says what learns.
     "pfsl": {"seats": CUTS, "uncut": False, "fixed": FRONT},

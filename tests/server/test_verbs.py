@@ -319,6 +319,17 @@ def test_assign_and_dot_are_arithmetic_on_both_sides(seat: Seat) -> None:
     assert last == (0, 0, 0, 0, *blocks[4:])
 
 
+@pytest.mark.parametrize("seat", SEATS)
+def test_what_an_assignment_leaves_of_an_offer_that_nobody_has_read(seat: Seat) -> None:
+    slots, offer = offering(body(), ("a", "b"))
+    part = Where(names="*lora_A*")
+    with at_desk(body(), seat, kind=KIND, slots=slots, offer=offer) as (desk, _):
+        desk.assign("a", (Term("b"),), where=part)
+        found = desk.whole("a")
+    for k, v in found.items():
+        assert torch.equal(v, offer.adapters["b" if "lora_A" in k else "a"][k]), k
+
+
 def test_grad_moves_only_what_was_asked_and_drops_the_rest() -> None:
     slots, offer = offering(body(), ("a", "b"))
     with at_desk(body(), SEATS[1], kind=KIND, slots=slots, offer=offer) as (desk, _):

@@ -225,6 +225,32 @@ def plan(
 
 
 @app.command()
+def align(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    data: Annotated[str, typer.Option(help="Public texts: a packaged set, or a path.")] = "spam",
+    rows: Annotated[int, typer.Option(help="How many of them.")] = 200,
+    steps: Annotated[int, typer.Option(help="Steps for each A.")] = 500,
+    rate: Annotated[float, typer.Option(help="The first step's rate.")] = 5e-5,
+    as_json: Json = False,
+) -> None:
+    """Makes frozen factors of Co-LoRA agree between a recipe's models, in adapter.aligned."""
+    from flexp import recipe_file as recipes
+
+    found = recipes.read(recipe, overrides or [])
+    console = begin(as_json, found.mode)
+    from flexp import commands, terminal
+    from flexp.model.aligned import How
+
+    how = How(steps, rate)
+    document = commands.align(found, cache(), data, rows=rows, how=how, say=console.print)
+    if as_json:
+        emit(document)
+    else:
+        terminal.show_align(document, console)
+
+
+@app.command()
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe whose data to look at.")] = None,
     overrides: Overrides = None,

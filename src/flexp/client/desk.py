@@ -18,6 +18,7 @@ from flexp.data.examples import Batch, Examples, Shard, Split, grouped
 from flexp.data.tasks import Task
 from flexp.dice import Dice
 from flexp.errors import AdapterError, StrategyError
+from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
 from flexp.model.ops import Assign, Dot, Grad, Op, Optim, SlotSpec, Step
 from flexp.model.personal import PersonalModel
@@ -86,6 +87,7 @@ class Desk:
     counter: int = 0
     rows: int = 0
     prior: Tensor | None = None
+    probe: Backbone | None = None  # a small model, the same for all, that each has whole
 
     @property
     def steps(self) -> int:

@@ -6,7 +6,7 @@ Only hidden states of new positions cross the link. A client that cannot hold it
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,4 +165,4 @@ def _numbers(wear: Wear) -> Wear:
     if isinstance(wear, str | PerRow):
         return wear
     mix = plain(terms(wear))
-    return Stacked(mix) if isinstance(wear, Stacked) else mix
+    return replace(wear, mix=mix) if isinstance(wear, Stacked) else mix

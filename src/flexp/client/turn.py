@@ -43,7 +43,7 @@ class Client:
 
     ``pool`` are training rows that stand in for its own, where a method is not federated.
     ``objective`` is what it minimises instead of its task's loss. ``prefix`` are hidden states of
-    earlier turns.
+    earlier turns, ``probe`` is a small model that all have whole.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Client:
     pool: Examples | None = None
     objective: Loss | None = None
     prefix: Prefix | None = None
+    probe: Backbone | None = None
 
     def open(
         self,
@@ -106,6 +107,7 @@ class Client:
             specs=specs,
             training=self.training,
             prior=self._prior(seat, self.shard.train),
+            probe=self.probe,
         )
         loose = {k.removeprefix("tensor/"): v for k, v in answer.tensors.items()}
         return desk, Parcel(tensors=loose, facts=facts["facts"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from flexp.client.desk import Desk, Training
@@ -19,6 +20,7 @@ from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat
 from flexp.model.heads import headed
 from flexp.model.ops import HeadForm, SlotSpec
+from flexp.server.bodies import Others
 from flexp.server.tenants import Tenants
 from flexp.server.trunk import Trunk
 from flexp.strategies.base import ClientId, Served, Strategy, Turn
@@ -33,8 +35,10 @@ class Host(ABC):
     """What the round loop needs of an engine, and what all engines have in common at the server.
 
     ``memories`` and ``shards`` are those of clients in this process; who is out on the network
-    keeps both. ``tasks`` are those of clients that learn something else than ``task``. The trunk
-    computes ``together`` what waits for it, or one message after another.
+    keeps both. ``tasks`` are those of clients that learn something else than ``task``, ``others``
+    the backbones of seats that name one. The trunk computes ``together`` what waits for it, or one
+    message after another.
+    message after another.
     """
 
     def __init__(
@@ -46,7 +50,9 @@ class Host(ABC):
         training: Training,
         dice: Dice,
         together: bool = False,
+        others: Others | None = None,
     ) -> None:
+        self.others = others or {}
         self.backbone, self.task, self.kind = backbone, task, kind
         self.training, self.dice = training, dice
         self.tasks: Mapping[ClientId, Task] = {}
@@ -54,10 +60,18 @@ class Host(ABC):
         self.memories: dict[ClientId, Memory] = {}
         self.begun: Begun = {}
         self.measures = False  # whether turns are measured, which takes a little time
-        self.tenants = Tenants(backbone, self.initial, still=training.still)
+        begun = {name: partial(self.begun_on, it) for name, it in self.others.items()}
+        how: dict[str, Any] = {"others": others, "begun": begun}
+        self.tenants = Tenants(backbone, self.initial, still=training.still, **how)
         drops = dropout_of(kind)
         self.trunk = Trunk(
-            backbone, self.tenants, task, dropout=drops, together=together, kept=training.cache
+            backbone,
+            self.tenants,
+            task,
+            dropout=drops,
+            together=together,
+            kept=training.cache,
+            others=others,
         )
 
     def close(self) -> None:

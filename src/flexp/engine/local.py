@@ -30,14 +30,15 @@ from flexp.link.metered import Ledger, MeteredLink
 from flexp.link.wire import Wire
 from flexp.model.adapter import Kind, alpha_of
 from flexp.model.backbone import Backbone
-from flexp.model.cut import Seat, uncut
+from flexp.model.cut import Cut, Seat
 from flexp.model.meter import Meter
 from flexp.model.ops import SlotSpec
 from flexp.model.prefix import Prefix
 from flexp.parcel import Parcel
 from flexp.privacy.egress import Profile
+from flexp.server.bodies import Others
 from flexp.strategies.base import ClientId, Served, Strategy, Turn
-from flexp.tensors import Tensors, size_of
+from flexp.tensors import size_of
 
 PERSONAL = "personal"  # the slot that a client trains when it is alone
 
@@ -62,20 +63,19 @@ class LocalEngine(Host):
         own: Mapping[ClientId, Own] | None = None,
         wires: Mapping[ClientId, Wire] | None = None,
         together: bool = False,
+        others: Others | None = None,
+        probe: Backbone | None = None,  # what every client has whole; None: each its own backbone
     ) -> None:
-        super().__init__(backbone, task, kind=kind, training=training, dice=dice, together=together)
+        more: Any = {"kind": kind, "training": training, "dice": dice, "together": together}
+        super().__init__(backbone, task, others=others, **more)
         self.shards, self.name, self.keep_crossings = shards, run, keep_crossings
         self.profile: Profile = profile
         self.own, self.pool = own or {}, pool  # all rows, for a method that is not federated
-        self.wires: Mapping[ClientId, Wire] = wires or {}
+        self.wires, self.probe = wires or dict[ClientId, Wire](), probe
         self.tasks = {client: own.task for client, own in self.own.items()}
         self.wrap: Callable[[ClientId, Link], Link] = wrap
         self.memories = {c: Memory() for c in shards}
         self.prefixes = {c: Prefix(training.cache) for c in shards if training.cache}
-
-    def initial_of(self, client: ClientId, spec: SlotSpec, rank: int | None = None) -> Tensors:
-        """The adapter that a slot begins with for a client, whose head may be its own."""
-        return self.begun_on(self.backbone_of(client), spec, rank)
 
     def backbone_of(self, client: ClientId) -> Backbone:
         """The backbone of a client's side: the server's, or one with its own head."""
@@ -91,7 +91,7 @@ class LocalEngine(Host):
             yield from (each() for each in turns.values())
             return
         with self._through((abreast := Abreast(self.trunk, torch.get_num_threads())).wrapped):
-            whole = [w.client for w in work if w.seat.near_only(self.backbone.depth)]
+            whole = [w.client for w in work if w.seat.near_only(self.tenants.body(w.seat).depth)]
             yield from abreast.run(turns, whole)
 
     def _one_by_one(self, strategy: Strategy[Any]) -> bool:
@@ -174,7 +174,8 @@ class LocalEngine(Host):
         return self._sit(NoLink(work.client), strategy, work, turn, self._solo(strategy))
 
     def _whole(self, work: Assignment) -> Seat:
-        return replace(uncut(self.backbone.depth), rank=work.seat.rank)
+        whole = Cut(self.tenants.body(work.seat).depth)
+        return Seat(whole, model=work.seat.model, rank=work.seat.rank)
 
     def _solo(self, strategy: Strategy[Any]) -> dict[str, SlotSpec]:
         """The slots of who is alone: the personal one lasts until it comes back."""
@@ -186,8 +187,7 @@ class LocalEngine(Host):
     ) -> Arrival:
         self._undo(client)
         failure = Failure(f"{type(problem).__name__}: {problem}")
-        seconds = time.monotonic() - started
-        return Arrival(client, failure=failure, seconds=seconds, ledger=ledger)
+        return Arrival(client, failure=failure, seconds=time.monotonic() - started, ledger=ledger)
 
     @contextmanager
     def _measuring(self, desk: Desk) -> Generator[list[Measured]]:
@@ -201,8 +201,7 @@ class LocalEngine(Host):
         kept = size_of(desk.model.near.values.values())
         with Meter() as meter:
             yield found
-        far = self.trunk.flops.get(desk.client, 0)
-        found.append(Measured(meter.flops, far, kept + meter.peak))
+        found.append(Measured(meter.flops, self.trunk.flops.get(desk.client, 0), kept + meter.peak))
 
     def look(
         self, strategy: Strategy[Any], work: Sequence[Assignment], turn: Turn, look: Look
@@ -287,9 +286,10 @@ class LocalEngine(Host):
             dice=self.dice,
             kind=self.kind,
             training=self.training,
-            initial=partial(self.initial_of, name),
+            initial=partial(self.begun_on, self.backbone_of(name)),
             profile=self.profile,
             prefix=self.prefixes.get(name),
+            probe=self.probe or self.backbone_of(name),
         )
 
     def _undo(self, client: ClientId) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from flexp import libraries
 from flexp.dice import Dice
 from flexp.errors import AdapterError
+from flexp.model import colora
+from flexp.model.colora import CoLora
 from flexp.model.prompts import NAMES, Frame, Prompt, input_layout
 from flexp.model.skeleton import modules
 from flexp.model.surgery import EVERY, Surgery, begun
@@ -30,7 +32,8 @@ from flexp.model.targets import (
     unknown,
     wholes,
 )
-from flexp.model.worn import PREFIX, lengths
+from flexp.model.wearing import lengths
+from flexp.model.worn import PREFIX
 from flexp.tensors import Tensors
 
 Layout = Mapping[str, tuple[int, ...]]
@@ -80,17 +83,17 @@ class Head:
     """Only the head's leaves that the checkpoint lacks."""
 
 
-Kind = Lora | Ia3 | Prompt | Frame | Surgery | Dense | Head
+Kind = Lora | CoLora | Ia3 | Prompt | Frame | Surgery | Dense | Head
 
 
 def alpha_of(kind: Kind) -> float:
     """LoRA's alpha; 1 for kinds without."""
-    return kind.alpha if isinstance(kind, Lora) else 1.0
+    return kind.alpha if isinstance(kind, Lora | CoLora) else 1.0
 
 
 def dropout_of(kind: Kind) -> float:
     """LoRA's dropout; 0 for kinds without."""
-    return kind.dropout if isinstance(kind, Lora) else 0.0
+    return kind.dropout if isinstance(kind, Lora | CoLora) else 0.0
 
 
 def peft_config(
@@ -108,8 +111,8 @@ def peft_config(
     Raises AdapterError if a target is not in the blocks.
     """
     peft = libraries.peft()
-    if isinstance(kind, Frame | Surgery):
-        raise AdapterError("PEFT has no frames around pictures, and no surgery on hidden states.")
+    if isinstance(kind, Frame | Surgery | CoLora):
+        raise AdapterError("PEFT has no frames around pictures, surgery on states or Co-LoRA.")
     saved = wholes(net, head) if getattr(kind, "head", True) and head else None
     if isinstance(kind, Prompt):
         return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=kind.tokens)
@@ -186,6 +189,9 @@ def layout(
 
     Raises AdapterError if there is nothing to train, or a target is unknown.
     """
+    if isinstance(kind, CoLora):
+        pairs = Lora(rank or kind.rank, kind.alpha, targets=kind.targets, head=kind.head)
+        return colora.refined(layout(net, pairs, blocks, head), kind, blocks, PREFIX)
     out: dict[str, tuple[int, ...]] = {}
     paths = dense_paths(net, kind.targets, blocks, head) if isinstance(kind, Dense) else []
     paths += head if getattr(kind, "head", True) else ()
@@ -226,6 +232,8 @@ def initial(
             value = torch.zeros(shape)
         elif name.endswith(".ia3_l"):
             value = torch.ones(shape)
+        elif name.endswith(colora.EVERY):
+            value = colora.begun(name, shape, _stream(dice, name))
         elif name.endswith(".lora_magnitude_vector"):
             value = base(path.replace(".lora_magnitude_vector", ".weight"))
             value = value if value.shape[0] == shape[0] else value.T

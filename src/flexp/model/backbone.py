@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -15,23 +15,23 @@ from flexp.dice import Dice
 from flexp.errors import ModelError
 from flexp.model import prompts
 from flexp.model.adapter import Kind, Layout, initial, layout
-from flexp.model.cut import AT_CUT, PASS, Pass, Seat, Station, Tap, run
+from flexp.model.cut import AT_CUT, Pass, Seat, Tap, run
+from flexp.model.equip import equip
 from flexp.model.hollow import Absent, absent, beginnable, lent
 from flexp.model.kernels import settle
-from flexp.model.quantize import Quantize, QuantizedLinear, value_of
+from flexp.model.quantize import Quantize, value_of
 from flexp.model.skeleton import (
     TaskKind,
     bare,
     block_list,
     head_leaves,
     image_shape,
-    modules,
     read_config,
     reads_ids,
     states_of,
 )
 from flexp.model.weights import Checkpoint
-from flexp.model.worn import PREFIX, Wearing, Worn
+from flexp.model.worn import PREFIX, Worn
 from flexp.selection import Place
 from flexp.tensors import Tensors
 
@@ -62,8 +62,8 @@ class Backbone:
         self.blocks_path, blocks = block_list(model, blocks_at)
         self.depth, self.absent = len(blocks), absent(model)
         settle(model, fast=fast)
-        every = range(self.depth)
-        self.held = frozenset(i for i in every if f"{self.blocks_path}.{i}" not in self.absent)
+        named = {i: f"{self.blocks_path}.{i}" for i in range(self.depth)}
+        self.held = frozenset(i for i, path in named.items() if path not in self.absent)
         self.head = () if task == "causal-lm" else head_leaves(model, lacking, self.blocks_path)
         self.dtype = next(model.parameters()).dtype
         self.states = states_of(self.config, task, blocks_at)
@@ -71,6 +71,7 @@ class Backbone:
             self.in_tuple, self.width = self._probe(blocks)
         equip(model, self.blocks_path, blocks, self.in_tuple, self.head)
         self._layouts: dict[tuple[Kind, int | None], Layout] = {}
+        self.agreed: Tensors = {}  # of an adapter, instead of how it would begin
         self.spoken: set[tuple[int, int | None, bool]] = set()  # blocks proved to run with a cache
         with lent(model, [b.forward for b in blocks], self.held, self.states):
             self.check(self)
@@ -121,8 +122,8 @@ class Backbone:
     def sizes(self) -> tuple[int, int]:
         """The numbers of a position behind the last block, and a classifier's classes (else 0)."""
         last = (0, self.width) if self.states is None else self.states.shapes[-1]
-        classes = 0 if self.task == "causal-lm" else int(self.config.num_labels)
-        return last[1] if len(last) == 2 else last[0], classes
+        wide = last[1] if len(last) == 2 else last[0]
+        return wide, 0 if self.task == "causal-lm" else int(self.config.num_labels)
 
     # ---- names
 
@@ -151,7 +152,11 @@ class Backbone:
         What begins as a copy of the backbone's own values is there for held modules only.
         """
         shapes = beginnable(self.layout(kind, rank), self.absent)
-        return initial(shapes, dice, partial(value_of, self.model), getattr(kind, "spread", 0.0))
+        given, spread = (
+            {k: v for k, v in self.agreed.items() if k in shapes},
+            getattr(kind, "spread", 0.0),
+        )
+        return initial(shapes, dice, partial(value_of, self.model), spread) | given
 
     # ---- forwards
 
@@ -266,35 +271,10 @@ class Backbone:
             except (KeyError, TypeError, RuntimeError, IndexError, AttributeError) as problem:
                 raise ModelError(f"{self.name} cannot be cut: {problem}") from problem
         if not torch.equal(whole, cut_up):
-            worst = float((whole - cut_up).abs().max())
             raise ModelError(
-                f"{self.name} cannot be cut: its blocks exchange more than one hidden state "
-                f"(a cut forward differs from the whole one by {worst:.1e})."
+                f"{self.name} cannot be cut: its blocks exchange more than one hidden state (a cut "
+                f"forward differs from the whole one by {float((whole - cut_up).abs().max()):.1e})."
             )
 
     def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        device = next(self.model.parameters()).device
-        return {k: v.to(device) for k, v in inputs.items()}
-
-
-def equip(
-    model: nn.Module,
-    path: str,
-    blocks: nn.ModuleList,
-    in_tuple: Sequence[bool],
-    head: Sequence[str],
-) -> None:
-    """Sets a station before every block, and lets leaves of blocks and head wear something."""
-    for index, block in enumerate(blocks):
-        block.forward = Station(block, index, len(blocks), in_tuple[index])
-    for name, module in modules(model).items():
-        inside = name.startswith(f"{path}.")
-        own = isinstance(module, QuantizedLinear) or list(module.parameters(recurse=False))
-        leaf = not list(module.children()) and own
-        if name in head or (inside and leaf):
-            cast(Any, module).forward = Wearing(module, name, _worn_now)
-
-
-def _worn_now() -> Worn | None:
-    now = PASS.get()
-    return None if now is None else now.wears
+        return {k: v.to(next(self.model.parameters()).device) for k, v in inputs.items()}

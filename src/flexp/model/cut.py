@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -39,11 +39,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class Seat:
-    """Where and how a client computes: its cut, who sees labels and logits, and its rank.
+    """Where and how a client computes: its cut, who sees labels and logits, its model and rank.
 
     ``labels``: "keep" is the U-shape (tail, head, loss and labels at the client); the other two
     are the V-shape, where the server also runs the tail and the head: with "logits" they come back
     and loss and labels stay, with "loss" the labels travel and only the loss comes back.
+    ``model`` names its backbone, where that is not the run's.
     ``recompute`` is how many near blocks, from the first, run again in the backward pass instead
     of keeping what is inside them; ``accumulate`` takes each batch in that many parts. Both save
     memory and train alike.
@@ -51,6 +52,7 @@ class Seat:
 
     cut: Cut
     labels: Labels = "keep"
+    model: str = ""
     rank: int | None = None
     recompute: int = 0
     accumulate: int = 1
@@ -228,6 +230,8 @@ class Tap:
 
 def run(model: nn.Module, now: Pass, inputs: Mapping[str, Any]) -> Tensor:
     """One forward under a pass: the hidden state at ``last`` or at the tap, or the logits."""
+    if now.worn is not None and now.worn.gates:
+        now = replace(now, worn=replace(now.worn, mask=inputs.get("attention_mask")))
     token = PASS.set(now)
     try:
         return model(**inputs).logits

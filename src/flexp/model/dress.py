@@ -12,7 +12,7 @@ from torch import Tensor
 from flexp.dice import Dice
 from flexp.errors import AdapterError
 from flexp.model.slots import Slots
-from flexp.model.worn import Coef, Group, Groups, Worn, read, stacked
+from flexp.model.worn import Coef, Group, Groups, Worn, gated, read, stacked
 from flexp.selection import ALL, Where
 from flexp.tensors import PerRow, Stacked, Tensors, Wear, mixed, slots_of, terms
 
@@ -86,6 +86,9 @@ def dress(
             raise AdapterError("A prompt cannot be worn per row: rows would differ in length.")
         return Worn(groups=Groups.made(g for g in groups if len(g.rows)))
     if isinstance(wear, Stacked):
+        if wear.gated:
+            first, second = (read(views[t.slot], slots.alpha_of(t.slot)) for t in wear.mix)
+            return gated(first, second, wear.noise)
         return stacked(_summands(slots, wear, views, coefs))
     value = mixed(terms(wear), views, slots.place, coefs)
     return read({**value, **(over or {})}, slots.alpha_of(*slots_of(wear)))
@@ -115,8 +118,8 @@ def _per_block(slots: Slots, coef: Tensor) -> Coef:
 
 
 def dropping(worn: Worn, rate: float, dice: Dice | None) -> Worn:
-    """The same, with LoRA dropout keyed by call and layer; without dice there is none."""
-    if dice is None or not rate:
+    """The same, with dropout and noise of gates keyed by call and layer; without dice neither."""
+    if dice is None or not (rate or worn.noise):
         return worn
     groups = worn.groups
     if groups is not None:

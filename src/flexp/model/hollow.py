@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flexp.errors import ModelError
 from flexp.model.adapter import Layout
+from flexp.model.colora import EVERY
 from flexp.model.skeleton import Shape, Skeleton, States, inputs_of, modules, reads_ids
 from flexp.model.worn import PREFIX
 
@@ -169,7 +170,7 @@ def beginnable(shapes: Layout, paths: Sequence[str]) -> Layout:
 
     Those that begin as a copy of the backbone's own values need them.
     """
-    drawn = (".lora_A.", ".lora_B.", ".ia3_l")
+    drawn = (".lora_A.", ".lora_B.", ".ia3_l", *EVERY)
     return {
         name: shape
         for name, shape in shapes.items()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flexp.model.adapter import Kind, Lora
+from flexp.model.colora import CoLora
 from flexp.selection import ALL, Where
 from flexp.tensors import Mix, Tensors
 
@@ -60,7 +61,7 @@ class SlotSpec:
 
 def alphas_of(specs: Mapping[str, SlotSpec]) -> dict[str, float]:
     """LoRA's alpha of the slots that have a kind of their own."""
-    return {s: spec.kind.alpha for s, spec in specs.items() if isinstance(spec.kind, Lora)}
+    return {s: spec.kind.alpha for s, spec in specs.items() if isinstance(spec.kind, Lora | CoLora)}
 
 
 # The adapter that a slot begins with, of that rank; the same on both sides.

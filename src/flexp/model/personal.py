@@ -152,7 +152,8 @@ class PersonalModel:
             spread(t.coef, depth) if isinstance(t.coef, Tensor) else None for t in terms(wear)
         ]
         dice = None
-        if self.dropout is not None and self.dropout_rate:
+        noisy = isinstance(wear, Stacked) and wear.noise
+        if self.dropout is not None and (self.dropout_rate or noisy):
             dice = self.dropout("call", n=self.calls)
             self.calls += 1
         worn = self._worn(self.past or self.near, wear, coefs, near, dice)
@@ -294,4 +295,4 @@ def _bare(wear: Wear) -> Wear:
     mix = tuple(
         replace(t, coef=float("nan")) if isinstance(t.coef, Tensor) else t for t in terms(wear)
     )
-    return Stacked(mix) if isinstance(wear, Stacked) else mix
+    return replace(wear, mix=mix) if isinstance(wear, Stacked) else mix

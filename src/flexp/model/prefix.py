@@ -21,7 +21,7 @@ from flexp.selection import ALL, Where
 from flexp.tensors import PerRow, Tensors, Wear, slots_of, terms
 
 READ = ({"input_ids", "attention_mask"}, {"pixel_values"})  # the inputs that tell all of a row
-DROPS = Where(names="*.lora_*")  # what dropout is in front of
+DROPS = Where(names="*lora_*")  # what dropout, or a gate's noise, is in front of
 Compute = Callable[[Mapping[str, Tensor], int], Tensor]  # rows up to a block
 
 

@@ -102,6 +102,8 @@ class Slots:
         sources = self.read(s for t in terms for s in (t.slot, t.times) if s is not None)
         value = mixed(terms, sources, self.place)
         old = self.values.get(op.slot)
+        if old is None and not all(op.where.holds(k, self.place(k)) for k in value):
+            old = self.missing(op.slot)  # what was offered, or how it begins
         out: Tensors = {}
         for k, v in value.items():
             if op.where.holds(k, self.place(k)):

@@ -1,22 +1,16 @@
-"""What a forward wears: adapters resolved to tensors per module, applied by the module's own path.
-
-Two instance-level replacements, made once per backbone: linears inside blocks and leaves of the
-head look into the present pass for what they wear. Without a pass they are what they were. The
-order of operations is PEFT's, so a worn adapter and PEFT's wrapper agree to the last bit.
-"""
+"""What a forward wears: adapters resolved to tensors per module."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from flexp.dice import Dice
+from flexp.errors import AdapterError
+from flexp.model import colora
 from flexp.model.prompts import AT_CUT, BEHIND, FRONT, NAMES
 from flexp.model.surgery import EVERY
 from flexp.tensors import Tensors
@@ -28,12 +22,24 @@ Coef = Callable[[str], float | Tensor]  # by module path
 
 @dataclass(frozen=True)
 class Factors:
-    """One LoRA pair, A (r, in) and B (out, r); ``magnitude`` (out,) makes it DoRA."""
+    """One LoRA pair, A (r, in) and B (out, r); ``magnitude`` (out,) makes it DoRA.
+
+    With P (r, r) and Q (r,) ``between`` it is Co-LoRA. What it adds counts what the ``gate`` (in,)
+    says of a row, or the ``rest`` to 1.
+    """
 
     a: Tensor
     b: Tensor
     scaling: float
     magnitude: Tensor | None = None
+    between: tuple[Tensor, Tensor] | None = None
+    gate: Tensor | None = None
+    rest: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether it adds the product of A and B, and nothing else."""
+        return self.magnitude is None and self.between is None and self.gate is None
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,9 @@ class Worn:
     scales: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     direct: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict[str, Tensors])
     inputs: Tensors = field(default_factory=dict[str, Tensor])  # prompts and frames
+    gates: Tensors = field(default_factory=dict[str, Tensor])  # by module path
+    noise: float = 0.0  # of gates
+    mask: Tensor | None = None  # which positions gates look at
     dropout: float = 0.0
     dice: Dice | None = None
     groups: Groups | None = None
@@ -110,10 +119,19 @@ def read(adapter: Mapping[str, Tensor], alpha: float) -> Worn:
     scales: dict[str, Tensor] = {}
     direct: dict[str, Tensors] = {}
     inputs: Tensors = {}
+    gates: Tensors = {}
     for name, value in adapter.items():
         path = name.removeprefix(PREFIX)
         if name in NAMES:
             inputs[name] = value
+        elif name.endswith(colora.EVERY):
+            stem, _, _ = path.rpartition(".")
+            if name.endswith(colora.GATE):
+                gates[stem] = value
+            elif name.endswith(colora.A):
+                b, p, q = (adapter[f"{PREFIX}{stem}{part}"] for part in colora.EVERY[1:4])
+                pair = Factors(value, b, alpha / value.shape[0], between=(p, q))
+                factors[stem] = (pair,)
         elif ".lora_A." in path:
             stem = path.split(".lora_A.")[0]
             b = adapter[name.replace(".lora_A.", ".lora_B.")]
@@ -124,7 +142,19 @@ def read(adapter: Mapping[str, Tensor], alpha: float) -> Worn:
         elif ".lora_" not in path:
             stem, _, leaf = path.rpartition(".")
             direct.setdefault(stem, {})[leaf] = value
-    return Worn(factors, scales, direct, inputs)
+    return Worn(factors, scales, direct, inputs, gates)
+
+
+def gated(first: Worn, second: Worn, noise: float) -> Worn:
+    """Two adapters at once: the second, and of the first what the second's gate lets through."""
+    factors: dict[str, tuple[Factors, ...]] = {}
+    for path, pairs in second.factors.items():
+        gate = second.gates.get(path)
+        if gate is None:
+            raise AdapterError("Only Co-LoRA has gates. Set adapter.kind to colora.")
+        theirs = tuple(replace(p, gate=gate) for p in first.factors.get(path, ()))
+        factors[path] = (*theirs, *(replace(p, gate=gate, rest=True) for p in pairs))
+    return replace(second, factors=factors, noise=noise)
 
 
 def stacked(many: list[tuple[Worn, Coef]]) -> Worn:
@@ -133,7 +163,7 @@ def stacked(many: list[tuple[Worn, Coef]]) -> Worn:
     direct: dict[str, Tensors] = {}
     for worn, coef in many:
         for path, pairs in worn.factors.items():
-            mine = tuple(Factors(p.a, p.b * coef(path), p.scaling, p.magnitude) for p in pairs)
+            mine = tuple(replace(p, b=p.b * coef(path)) for p in pairs)
             factors[path] = factors.get(path, ()) + mine
         for path, leaves in worn.direct.items():
             held = direct.setdefault(path, {})
@@ -141,139 +171,3 @@ def stacked(many: list[tuple[Worn, Coef]]) -> Worn:
                 x = value * coef(path)
                 held[leaf] = held[leaf] + x if leaf in held else x
     return Worn(factors, {}, direct)
-
-
-def stacked_factors(worn: Sequence[tuple[Factors, ...]]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A [groups, rank, in] and B [groups, out, rank] of all groups, short ranks filled with zeros.
-
-    Scalings [groups, 1, rank] come beside them, or None if there is one for all.
-    """
-    if all(len(pairs) == 1 for pairs in worn):
-        alike = {(p.a.shape, p.scaling) for (p,) in worn}
-        if len(alike) == 1:
-            return torch.stack([p.a for (p,) in worn]), torch.stack([p.b for (p,) in worn]), None
-    some = next(pair for pairs in worn for pair in pairs)
-    most = max(sum(len(p.a) for p in pairs) for pairs in worn)
-    a, b, scales = list[Tensor](), list[Tensor](), list[Tensor]()
-    for pairs in worn:
-        rank = sum(len(p.a) for p in pairs)
-        a.append(
-            torch.cat([*(p.a for p in pairs), some.a.new_zeros(most - rank, *some.a.shape[1:])])
-        )
-        b.append(torch.cat([*(p.b for p in pairs), some.b.new_zeros(len(some.b), most - rank)], 1))
-        scales.append(
-            torch.cat(
-                [
-                    *(p.a.new_full((len(p.a),), p.scaling) for p in pairs),
-                    some.a.new_zeros(most - rank),
-                ]
-            )
-        )
-    return torch.stack(a), torch.stack(b), torch.stack(scales)[:, None]
-
-
-def lengths(matrix: Tensor) -> Tensor:
-    """The Euclidean length of each row."""
-    return torch.linalg.norm(matrix, dim=1)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-
-
-class Wearing:
-    """Replaces ``module.forward`` on the instance and applies what the present pass wears here."""
-
-    def __init__(self, module: nn.Module, path: str, now: Callable[[], Worn | None]) -> None:
-        self.plain: Callable[..., Tensor] = module.forward
-        self.module, self.path, self.now = module, path, now
-        self.transposed = not isinstance(module, nn.Linear)
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        worn = self.now()
-        if worn is None or args or kwargs:
-            return self.plain(x, *args, **kwargs)
-        if worn.groups is None:
-            return self.apply(x, worn)
-        if all(self._only_factors(group.worn) for group in worn.groups.held):
-            return self._together(x, worn.groups)
-        parts = [self.apply(x[group.rows], group.worn) for group in worn.groups.held]
-        order = torch.cat([group.rows for group in worn.groups.held])
-        return torch.cat(parts)[torch.argsort(order)]
-
-    def apply(self, x: Tensor, worn: Worn) -> Tensor:
-        """The module's output for rows that all wear the same."""
-        scale = worn.scales.get(self.path)
-        if scale is not None and scale.shape[0] == 1:
-            x = x * scale.flatten()
-        out = self._base(x, worn.direct.get(self.path))
-        if scale is not None and scale.shape[0] != 1:
-            out = out * scale.flatten()
-        for pair in worn.factors.get(self.path, ()):
-            low = self._dropped(x.to(pair.a.dtype), worn)
-            out = (out + self._lora(low, out, pair)).to(out.dtype)
-        return out
-
-    def _only_factors(self, worn: Worn) -> bool:
-        """Whether nothing is worn here but LoRA pairs, or nothing at all."""
-        pairs = worn.factors.get(self.path, ())
-        plain = self.path not in worn.scales and self.path not in worn.direct
-        return plain and all(pair.magnitude is None for pair in pairs)
-
-    def _together(self, x: Tensor, groups: Groups) -> Tensor:
-        """One frozen product for all rows, and one batched product with their groups' factors."""
-        out = self.plain(x)
-        worn = [group.worn.factors.get(self.path, ()) for group in groups.held]
-        if not any(worn):
-            return out
-        a, b, scales = stacked_factors(worn)
-        rows = x.reshape(len(groups.of), -1, x.shape[-1]).to(a.dtype)
-        rows = self._dropped_by(rows, groups)
-        if groups.even is None:
-            a, b = a.index_select(0, groups.of), b.index_select(0, groups.of)
-            scales = None if scales is None else scales.index_select(0, groups.of)
-        else:
-            rows = rows.reshape(len(groups.held), -1, rows.shape[-1])
-        low = torch.bmm(rows, a.transpose(1, 2))
-        low = torch.bmm(low if scales is None else low * scales, b.transpose(1, 2))
-        low = low.reshape(out.shape)
-        first = next(pair for pairs in worn for pair in pairs)
-        return (out + (low * first.scaling if scales is None else low)).to(out.dtype)
-
-    def _dropped_by(self, rows: Tensor, groups: Groups) -> Tensor:
-        """Dropout of [rows, length, width]: every group draws what it would draw alone."""
-        if all(group.worn.dropout == 0.0 or group.worn.dice is None for group in groups.held):
-            return rows
-        parts: list[Tensor] = []
-        for group in groups.held:
-            mine = rows[group.rows]
-            real = self._dropped(mine[:, : group.length], group.worn)
-            parts.append(torch.cat([real, mine[:, real.shape[1] :]], dim=1))
-        order = torch.cat([group.rows for group in groups.held])
-        return torch.cat(parts)[torch.argsort(order)]
-
-    def _base(self, x: Tensor, direct: Mapping[str, Tensor] | None) -> Tensor:
-        if direct is None:
-            return self.plain(x)
-        # A shallow copy of the leaf runs its class's own forward: other threads keep the original.
-        shadow = copy.copy(self.module)
-        shadow.__dict__["_parameters"] = {**self.module.__dict__["_parameters"], **direct}
-        shadow.__dict__.pop("forward", None)
-        wide = next(iter(direct.values())).dtype  # trained in fp32 on a bf16 backbone
-        return type(self.module).forward(shadow, x.to(wide)).to(x.dtype)
-
-    def _dropped(self, x: Tensor, worn: Worn) -> Tensor:
-        if worn.dropout == 0.0 or worn.dice is None:
-            return x
-        keep = torch.rand(x.shape, generator=worn.dice("layer", path=self.path).generator())
-        return x * (keep.to(x.device) >= worn.dropout) / (1.0 - worn.dropout)
-
-    def _lora(self, x: Tensor, base: Tensor, pair: Factors) -> Tensor:
-        low = F.linear(F.linear(x, pair.a), pair.b)
-        if pair.magnitude is None:
-            return low * pair.scaling
-        weight: Tensor = cast(Any, self.module).weight
-        weight = weight.T if self.transposed else weight
-        eye = torch.eye(pair.a.shape[1], dtype=pair.a.dtype, device=pair.a.device)
-        product = F.linear(F.linear(eye, pair.a), pair.b).T
-        length = lengths(weight + pair.scaling * product.detach())
-        ratio = (pair.magnitude / length).view(1, -1)
-        bias: Tensor | None = getattr(self.module, "bias", None)
-        plain = base if bias is None else base - bias
-        return (ratio - 1) * plain + ratio * low * pair.scaling

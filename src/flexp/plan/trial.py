@@ -24,9 +24,9 @@ from flexp.data.loss import chunked_loss, wide
 from flexp.dice import Dice
 from flexp.model import prompts
 from flexp.model.adapter import Layout
-from flexp.model.backbone import equip
 from flexp.model.cut import Pass, Stopped, Tap, run
 from flexp.model.dress import dropping
+from flexp.model.equip import equip
 from flexp.model.kernels import attend_wide, fuse
 from flexp.model.meter import Meter
 from flexp.model.prompts import longer

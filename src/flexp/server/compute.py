@@ -26,8 +26,9 @@ from flexp.model.prompts import AT_CUT, put_in, taken_out, widened
 from flexp.model.slots import Slots
 from flexp.model.together import Together
 from flexp.model.worn import Worn
+from flexp.server.bodies import Others, body_at
 from flexp.server.pending import Graph, Shared, Waiting
-from flexp.tensors import terms
+from flexp.tensors import Stacked, terms
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ForwardJob:
         """What its graph's bytes depend on."""
         m = self.message
         size, slots = tuple(m.hidden.shape), len(self.slots.values)
-        return self.seat.cut, m.until, size, m.hidden.dtype, m.wants, slots
+        return self.seat.cut, self.seat.model, m.until, size, m.hidden.dtype, m.wants, slots
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,28 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class Compute:
-    """Forwards and gradients over one backbone; only the compute thread calls it."""
+    """Forwards and gradients over backbones; only the compute thread calls it."""
 
     def __init__(
-        self, backbone: Backbone, task: Objective, waiting: Waiting, *, dropout: float
+        self,
+        backbone: Backbone,
+        task: Objective,
+        waiting: Waiting,
+        *,
+        dropout: float,
+        others: Others | None = None,
     ) -> None:
         self.backbone, self.task, self.waiting, self.dropout = backbone, task, waiting, dropout
-        self.jointly = Together(backbone)
+        self.jointly, self.others = Together(backbone), others or {}
 
     def kind(self, seat: Seat, m: Forward) -> Hashable:
-        """What forwards have in common that can be one pass; None for one that is always alone."""
+        """What forwards have in common that can be one pass; None for one that is always alone.
+
+        A gate looks at a row's real positions, which a joint pass does not know, and a pass has one
+        model.
+        """
+        if seat.model or (isinstance(m.wear, Stacked) and m.wear.gated):
+            return None
         if seat.cut.front + seat.cut.back >= self.backbone.depth:
             return None
         image = tuple(s[1:] for s in m.shapes.values() if len(s) != 2)
@@ -131,10 +144,11 @@ class Compute:
     def _out(self, job: ForwardJob, worn: Worn, feed: Tensor, first: int) -> Tensor:
         """What a forward asks for, from the hidden state before a block."""
         m, last = job.message, None
+        body = body_at(job.seat, self.backbone, self.others)
         if m.until == "hidden":
-            last = self.backbone.depth - job.seat.cut.back
-        blanks = self.backbone.blanks(*widened(m.shapes, m.mask, worn.at_cut))
-        out = self.backbone.run(blanks, worn, first=first, last=last, feed=feed)
+            last = body.depth - job.seat.cut.back
+        blanks = body.blanks(*widened(m.shapes, m.mask, worn.at_cut))
+        out = body.run(blanks, worn, first=first, last=last, feed=feed)
         if m.until != "hidden" and out.dim() == 3:
             out = taken_out(out, worn.at_cut)
         if m.labels is not None and m.until == "loss":

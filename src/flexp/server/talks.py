@@ -13,7 +13,8 @@ from flexp.link.messages import Continue
 from flexp.model.backbone import Backbone
 from flexp.model.cached import Cached
 from flexp.model.dress import Leaves, dress
-from flexp.server.tenants import Tenancy
+from flexp.server.bodies import Others, body_at
+from flexp.server.tenancy import Tenancy
 from flexp.tensors import PerRow, Wear, terms
 
 MAX_POSITIONS = 4096  # of one conversation
@@ -31,8 +32,8 @@ class Talk:
 class Talks:
     """The one conversation of each client; a new one takes the place of the one before."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    def __init__(self, backbone: Backbone, others: Others) -> None:
+        self.backbone, self.others = backbone, others
         self.held: dict[str, Talk] = {}
 
     def proceed(self, home: Tenancy, m: Continue) -> Tensor:
@@ -55,13 +56,11 @@ class Talks:
         self.held.pop(client, None)
 
     def _begun(self, home: Tenancy, m: Continue) -> Talk:
-        seat, depth = home.seat, self.backbone.depth
+        seat, body = home.seat, body_at(home.seat, self.backbone, self.others)
         with torch.no_grad():
             worn = dress(home.slots, m.wear, (), None, Leaves())
-        last = depth - seat.cut.back if seat.labels == "keep" else None
-        return Talk(
-            m.talk, m.wear, Cached.open(self.backbone, seat.cut.front, last, worn, fed=True)
-        )
+        last = body.depth - seat.cut.back if seat.labels == "keep" else None
+        return Talk(m.talk, m.wear, Cached.open(body, seat.cut.front, last, worn, fed=True))
 
     def _fits(self, talk: Talk, m: Continue) -> None:
         """LinkError unless the message goes on where the conversation ends, wearing the same."""
@@ -84,7 +83,8 @@ class Talks:
                 'A seat with labels "loss" gets nothing but the loss, so it cannot continue a '
                 'text. Set plan.labels to "keep" or "logits".'
             )
-        width, shape = self.backbone.width, list(m.hidden.shape)
+        width = body_at(home.seat, self.backbone, self.others).width
+        shape = list(m.hidden.shape)
         if len(shape) != 3 or shape[0] != 1 or shape[1] < 1 or shape[2] != width:
             raise LinkError(f"A text's next positions are [1, length, {width}]; these are {shape}.")
         if any(isinstance(t.coef, Tensor) or math.isnan(t.coef) for t in terms(m.wear)):

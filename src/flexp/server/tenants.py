@@ -1,4 +1,4 @@
-"""Tenants: every client's far slots and optimizers, on the one shared backbone.
+"""Tenants: every client's far slots and optimizers, on a backbone that many share.
 
 Knows slots and places, never a strategy. A client reads and moves only its own tenancy.
 """
@@ -6,7 +6,7 @@ Knows slots and places, never a strategy. A client reads and moves only its own 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
@@ -16,53 +16,42 @@ from flexp.model.backbone import Backbone
 from flexp.model.cut import Seat, uncut
 from flexp.model.ops import Initial, Op, Optim, SlotSpec, Step, alphas_of
 from flexp.model.slots import Slots, moments
-from flexp.parcel import JSON, Facts, Parcel
+from flexp.parcel import Parcel
 from flexp.selection import ALL, FAR, NEAR, Place, Where, select
+from flexp.server.bodies import Others, body_at
 from flexp.server.checks import refuse_odd
+from flexp.server.tenancy import Tenancy
 from flexp.tensors import BlockScalars, Tensors
-
-Held = dict[str, Tensors]
-
-
-@dataclass
-class Tenancy:
-    """One client's residence: its seat, its far slots, and what it was offered for this turn.
-
-    After a change of seat, ``leaving`` waits for the client to fetch it. ``there`` are the names by
-    slot that it need not hand in, ``awaited`` the far tensors (slot, name) that have yet to come.
-    """
-
-    client: str
-    seat: Seat
-    specs: Mapping[str, SlotSpec]
-    slots: Slots
-    offered: Mapping[str, Tensors] = field(default_factory=dict[str, Tensors])
-    loose: Tensors = field(default_factory=dict[str, Tensor])
-    facts: Facts = field(default_factory=dict[str, JSON])
-    rows: int = 0
-    counted: tuple[int, int] = (-1, 0)
-    reply: Parcel | None = None
-    counted_rows: int = 0
-    before: tuple[Seat, Held, Held, int] | None = None
-    seen: int = 0  # steps of server slots before its newest forward
-    stepped: int = 0  # its own of this turn
-    turns: int = 0  # that counted
-    moving: bool = False
-    leaving: Held = field(default_factory=dict[str, Tensors])
-    there: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
-    awaited: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
 
 
 class Tenants:
-    """All tenancies of one server. ``still``: whether a tensor may take steps and never move."""
+    """All tenancies of one server. ``still``: whether a tensor may take steps and never move.
+
+    ``others`` are the backbones of seats that name one, and ``begun`` how slots begin there.
+    """
 
     def __init__(
-        self, backbone: Backbone, initial: Initial, *, still: Literal["refuse", "allow"] = "allow"
+        self,
+        backbone: Backbone,
+        initial: Initial,
+        *,
+        still: Literal["refuse", "allow"] = "allow",
+        others: Others | None = None,
+        begun: Mapping[str, Initial] | None = None,
     ) -> None:
-        self.backbone, self.initial, self.still = backbone, initial, still
+        self.backbone, self.still, self.others = backbone, still, others or {}
+        self._initial = {"": initial, **(begun or {})}
         self.homes: dict[str, Tenancy] = {}
         self.shared = Slots(self._everywhere, backbone.depth, fused=backbone.fast)
         self.steps = 0  # taken so far on slots of the server, by anybody
+
+    def body(self, seat: Seat) -> Backbone:
+        """The backbone of a seat."""
+        return body_at(seat, self.backbone, self.others)
+
+    def initial(self, spec: SlotSpec, seat: Seat) -> Tensors:
+        """The adapter that a slot begins with at a seat."""
+        return self._initial[seat.model](spec, seat.rank)
 
     def __getitem__(self, client: str) -> Tenancy:
         if client not in self.homes:
@@ -84,7 +73,7 @@ class Tenants:
         """
         home = self.homes.get(client)
         if home is None:
-            body = self.backbone
+            body = self.body(seat)
             held = Slots(self._placer(seat), body.depth, alpha, fused=body.fast)
             home = self.homes[client] = Tenancy(client, seat, slots, held)
         shared = dict(self.shared.values)
@@ -113,7 +102,7 @@ class Tenants:
 
         Nothing is awaited that is offered, or of which the server has the one copy for all.
         """
-        seat.check(self.backbone.depth, open_profile=True, who=home.client)
+        seat.check(self.body(seat).depth, open_profile=True, who=home.client)
         lasting = sorted(home.slots.lasting(home.specs))
         there = {s: self._far(home, s) for s in lasting}
         if seat.rank != home.seat.rank and home.slots.values:
@@ -129,7 +118,7 @@ class Tenants:
         }
         home.there = {s: self._present(home, s) | offer.adapters.get(s, {}).keys() for s in lasting}
         for slot in [s for s in lasting if s in home.specs and s in home.slots.values]:
-            names = select(self.initial(home.specs[slot], seat.rank), FAR, home.slots.place)
+            names = select(self.initial(home.specs[slot], seat), FAR, home.slots.place)
             home.awaited |= {(slot, name) for name in names if name not in home.there[slot]}
 
     def _far(self, home: Tenancy, slot: str) -> Tensors:
@@ -148,15 +137,15 @@ class Tenants:
         if spec.home == "server":
             self._begin_shared(home, slot, spec)
         elif slot not in home.slots.values:
-            value = self.initial(spec, home.seat.rank)
+            value = self.initial(spec, home.seat)
             home.slots.put(slot, select(value, FAR, home.slots.place))
         if spec.optim is not None:
             home.slots.optims[slot] = spec.optim
 
     def _begin_shared(self, home: Tenancy, slot: str, spec: SlotSpec) -> None:
         """The one copy has a tensor from when the first client has it far."""
-        rank = None if spec.any_rank else home.seat.rank
-        value = select(self.initial(spec, rank), FAR, home.slots.place)
+        seat = replace(home.seat, rank=None) if spec.any_rank else home.seat
+        value = select(self.initial(spec, seat), FAR, home.slots.place)
         held = self.shared.values.get(slot, {})
         fresh = {k: v.clone() for k, v in value.items() if (slot, k) not in home.awaited}
         self._share(home, slot, {k: v for k, v in fresh.items() if k not in held})
@@ -292,7 +281,7 @@ class Tenants:
                         self.shared.values[name] = {**held, **mine}
 
     def _placer(self, seat: Seat) -> Callable[[str], Place]:
-        return lambda name: self.backbone.place(name, seat)
+        return lambda name: self.body(seat).place(name, seat)
 
     def _everywhere(self, name: str) -> Place:
         return replace(self.backbone.place(name, uncut(self.backbone.depth)), side="far")

@@ -1,4 +1,4 @@
-"""The far part of every forward and backward, over the shared backbone."""
+"""The far part of every forward and backward, over the server's backbones."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from flexp.model.backbone import Backbone
 from flexp.model.personal import Objective
 from flexp.parcel import JSON, Parcel
 from flexp.selection import select
+from flexp.server.bodies import Others
 from flexp.server.checks import check, check_finite, check_rows, odd_reply, refuse_odd
 from flexp.server.compute import BackwardJob, Compute, ForwardJob, Gradients
 from flexp.server.line import Request
@@ -34,7 +35,8 @@ from flexp.server.pending import Graph, Pending, Waiting
 from flexp.server.rows import Rows
 from flexp.server.steps import StepTable
 from flexp.server.talks import Talks
-from flexp.server.tenants import Tenancy, Tenants
+from flexp.server.tenancy import Tenancy
+from flexp.server.tenants import Tenants
 from flexp.server.thread import ComputeThread, Work
 from flexp.tensors import Tensors, slots_of
 
@@ -44,6 +46,7 @@ class Trunk(ComputeThread):
 
     One after another; ``together``, forwards that wait are computed in one pass with others, and
     backwards of one pass too. ``kept``: bytes of hidden states that a client may leave here.
+    ``others`` are backbones of seats that name one; there messages are alone.
     """
 
     def __init__(
@@ -55,12 +58,13 @@ class Trunk(ComputeThread):
         dropout: float = 0.0,
         together: bool = False,
         kept: int = 0,
+        others: Others | None = None,
     ) -> None:
         self.backbone, self.tenants, self.together = backbone, tenants, False
         self.tables: dict[str, StepTable] = {}
         self.pending = Waiting(rows=Rows(kept))
-        self.talks = Talks(backbone)
-        super().__init__(Compute(backbone, task, self.pending, dropout=dropout))
+        self.talks = Talks(backbone, others or {})
+        super().__init__(Compute(backbone, task, self.pending, dropout=dropout, others=others))
         if together:
             self.take_together()
 
@@ -189,7 +193,7 @@ class Trunk(ComputeThread):
             odd = f'slot "{slot:.80}", which is none that it gives'
             if slot in message.far and slot in home.specs:
                 spec = home.specs[slot]
-                known = self.tenants.initial(spec, home.seat.rank)
+                known = self.tenants.initial(spec, home.seat)
                 odd = odd_reply(home.slots, slot, message, known, any_rank=spec.any_rank)
             if odd:
                 raise LinkError(
@@ -211,11 +215,12 @@ class Trunk(ComputeThread):
     # ---- what is computed
 
     def _forward(self, home: Tenancy, m: Forward) -> Work:
-        check_rows(self.backbone, home.seat, m)
+        body = self.tenants.body(home.seat)
+        check_rows(body, home.seat, m)
         rows, lacks = self.pending.rows, self.pending.rows.lacking(home.client, m)
         if not lacks:
             m = rows.whole(home.client, m)
-            check(self.backbone, home.seat, m)
+            check(body, home.seat, m)
         self.tenants.do(home.client, m.ops)
         home.seen = self.tenants.steps
         if lacks:

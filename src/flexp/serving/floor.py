@@ -23,6 +23,7 @@ from flexp.model.adapter import Kind
 from flexp.model.backbone import Backbone
 from flexp.model.reader import open_reader
 from flexp.model.skeleton import Skeleton, skeleton
+from flexp.own_models import named
 from flexp.own_tasks import classes_of, own_costs
 from flexp.plan.costs import BlockCosts, near_bytes
 from flexp.planning import measured
@@ -135,6 +136,16 @@ def floor_of(recipe: Recipe, cache: assets.Cache, say: Say) -> Floor:
         raise StrategyError(
             f'Method "{strategy.name}" puts all rows in one place, so it does not run over a '
             "network. Use `flexp run`, or another method."
+        )
+    if strategy.probes:
+        raise StrategyError(
+            f'Method "{strategy.name}" needs a probe, a whole small model, at every client, which '
+            "nothing brings there over a network yet. Use `flexp run`, or another method."
+        )
+    if named(recipe):
+        raise RecipeError(
+            "clients.NAME.model: over a network all clients have the run's model so far. Remove "
+            "it, or use `flexp run`."
         )
     if any(held.alone for held in recipe.participation.values()):
         raise RecipeError(

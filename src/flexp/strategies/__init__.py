@@ -24,6 +24,7 @@ from flexp.strategies.fedbasis import FedBasis
 from flexp.strategies.fedbn import FedBn
 from flexp.strategies.feddpa import FedDpa
 from flexp.strategies.fedfomo import FedFomo
+from flexp.strategies.fedmosaic import FedMosaic
 from flexp.strategies.fedper import FedPer
 from flexp.strategies.fedppa import FedPpa
 from flexp.strategies.fedprox import FedProx
@@ -83,6 +84,7 @@ BUILT_IN: tuple[type[Strategy[Any]], ...] = (
     PFedHn,
     PFedPg,
     ZooPfl,
+    FedMosaic,
     FedPpa,
     FedPer,
     FedRep,

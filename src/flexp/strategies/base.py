@@ -26,6 +26,7 @@ from flexp.tensors import Tensors, Wear
 
 ClientId = str
 State = TypeVar("State")
+Blocks = tuple[Callable[[str], int], int]  # a name's block, and how many there are
 MethodKind = Literal[
     "reference", "centralised", "federated", "personalised", "federated LoRA", "split", "observer"
 ]
@@ -76,6 +77,7 @@ class Turn:
     """Which round and wave it is. ``rows`` are training rows as the server saw them in this turn.
 
     Of a client without a server part the server sees none; then they are the client's claim.
+    ``block_of`` and ``depth`` are of the run's model, ``others`` of models that seats name.
     ``chosen`` are the clients of the whole round; ``alone`` are those that train without the server
     in it, of which a method sees nothing.
     """
@@ -90,11 +92,17 @@ class Turn:
     depth: int
     chosen: tuple[ClientId, ...] = ()
     alone: tuple[ClientId, ...] = ()
+    others: Mapping[str, Blocks] = field(default_factory=dict[str, "Blocks"])
+
+    def blocks(self, client: ClientId) -> Blocks:
+        """Where names of a client's adapter lie in its model, and how many blocks that has."""
+        model = self.seats[client].model
+        return self.others[model] if model else (self.block_of, self.depth)
 
     def select(self, client: ClientId, tensors: Tensors, where: Where) -> Tensors:
         """The part of an adapter that a selection takes at that client's cut."""
-        seat = self.seats[client]
-        return select(tensors, where, lambda k: seat.place(self.block_of(k), self.depth))
+        seat, (block_of, depth) = self.seats[client], self.blocks(client)
+        return select(tensors, where, lambda k: seat.place(block_of(k), depth))
 
     def weights(self, clients: Sequence[ClientId]) -> list[float]:
         """Rows as weights of a mean; all equal if nobody trained on any."""
@@ -126,6 +134,8 @@ class Strategy(Protocol[State]):
     The first line of the class's docstring is what `flexp methods` says that it does. ``own`` is
     the part of what it serves that may differ between clients; the rest is equal for all.
     ``alone``: whether a client may go on training its slot "personal" without the server.
+    ``gates``: whether it wears adapters by gates, which Co-LoRA has. ``probes``: whether clients
+    look at rows with the run's probe. ``models``: whether they may have other backbones each.
     """
 
     name: ClassVar[str]
@@ -135,6 +145,9 @@ class Strategy(Protocol[State]):
     reconstruction: ClassVar[str] = ""
     split: ClassVar[str] = "yes"
     alone: ClassVar[bool] = True
+    gates: ClassVar[bool] = False
+    probes: ClassVar[bool] = False
+    models: ClassVar[bool] = False
     slots: ClassVar[Mapping[str, SlotSpec]]
     leaves: ClassVar[tuple[Leave, ...]] = ()
 

@@ -21,6 +21,7 @@ class Local(Strategy[None]):
     paper: ClassVar[str] = "no federation"
     kind: ClassVar[MethodKind] = "reference"
     own: ClassVar[Where] = ALL
+    models: ClassVar[bool] = True
     slots: ClassVar[Mapping[str, SlotSpec]] = {"personal": SlotSpec(lasts="run", moments="keep")}
 
     def refuses(self, setting: Setting) -> str:

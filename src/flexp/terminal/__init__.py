@@ -4,6 +4,7 @@ from flexp.terminal.grids import shown
 from flexp.terminal.identities import show_authority, show_certificates, show_issued
 from flexp.terminal.network import show_joined, show_terms
 from flexp.terminal.pages import (
+    show_align,
     show_assets,
     show_doctor,
     show_export,
@@ -29,6 +30,7 @@ __all__ = [
     "show_compare",
     "show_cuts",
     "show_demo",
+    "show_align",
     "show_doctor",
     "show_export",
     "show_fleet",

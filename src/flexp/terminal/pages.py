@@ -122,6 +122,19 @@ def show_predictions(document: Row, console: Console) -> None:
         console.print(grid("", ["text", "label", "probability"], lines))
 
 
+def show_align(document: Row, console: Console) -> None:
+    """How far each model was from the pivot, and is now."""
+    far = "{:.3g}"
+    lines = [
+        [name, far.format(found["before"]), far.format(found["after"])]
+        for name, found in document["models"].items()
+    ]
+    title = f"Distance to {document['pivot']} per number, on {document['rows']} rows"
+    console.print(grid(title, ["model", "as drawn", "aligned"], lines))
+    kept = "was there already" if document["kept"] else "is made"
+    console.print(f"{document['file']} {kept}: adapter.aligned")
+
+
 def show_doctor(document: Row, console: Console) -> None:
     """Facts, then clients and findings if a recipe was given."""
     lines = [[name, version] for name, version in document["facts"].items()]
