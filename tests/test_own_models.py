@@ -216,7 +216,7 @@ def larger(tmp_path: Path, tiny_model: Path) -> Path:
     """A wider and deeper model with the tokenizer of the tiny one."""
     folder = tmp_path / "larger"
     shutil.copytree(tiny_model, folder)
-    config = hf.AutoConfig.from_pretrained(tiny_model)
+    config: Any = hf.AutoConfig.from_pretrained(tiny_model)
     config.hidden_size, config.num_hidden_layers = WIDE, DEEP
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(1)

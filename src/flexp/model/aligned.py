@@ -90,7 +90,7 @@ def fitted(a: Tensor, x: Sequence[Tensor], y: Sequence[Tensor], how: How, dice: 
         with torch.enable_grad():
             loss = functional.mse_loss(x[at] @ a.T, y[at]) + how.spread * crowding(a)
             (a.grad,) = torch.autograd.grad(loss, [a])
-        optim.step()
+        optim.step()  # pyright: ignore[reportUnknownMemberType]
     return polar(a.detach())
 
 
