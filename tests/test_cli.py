@@ -166,7 +166,10 @@ def test_unknown_key(flexp: Flexp, recipe_of: Recipe) -> None:
     ("changes", "hint"),
     [
         ({"clients": {"anna": {"tsak": {}}}}, 'Did you mean "task"?'),
-        ({"clients": {"anna": {"rows": 3}}}, "Known: image, label, model, objective, prompt, task, text."),
+        (
+            {"clients": {"anna": {"rows": 3}}},
+            "Known: image, label, model, objective, prompt, task, text.",
+        ),
         ({"plan__devices": [{"names": "phone"}]}, 'Did you mean "name"?'),
         ({"plan__server": {"gflop": 3}}, 'Did you mean "gflops"?'),
     ],

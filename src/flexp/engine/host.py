@@ -38,7 +38,6 @@ class Host(ABC):
     keeps both. ``tasks`` are those of clients that learn something else than ``task``, ``others``
     the backbones of seats that name one. The trunk computes ``together`` what waits for it, or one
     message after another.
-    message after another.
     """
 
     def __init__(

@@ -59,19 +59,19 @@ class LocalEngine(Host):
         run: str = "run",
         wrap: Callable[[ClientId, Link], Link] = lambda client, link: link,
         keep_crossings: bool = False,
-        pool: Examples | None = None,
+        pool: Examples | None = None,  # all rows, for a method that is not federated
         own: Mapping[ClientId, Own] | None = None,
         wires: Mapping[ClientId, Wire] | None = None,
         together: bool = False,
         others: Others | None = None,
         probe: Backbone | None = None,  # what every client has whole; None: each its own backbone
     ) -> None:
-        more: Any = {"kind": kind, "training": training, "dice": dice, "together": together}
-        super().__init__(backbone, task, others=others, **more)
+        more: Any = {"dice": dice, "together": together, "others": others}
+        super().__init__(backbone, task, kind=kind, training=training, **more)
         self.shards, self.name, self.keep_crossings = shards, run, keep_crossings
         self.profile: Profile = profile
-        self.own, self.pool = own or {}, pool  # all rows, for a method that is not federated
-        self.wires, self.probe = wires or dict[ClientId, Wire](), probe
+        self.own, self.pool, self.probe = own or dict[ClientId, Own](), pool, probe
+        self.wires: Mapping[ClientId, Wire] = wires or {}
         self.tasks = {client: own.task for client, own in self.own.items()}
         self.wrap: Callable[[ClientId, Link], Link] = wrap
         self.memories = {c: Memory() for c in shards}
