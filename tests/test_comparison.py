@@ -289,7 +289,8 @@ def test_all_methods_leaves_out_what_cannot_run(recipe_of: Recipe, nowhere: asse
     methods = comparison.asked(recipe, recipe_of(adapter={"kind": "ia3"}), "all")
     whole = Comparison(recipe, Plan(methods, (0,), lenient=True))
     refused = runs.refusals(whole, runs.survey(recipe, nowhere))
-    others = {"fedbn", "scaffold", "pfedpg", "fed_influence"}  # norms, SGD, a prompt, SGD
+    # They need norms, SGD, a prompt, SGD and Co-LoRA.
+    others = {"fedbn", "scaffold", "pfedpg", "fed_influence", "fedmosaic"}
     assert set(refused) == LORA_ONLY | others
     assert "adapter.kind=lora" in refused["ffa_lora"]
     with pytest.raises(StrategyError, match="scaffold"):
